@@ -1,0 +1,1 @@
+"""Meshes, logical axes, expert-parallel dispatch and multi-host start."""

@@ -1,0 +1,1 @@
+"""Scripts around the project: conversion, training of the embedded model, goldens."""
