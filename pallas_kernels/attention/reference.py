@@ -1,0 +1,83 @@
+"""What the attention op computes, in plain JAX."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_SCORES = 1 << 26
+"""Scores held at a time (float32), which bounds the memory of a long prompt."""
+
+
+def attention(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    sinks_H: jax.Array,
+    q_positions_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    *,
+    window: int | None,
+    sm_scale: float,
+) -> jax.Array:
+    """See `pallas_kernels.attention.attention`, whose meaning this is; computed by blocks of queries."""
+    batch, length, heads, head_dim = q_BTHD.shape
+    block = max(1, min(length, MAX_SCORES // (batch * heads * k_BSKD.shape[1])))
+
+    def some_queries(q_and_positions: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, positions = q_and_positions
+        return _attend(
+            q, k_BSKD, v_BSKD, sinks_H, positions, kv_positions_BS, window=window, sm_scale=sm_scale
+        )
+
+    if block == length:
+        return some_queries((q_BTHD, q_positions_BT))
+    padding = -length % block
+    q = jnp.pad(q_BTHD, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    positions = jnp.pad(q_positions_BT, ((0, 0), (0, padding)), constant_values=-1)
+    q = q.reshape(batch, -1, block, heads, head_dim).swapaxes(0, 1)
+    positions = positions.reshape(batch, -1, block).swapaxes(0, 1)
+    out = lax.map(some_queries, (q, positions)).swapaxes(0, 1)
+    return out.reshape(batch, length + padding, heads, head_dim)[:, :length]
+
+
+def _attend(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    sinks_H: jax.Array,
+    q_positions_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    *,
+    window: int | None,
+    sm_scale: float,
+) -> jax.Array:
+    batch, length, heads, head_dim = q_BTHD.shape
+    kv_heads = k_BSKD.shape[2]
+    precision = lax.Precision.HIGHEST if q_BTHD.dtype == jnp.float32 else None
+    q_BTKGD = q_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores_BKGTS = sm_scale * jnp.einsum(
+        "btkgd,bskd->bkgts",
+        q_BTKGD,
+        k_BSKD.astype(q_BTHD.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    q_positions, kv_positions = q_positions_BT[:, :, None], kv_positions_BS[:, None, :]
+    seen_BTS = (kv_positions >= 0) & (kv_positions <= q_positions)
+    if window is not None:
+        seen_BTS &= kv_positions > q_positions - window
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+    sinks_KG11 = sinks_H.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+    largest = jnp.maximum(jnp.max(scores_BKGTS, axis=-1, keepdims=True), sinks_KG11)
+    weights_BKGTS = jnp.exp(scores_BKGTS - largest)
+    denominator = jnp.sum(weights_BKGTS, axis=-1, keepdims=True) + jnp.exp(sinks_KG11 - largest)
+    out_BTKGD = jnp.einsum(
+        "bkgts,bskd->btkgd",
+        (weights_BKGTS / denominator).astype(q_BTHD.dtype),
+        v_BSKD.astype(q_BTHD.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return out_BTKGD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)

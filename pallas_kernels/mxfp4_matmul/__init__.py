@@ -1,0 +1,49 @@
+"""The expert op: a mixture-of-experts MLP straight from packed MXFP4 weights."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.mxfp4_matmul import reference
+from pallas_kernels.mxfp4_matmul.reference import ExpertWeight
+
+__all__ = ["ExpertWeight", "expert_mlp"]
+
+
+def expert_mlp(
+    x_TD: jax.Array,
+    expert_ids_Tk: jax.Array,
+    expert_weights_Tk: jax.Array,
+    gate_up_EFD: ExpertWeight,
+    gate_up_bias_EF: jax.Array,
+    down_EDI: ExpertWeight,
+    down_bias_ED: jax.Array,
+    *,
+    swiglu_limit: float,
+) -> jax.Array:
+    """Each token through its k experts, weighted and summed.
+
+    Args:
+      x_TD: tokens, bfloat16 or float32.
+      expert_ids_Tk: int32, the experts of each token; an id of E or more means an expert that is not here and
+        adds nothing.
+      expert_weights_Tk: float32, the router's weight of each.
+      gate_up_EFD: [E, F = 2I, D] with the gate in even and the up projection in odd rows; MXFP4Tensor, or floats.
+      gate_up_bias_EF: added before the clamped SwiGLU.
+      down_EDI: [E, D, I].
+      down_bias_ED: added before the router's weight.
+      swiglu_limit: the clamp of gate and up.
+
+    Returns:
+      [T, D] of x's dtype; products are summed in float32.
+    """
+    return reference.expert_mlp(
+        x_TD,
+        expert_ids_Tk,
+        expert_weights_Tk,
+        gate_up_EFD,
+        gate_up_bias_EF,
+        down_EDI,
+        down_bias_ED,
+        swiglu_limit=swiglu_limit,
+    )
