@@ -230,9 +230,7 @@ class _Reader:
             return RopeConfig(theta=theta, rope_type="default", factor=1.0)
         if kind != "yarn":
             raise self.fail("rope_type", "'yarn' or 'default'", kind)
-        original = scaling.get(
-            "original_max_position_embeddings", self.fields.get("initial_context_length", 4096)
-        )
+        original = scaling.get("original_max_position_embeddings", self.fields.get("initial_context_length", 4096))
         if not isinstance(original, int) or isinstance(original, bool) or original <= 0:
             raise self.fail("original_max_position_embeddings", "a positive integer", original)
         truncate = scaling.get("truncate", True)
@@ -246,9 +244,7 @@ class _Reader:
             beta_slow=self.number("beta_slow", 1.0, scaling),
             original_max_position_embeddings=original,
             truncate=truncate,
-            attention_factor=None
-            if attention_factor is None
-            else self.number("attention_factor", 1.0, scaling),
+            attention_factor=None if attention_factor is None else self.number("attention_factor", 1.0, scaling),
         )
 
     def eos(self) -> tuple[int, ...]:

@@ -75,9 +75,7 @@ class KVCache:
     layers: tuple[LayerCache, ...]
 
     @classmethod
-    def empty(
-        cls, config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16
-    ) -> KVCache:
+    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16) -> KVCache:
         """Room for `batch` sequences of `capacity` tokens."""
 
         def layer(index: int) -> LayerCache:

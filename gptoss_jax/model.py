@@ -106,9 +106,7 @@ class Attention(nnx.Module):
         sinks = WeightSpec(f"{name}.sinks", (config.num_attention_heads,), ("heads",))
         self.sinks = nnx.Param(create(sinks))
 
-    def __call__[KV: KeyValues](
-        self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV
-    ) -> tuple[jax.Array, KV]:
+    def __call__[KV: KeyValues](self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """[B, T, D] -> [B, T, D], and the keys and values with this layer's added."""
         heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
         q_BTHC = rotate(self.q_proj(x_BTD).reshape(heads), positions_BT, self.config.rope)
@@ -137,10 +135,10 @@ class MoE(nnx.Module):
         self.router = Projection(f"{name}.router", create, experts, hidden, (None, "hidden"))
 
         def parameter(suffix: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-            bias = suffix.endswith("bias")
-            init = "zeros" if bias else "normal"
-            spec = WeightSpec(f"{name}.experts.{suffix}", shape, axes, init, packed and not bias)
-            return nnx.Param(create(spec))
+            full_name = f"{name}.experts.{suffix}"
+            if suffix.endswith("bias"):
+                return nnx.Param(create(WeightSpec(full_name, shape, axes, init="zeros")))
+            return nnx.Param(create(WeightSpec(full_name, shape, axes, packed=packed)))
 
         self.gate_up_proj = parameter(
             "gate_up_proj", (experts, 2 * inner, hidden), ("experts", "expert_gate_up", "hidden")
@@ -185,9 +183,7 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, f"{name}.post_attention_layernorm", create)
         self.mlp = MoE(config, layer, create)
 
-    def __call__[KV: KeyValues](
-        self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV
-    ) -> tuple[jax.Array, KV]:
+    def __call__[KV: KeyValues](self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """[B, T, D] -> [B, T, D], and the keys and values with this layer's added."""
         attended_BTD, kv = self.self_attn(self.input_layernorm(x_BTD), positions_BT, kv)
         x_BTD = x_BTD + attended_BTD
@@ -200,9 +196,7 @@ class GptOss(nnx.Module):
     def __init__(self, config: ModelConfig, create: Creator) -> None:
         self.config = config
         table = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = nnx.Param(
-            create(WeightSpec("model.embed_tokens.weight", table, ("vocab", "hidden")))
-        )
+        self.embed_tokens = nnx.Param(create(WeightSpec("model.embed_tokens.weight", table, ("vocab", "hidden"))))
         self.layers = nnx.List([Block(config, i, create) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config, "model.norm", create)
         self.lm_head = nnx.Param(create(WeightSpec("lm_head.weight", table, ("vocab", "hidden"))))
@@ -213,9 +207,7 @@ class GptOss(nnx.Module):
         x_BTD, _ = self.hidden(tokens_BT, positions_BT, WholeSequence())
         return self.unembed(x_BTD)
 
-    def hidden[KV: KeyValues](
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, kv: KV
-    ) -> tuple[jax.Array, KV]:
+    def hidden[KV: KeyValues](self, tokens_BT: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """The normed last hidden state [B, T, D] of tokens at given positions, and the keys and values after."""
         x_BTD = self.embed(tokens_BT)
         for layer in self.layers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -34,7 +36,7 @@ def quantize(values: jax.Array) -> MXFP4Tensor:
 def _nearest_e2m1(magnitude: jax.Array) -> jax.Array:
     """The index into E2M1_VALUES of the nearest value, ties to the even index."""
     index = jnp.zeros(magnitude.shape, jnp.uint8)
-    for i, (low, high) in enumerate(zip(E2M1_VALUES, E2M1_VALUES[1:], strict=False)):
+    for i, (low, high) in enumerate(itertools.pairwise(E2M1_VALUES)):
         middle = (low + high) / 2
         above = magnitude > middle if i % 2 == 0 else magnitude >= middle
         index = jnp.where(above, jnp.uint8(i + 1), index)
