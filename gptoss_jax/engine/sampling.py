@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Sequence
 
 import jax
@@ -26,7 +27,7 @@ class SamplingState:
     @classmethod
     def of(cls, params: Sequence[SamplingParams]) -> SamplingState:
         """Lay out the settings of some requests; a request without a seed gets one from the system."""
-        seeds = [np.random.SeedSequence().entropy if p.seed is None else p.seed for p in params]
+        seeds = [secrets.randbits(64) if p.seed is None else p.seed for p in params]
         keys = [[(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF] for seed in seeds]
         return cls(
             temperature=jnp.asarray([p.temperature for p in params], jnp.float32),

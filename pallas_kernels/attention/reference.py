@@ -26,7 +26,7 @@ def attention(
 
     def some_queries(q_and_positions: tuple[jax.Array, jax.Array]) -> jax.Array:
         q, positions = q_and_positions
-        return _attend(q, k_BSKD, v_BSKD, sinks_H, positions, kv_positions_BS, window=window, sm_scale=sm_scale)
+        return _attend(q, kv_BSKE, sinks_H, positions, kv_positions_BS, window=window, sm_scale=sm_scale)
 
     if block == length:
         return some_queries((q_BTHD, q_positions_BT))
