@@ -1,4 +1,4 @@
-"""One safetensors file: its header checked in full before any tensor is read, reads of slices, and a streaming writer.
+"""One safetensors file: its header checked in full before any tensor is read, slices, and a streaming writer.
 
 The format (https://github.com/huggingface/safetensors#format) is eight bytes of header length, a JSON header, and
 the tensors' bytes without holes. The library of that name reads whole tensors on one thread and reports no tensor
@@ -7,6 +7,7 @@ names in its errors, hence this reader.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -91,8 +92,7 @@ def load_json(path: Path, text: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
             raise CheckpointError(f"{path}: {show(twice)}: listed twice in its JSON")
         return fields
 
@@ -253,7 +253,7 @@ def _is_size(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A contiguous read: `shape` elements from byte `offset` of the tensor, whose part `wanted` goes to `target`."""
+    """A contiguous read: `shape` elements from byte `offset` of a tensor; its part `wanted` goes to `target`."""
 
     offset: int
     shape: tuple[int, ...]
