@@ -94,10 +94,14 @@ def resolve(name: str | Path) -> Path:
 
     Progress goes to stderr; without a network the Hub's local cache serves. Raises CheckpointError.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~nobody
+        path = Path(name)
+    # An empty name would be the current directory.
+    if str(name) and path.is_dir():
         return path
-    if path.exists():
+    if str(name) and path.exists():
         raise CheckpointError(f"{path}: expected a checkpoint's directory, found a file")
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", str(name), re.ASCII):
         raise CheckpointError(f"{show(name)}: no such directory")

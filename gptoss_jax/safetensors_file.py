@@ -83,7 +83,7 @@ class TensorEntry(TensorInfo):
 def show(name: object) -> str:
     """A name from a file as it may stand in a one-line message."""
     text = str(name)
-    return text if text.isprintable() and len(text) <= 200 else f"{ascii(text)[:200]}"
+    return text if text and text.isprintable() and len(text) <= 200 else ascii(text)[:200]
 
 
 def load_json(path: Path, text: bytes) -> Any:
