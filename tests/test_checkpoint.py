@@ -546,8 +546,28 @@ def mutations(draw: st.DrawFn) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)) | st.just(len(content)))])
 
 
-@settings(max_examples=300, deadline=None)
-@given(content=mutations())
+@st.composite
+def wrong_fields(draw: st.DrawFn) -> bytes:
+    """A valid file but for values in its header."""
+    content = valid_file()
+    length = int.from_bytes(content[:8], "little")
+    fields = json.loads(content[8 : 8 + length])
+    sizes = st.integers(-1, 24) | st.integers(0, 1 << 70)
+    values = st.none() | st.booleans() | sizes | st.floats() | st.text(max_size=3) | st.lists(sizes, max_size=4)
+    values |= st.sampled_from(sorted(safetensors_file.DTYPES)) | st.dictionaries(st.text(max_size=3), sizes)
+    for _ in range(draw(st.integers(1, 2))):
+        name = draw(st.sampled_from(sorted(fields)) | st.text(max_size=3))
+        key = draw(st.none() | st.sampled_from(["dtype", "shape", "data_offsets"]))
+        if key and isinstance(fields.get(name), dict):
+            fields[name][key] = draw(values)
+        else:
+            fields[name] = draw(values)
+    text = json.dumps(fields).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+@settings(max_examples=400, deadline=None)
+@given(content=mutations() | wrong_fields())
 @example(content=valid_file())
 def test_broken_files_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     directory = tmp_path_factory.getbasetemp() / "fuzz"
