@@ -1,8 +1,9 @@
 """Byte-pair encoding of text that tiktoken cannot take: long runs, in time that grows with the input alone.
 
-tiktoken is the definition of the encoding. Its merge loop is quadratic in the length of one piece before version 0.13,
-and its regex engine overflows its stack on a run of whitespace of some hundred thousand characters. The functions here
-give the same tokens, and `gptoss_jax.tokenizer` uses them only where tiktoken would fail.
+tiktoken is the definition of the encoding. Its merge loop is quadratic in the length of one piece before
+version 0.13, and its regex engine overflows its stack on a run of whitespace of some hundred thousand
+characters. The functions here give the same tokens, and `gptoss_jax.tokenizer` uses them only where
+tiktoken would fail.
 """
 
 import re
@@ -23,10 +24,11 @@ _REPRESENTATIVES = (
 
 
 def merge(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """Ranks of the tokens of one piece: always the lowest-ranked adjacent pair is joined, the leftmost among equals.
+    """Ranks of the tokens of one piece: always the lowest-ranked adjacent pair is joined, the leftmost
+    among equals.
 
-    `ranks` must hold every single byte of `piece`. Pairs wait in one bucket a rank, so that a run of one letter costs
-    a sort of nearly sorted positions and not a priority-queue operation a byte.
+    `ranks` must hold every single byte of `piece`. Pairs wait in one bucket a rank, so that a run of one
+    letter costs a sort of nearly sorted positions and not a priority-queue operation a byte.
     """
     size = len(piece)
     following = array("q", range(1, size + 1))
@@ -89,10 +91,11 @@ def has_long_run(text: str, limit: int) -> bool:
 
 
 class PieceSplitter:
-    """Splits text into pieces as tiktoken's own engine does, with the `regex` package, which has no stack to overflow.
+    """Splits text into pieces as tiktoken's own engine does, with the `regex` package, which has no stack
+    to overflow.
 
-    The two engines may know different versions of Unicode. A character that they class differently is replaced, for
-    the splitting only, by one that `regex` classes as tiktoken classes the original.
+    The two engines may know different versions of Unicode. A character that they class differently is
+    replaced, for the splitting only, by one that `regex` classes as tiktoken classes the original.
     """
 
     def __init__(self, pattern: str) -> None:

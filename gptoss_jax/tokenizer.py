@@ -14,8 +14,8 @@ from gptoss_jax.tokenizer_json import O200K_PATTERN, read_tokenizer_json
 _LONG = 2000  # characters of a run, or bytes of a piece, from which tiktoken may be slow or overflow
 _UNKNOWN = "\ufffd".encode()
 
-# o200k_harmony's ids (tiktoken_ext/openai_public.py): a vocabulary with these is that one, whose unnamed ids up to the
-# model's 201088 outputs are reserved tokens.
+# o200k_harmony's ids (tiktoken_ext/openai_public.py): a vocabulary with these is that one, whose unnamed ids up to
+# the model's 201088 outputs are reserved tokens.
 _O200K_ORDINARY = 199_998
 _O200K_MARKS = {
     "<|startoftext|>": 199998,
@@ -46,7 +46,9 @@ class Tokenizer:
         special_tokens: Mapping[str, int],
         ranks: Mapping[bytes, int] | None = None,
     ) -> None:
-        """`vocab` maps token bytes to ids, and `ranks` to merge priorities where these are not the ids themselves."""
+        """`vocab` maps token bytes to ids, and `ranks` to merge priorities where these are not the ids
+        themselves.
+        """
         self.name = name
         self._ranks = dict(vocab if ranks is None else ranks)
         self._ids = None if ranks is None else {rank: vocab[token] for token, rank in ranks.items()}
@@ -54,16 +56,15 @@ class Tokenizer:
         self._bytes = {token_id: token for token, token_id in vocab.items()}
         self._bytes |= {token_id: text.encode() for text, token_id in special_tokens.items()}
         self._vocab_size = max(self._bytes) + 1
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
-        )
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={})
         self._splitter = PieceSplitter(pattern)
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
         """The tokenizer of a checkpoint directory (or of a tokenizer.json itself).
 
-        Raises CheckpointError naming the file and the field if it is missing, malformed or not byte-level BPE.
+        Raises CheckpointError naming the file and the field if it is missing, malformed or not byte-level
+        BPE.
         """
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
@@ -132,7 +133,9 @@ class Tokenizer:
         return ranks
 
     def encode_special(self, name: str) -> int:
-        """The id of a special token such as "<|start|>"; raises UsageError if the vocabulary has none of that name."""
+        """The id of a special token such as "<|start|>"; raises UsageError if the vocabulary has none of
+        that name.
+        """
         if name not in self._special:
             raise UsageError(f"tokenizer {self.name}: has no special token {name}")
         return self._special[name]
@@ -167,12 +170,16 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """What an unfinished character leaves: U+FFFD, or "" if there is none. The decoder can then start anew."""
+        """What an unfinished character leaves: U+FFFD, or "" if there is none. The decoder can then start
+        anew.
+        """
         return self._decoder.decode(b"", final=True)
 
 
 def _with_reserved(vocab: Mapping[bytes, int], special: dict[str, int], pattern: str) -> dict[str, int]:
-    """`special` with the reserved tokens that o200k_harmony has and a checkpoint's tokenizer.json leaves out."""
+    """`special` with the reserved tokens that o200k_harmony has and a checkpoint's tokenizer.json leaves
+    out.
+    """
     is_o200k = pattern == O200K_PATTERN and len(vocab) == _O200K_ORDINARY
     if not (is_o200k and all(special.get(text) == token_id for text, token_id in _O200K_MARKS.items())):
         return special

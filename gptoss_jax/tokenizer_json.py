@@ -1,8 +1,11 @@
-"""Reads a Hugging Face `tokenizer.json` (byte-level BPE) into what tiktoken needs: a pattern and ranked byte strings."""
+"""Reads a Hugging Face `tokenizer.json` (byte-level BPE) into what tiktoken needs: a pattern and ranked
+byte strings.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,8 @@ O200K_PATTERN = "|".join(
 class TokenizerFile:
     """What a tokenizer.json says.
 
-    `vocab` maps the bytes of every ordinary token to its id; `ranks` maps those that merging can reach to their
-    priority, and is `vocab` itself where ids already stand in that order.
+    `vocab` maps the bytes of every ordinary token to its id; `ranks` maps those that merging can reach to
+    their priority, and is `vocab` itself where ids already stand in that order.
     """
 
     pattern: str
@@ -68,8 +71,9 @@ class _Node:
 def read_tokenizer_json(path: Path) -> TokenizerFile:
     """Reads a tokenizer file.
 
-    Raises CheckpointError naming the file and the field for anything that is missing, malformed or would make the
-    tokens differ from those of byte-level BPE: another model type, a normaliser, an unknown pre-tokeniser, double ids.
+    Raises CheckpointError naming the file and the field for anything that is missing, malformed or would
+    make the tokens differ from those of byte-level BPE: another model type, a normaliser, an unknown
+    pre-tokeniser, double ids.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -180,10 +184,13 @@ def _merge_pairs(node: _Node, vocab: Mapping[bytes, int]) -> dict[tuple[bytes, b
         left, right = (_to_bytes(part, node) for part in parts)
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise CheckpointError(
-                f"{node.file}: model.merges[{index}]: expected tokens of model.vocab that join to one, found {entry!r}"
+                f"{node.file}: model.merges[{index}]: expected tokens of model.vocab that join to one, "
+                f"found {entry!r}"
             )
         if (left, right) in pairs:
-            raise CheckpointError(f"{node.file}: model.merges[{index}]: expected each pair once, found {entry!r} again")
+            raise CheckpointError(
+                f"{node.file}: model.merges[{index}]: expected each pair once, found {entry!r} again"
+            )
         pairs[left, right] = index
     return pairs
 
@@ -191,9 +198,10 @@ def _merge_pairs(node: _Node, vocab: Mapping[bytes, int]) -> dict[tuple[bytes, b
 def _ranks(model: _Node, vocab: dict[bytes, int]) -> dict[bytes, int]:
     """Priorities under which joining by the rank of the result equals joining by the order of the merges.
 
-    A token that merging reaches from its own bytes is made by one last pair, in any context: while it is being made
-    nothing joins across its ends, so its inside goes through the steps that it goes through alone. The index of that
-    pair is the token's rank; a token that merging does not reach from its own bytes is never made and gets none.
+    A token that merging reaches from its own bytes is made by one last pair, in any context: while it is
+    being made nothing joins across its ends, so its inside goes through the steps that it goes through
+    alone. The index of that pair is the token's rank; a token that merging does not reach from its own
+    bytes is never made and gets none.
     """
     pairs = _merge_pairs(model.get("merges", list, "a list"), vocab)
     if _lists_every_split_in_id_order(pairs, vocab):
@@ -206,24 +214,20 @@ def _ranks(model: _Node, vocab: dict[bytes, int]) -> dict[bytes, int]:
                 ranks[token] = 256 + pairs[last]
             elif model.value.get("ignore_merges"):
                 raise CheckpointError(
-                    f"{model.file}: model.merges: expected to reach every token (ignore_merges is set), found none "
-                    f"for {token!r}"
+                    f"{model.file}: model.merges: expected to reach every token (ignore_merges is set), "
+                    f"found none for {token!r}"
                 )
     order = sorted(ranks, key=ranks.__getitem__)
-    if len(ranks) + 256 == len(vocab) and all(
-        vocab[a] < vocab[b] for a, b in zip(order, order[1:], strict=False)
-    ):
+    if len(ranks) + 256 == len(vocab) and all(vocab[a] < vocab[b] for a, b in pairwise(order)):
         return vocab
     return {bytes([value]): value for value in range(256)} | ranks
 
 
 def _lists_every_split_in_id_order(pairs: dict[tuple[bytes, bytes], int], vocab: Mapping[bytes, int]) -> bool:
     results = [vocab[left + right] for left, right in pairs]
-    if any(a > b for a, b in zip(results, results[1:], strict=False)):
+    if any(a > b for a, b in pairwise(results)):
         return False
-    splits = sum(
-        token[:cut] in vocab and token[cut:] in vocab for token in vocab for cut in range(1, len(token))
-    )
+    splits = sum(token[:cut] in vocab and token[cut:] in vocab for token in vocab for cut in range(1, len(token)))
     return splits == len(pairs)
 
 
@@ -231,7 +235,7 @@ def _last_pair(token: bytes, pairs: Mapping[tuple[bytes, bytes], int]) -> tuple[
     """The pair whose joining makes `token` out of its bytes, or None if merging stops short of it."""
     parts = [bytes([value]) for value in token]
     while len(parts) > 2:
-        found = [(pairs[pair], at) for at, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in pairs]
+        found = [(pairs[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in pairs]
         if not found:
             return None
         _, at = min(found)

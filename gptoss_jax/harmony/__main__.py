@@ -29,13 +29,14 @@ _OPENAI_OPTIONS = (
 _DESCRIPTION = """\
 render: each input line is an object with one of
   "harmony_json"  a conversation in openai-harmony's JSON form, {"messages": [...]}
-  "messages"      in the neutral form (content objects of type "system" or "developer", or header fields such as
-                  "channel"; an empty list too), or else OpenAI-style messages, with the options tools, builtin_tools,
-                  reasoning_effort, model_identity, current_date, knowledge_cutoff and response_format
+  "messages"      in the neutral form (content objects of type "system" or "developer", or header fields such
+                  as "channel"; an empty list too), or else OpenAI-style messages, with the options tools,
+                  builtin_tools, reasoning_effort, model_identity, current_date, knowledge_cutoff and
+                  response_format
 and optionally "id", "next_role" (null: none) and "auto_drop_analysis"; the output is {"id", "tokens", "text"}.
 
-parse: each input line is an object with "tokens" and optionally "id", "role" (default assistant; null: none known) and
-"strict" (default false); the output is {"id", "messages", "malformed"}.
+parse: each input line is an object with "tokens" and optionally "id", "role" (default assistant; null: none
+known) and "strict" (default false); the output is {"id", "messages", "malformed"}.
 """
 
 
@@ -88,7 +89,9 @@ def _read_line(line: bytes) -> dict[str, Any]:
 def _option(line: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
     value = line.get(key, default)
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
-        raise UsageError(f"{key}: expected one of {', '.join(map(json.dumps, allowed))}, found {json.dumps(value)}")
+        raise UsageError(
+            f"{key}: expected one of {', '.join(map(json.dumps, allowed))}, found {json.dumps(value)}"
+        )
     return value
 
 
@@ -129,7 +132,9 @@ def _is_neutral(messages: Any, line: Mapping[str, Any]) -> bool:
 def _parse(line: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     tokens = line.get("tokens")
     if not isinstance(tokens, list):
-        raise UsageError(f"tokens: expected a list, found {'nothing' if tokens is None else type(tokens).__name__}")
+        raise UsageError(
+            f"tokens: expected a list, found {'nothing' if tokens is None else type(tokens).__name__}"
+        )
     for index, token in enumerate(tokens):
         if not isinstance(token, int) or isinstance(token, bool):
             raise UsageError(f"tokens[{index}]: expected an integer, found {json.dumps(token)[:80]}")

@@ -1,4 +1,6 @@
-"""Conversations as JSON: openai-harmony's own form, and a neutral one whose content objects name their kind."""
+"""Conversations as JSON: openai-harmony's own form, and a neutral one whose content objects name their
+kind.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,12 +22,16 @@ from gptoss_jax.harmony.tools import BUILTIN_TOOLS, function_tool
 def read_messages(value: Any, where: str = "messages") -> list[Message]:
     """Messages in either form; raises UsageError naming the message's index and the field.
 
-    In the neutral form a content object has the type "system" or "developer", its fields are those of SystemContent
-    and DeveloperContent, and a tool namespace is {"namespace", "description", "functions"} or {"namespace", "builtin":
-    true}. In openai-harmony's form the types are "system_content" and "developer_content".
+    In the neutral form a content object has the type "system" or "developer", its fields are those of
+    SystemContent and DeveloperContent, and a tool namespace is {"namespace", "description", "functions"} or
+    {"namespace", "builtin": true}. In openai-harmony's form the types are "system_content" and
+    "developer_content".
     """
     messages = _typed(value, list, where, "a list")
-    return [_message(_typed(item, Mapping, f"{where}[{i}]", "an object"), f"{where}[{i}]") for i, item in enumerate(messages)]
+    return [
+        _message(_typed(item, Mapping, f"{where}[{i}]", "an object"), f"{where}[{i}]")
+        for i, item in enumerate(messages)
+    ]
 
 
 def _message(value: Mapping[str, Any], where: str) -> Message:
@@ -62,7 +68,8 @@ def _content(part: Any, where: str) -> Content:
             return _system(part, where, "conversation_start_date", channels)
         case "developer" | "developer_content":
             return DeveloperContent(
-                _optional(part, "instructions", str, where, "a string"), _namespaces(part.get("tools"), f"{where}.tools")
+                _optional(part, "instructions", str, where, "a string"),
+                _namespaces(part.get("tools"), f"{where}.tools"),
             )
         case other:
             raise UsageError(f"{where}.type: expected text, system or developer, found {other!r}")
@@ -104,7 +111,9 @@ def _namespaces(value: Any, where: str) -> tuple[ToolNamespace, ...]:
         key = "functions" if "functions" in item else "tools"
         functions = _optional(item, key, list, here, "a list") or []
         namespaces.append(
-            ToolNamespace(name, description, tuple(_function(f, f"{here}.{key}[{i}]") for i, f in enumerate(functions)))
+            ToolNamespace(
+                name, description, tuple(_function(f, f"{here}.{key}[{i}]") for i, f in enumerate(functions))
+            )
         )
     return tuple(namespaces)
 

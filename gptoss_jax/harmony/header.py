@@ -30,8 +30,8 @@ class Header:
 def read_header(text: str, role: Role | None, *, fields: bool = True) -> Header:
     """Reads a header as openai-harmony does, and what can be read where openai-harmony refuses.
 
-    `role` is the role that is known beforehand, which the header may repeat. Without `fields` the words after role and
-    channel are content, as in a message whose `<|message|>` never came.
+    `role` is the role that is known beforehand, which the header may repeat. Without `fields` the words
+    after role and channel are content, as in a message whose `<|message|>` never came.
     """
     malformed: list[str] = []
     channel, text = _take_channel(text, malformed)

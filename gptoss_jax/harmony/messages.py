@@ -19,7 +19,9 @@ STOP_TOKENS = ("<|return|>", "<|call|>")
 
 @dataclass(frozen=True)
 class FunctionTool:
-    """A function that the model may call; `parameters` is a JSON schema, or None for a function without arguments."""
+    """A function that the model may call; `parameters` is a JSON schema, or None for a function without
+    arguments.
+    """
 
     name: str
     description: str = ""
@@ -85,8 +87,8 @@ class Message:
 class ParsedMessage:
     """A message read from tokens.
 
-    `stop` is the special token that ended it, or None where the tokens ran out. `span` holds the positions of its
-    tokens, first to one past the last, header and end included.
+    `stop` is the special token that ended it, or None where the tokens ran out. `span` holds the positions
+    of its tokens, first to one past the last, header and end included.
     """
 
     role: Role
@@ -101,9 +103,11 @@ class ParsedMessage:
 
 @dataclass(frozen=True)
 class ParsedCompletion:
-    """The messages of a completion, one line for everything about it that was malformed, and the stray tokens.
+    """The messages of a completion, one line for everything about it that was malformed, and the stray
+    tokens.
 
-    `stray` holds the spans of the tokens that belong to no message. With the messages' spans it covers every token.
+    `stray` holds the spans of the tokens that belong to no message. With the messages' spans it covers
+    every token.
     """
 
     messages: list[ParsedMessage] = field(default_factory=list)

@@ -42,10 +42,10 @@ def render(
 ) -> list[int]:
     """The tokens of OpenAI-style messages, ready for `next_role` to speak.
 
-    `tools` are OpenAI tool objects or Python functions, `builtin_tools` any of "browser" and "python". Without
-    `current_date` (as 2025-06-28) the system message gives no date. Text never becomes a special token. With
-    `auto_drop_analysis`, reasoning is kept only after the last final answer, where a chain of tool calls still needs it.
-    Raises UsageError in one line that names the message's index and the field.
+    `tools` are OpenAI tool objects or Python functions, `builtin_tools` any of "browser" and "python".
+    Without `current_date` (as 2025-06-28) the system message gives no date. Text never becomes a special
+    token. With `auto_drop_analysis`, reasoning is kept only after the last final answer, where a chain of
+    tool calls still needs it. Raises UsageError in one line that names the message's index and the field.
     """
     conversation = to_messages(
         messages,
@@ -76,8 +76,8 @@ def to_messages(
 ) -> list[Message]:
     """The harmony conversation of OpenAI-style messages; arguments and errors as for `render`.
 
-    A system message is what the format calls developer instructions: the first ones join the tools in one developer
-    message, a later one becomes a developer message of its own.
+    A system message is what the format calls developer instructions: the first ones join the tools in one
+    developer message, a later one becomes a developer message of its own.
     """
     _check(isinstance(messages, Sequence) and not isinstance(messages, str), "messages: expected a list", messages)
     _check(
@@ -120,8 +120,12 @@ def _as_instructions(message: Message) -> Message:
 
 
 def _without_old_analysis(messages: list[Message]) -> list[Message]:
-    last_final = max((i for i, m in enumerate(messages) if m.role == "assistant" and m.channel == "final"), default=0)
-    return [m for i, m in enumerate(messages) if i > last_final or m.channel != "analysis" or m.role != "assistant"]
+    last_final = max(
+        (i for i, m in enumerate(messages) if m.role == "assistant" and m.channel == "final"), default=0
+    )
+    return [
+        m for i, m in enumerate(messages) if i > last_final or m.channel != "analysis" or m.role != "assistant"
+    ]
 
 
 def _builtin(names: Sequence[str]) -> tuple[ToolNamespace, ...]:
@@ -145,7 +149,11 @@ def _response_format(value: Mapping[str, Any] | None) -> ResponseFormat | None:
             where = "response_format.json_schema" if "json_schema" in value else "response_format"
             inner = value.get("json_schema", value)
             _check(isinstance(inner, Mapping), f"{where}: expected an object", inner)
-            name, schema, description = inner.get("name", "response"), inner.get("schema"), inner.get("description")
+            name, schema, description = (
+                inner.get("name", "response"),
+                inner.get("schema"),
+                inner.get("description"),
+            )
             _check(isinstance(name, str) and "\n" not in name, f"{where}.name: expected one line of text", name)
             _check(isinstance(schema, Mapping), f"{where}.schema: expected a JSON schema object", schema)
             _check(
@@ -211,7 +219,9 @@ class _Reader:
         _check(call_id is None or isinstance(call_id, str), f"{where}.id: expected a string", call_id)
         if isinstance(arguments, Mapping):
             arguments = to_json(arguments)
-        _check(isinstance(arguments, str), f"{where}.function.arguments: expected a string or an object", arguments)
+        _check(
+            isinstance(arguments, str), f"{where}.function.arguments: expected a string or an object", arguments
+        )
         if self._is_builtin(name):
             written = Message("assistant", (arguments,), author, name, "analysis", "code")
         else:
@@ -285,8 +295,9 @@ def to_openai(
 ) -> dict[str, Any]:
     """One OpenAI-style assistant message out of the messages of a completion.
 
-    Reasoning goes to "thinking", calls to "tool_calls" with ids from `call_id(index)`, and everything else that the
-    assistant said, preambles included, to "content"; what there is none of is left out, and "content" is then None.
+    Reasoning goes to "thinking", calls to "tool_calls" with ids from `call_id(index)`, and everything else
+    that the assistant said, preambles included, to "content"; what there is none of is left out, and
+    "content" is then None.
     """
     said: list[str] = []
     thought: list[str] = []

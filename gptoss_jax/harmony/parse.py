@@ -48,10 +48,11 @@ class _Content:
 class StreamParser:
     """Reads a completion (or a whole conversation) token by token.
 
-    `role` is the role that the prompt's end has announced; None reads from the first `<|start|>`. Messages and state are
-    those of openai-harmony's StreamableParser wherever that one does not raise, except that by default a `<|start|>`
-    ends the message or header that it stands in, and that a message whose `<|message|>` never came is kept whatever its
-    role. With `strict`, such tokens are header or content as they are there.
+    `role` is the role that the prompt's end has announced; None reads from the first `<|start|>`. Messages
+    and state are those of openai-harmony's StreamableParser wherever that one does not raise, except that
+    by default a `<|start|>` ends the message or header that it stands in, and that a message whose
+    `<|message|>` never came is kept whatever its role. With `strict`, such tokens are header or content as
+    they are there.
     """
 
     def __init__(self, tokenizer: Tokenizer, role: Role | None = "assistant", *, strict: bool = False) -> None:
@@ -242,7 +243,9 @@ class StreamParser:
             self._note(f"token {self._position}: {problem}")
 
     def _decode(self, content: _Content) -> str:
-        """The text that has become certain: up to one invalid sequence a token, as openai-harmony gives it out."""
+        """The text that has become certain: up to one invalid sequence a token, as openai-harmony gives it
+        out.
+        """
         try:
             text = self._bytes.decode()
         except UnicodeDecodeError as error:
@@ -277,7 +280,9 @@ class StreamParser:
 def parse(
     tokens: Iterable[int], tokenizer: Tokenizer, role: Role | None = "assistant", *, strict: bool = False
 ) -> ParsedCompletion:
-    """The messages of a completion and what was malformed about it; arguments as for StreamParser. Never raises."""
+    """The messages of a completion and what was malformed about it; arguments as for StreamParser. Never
+    raises.
+    """
     parser = StreamParser(tokenizer, role, strict=strict)
     for token in tokens:
         parser.push(token)

@@ -20,8 +20,9 @@ def render_conversation(
 ) -> list[int]:
     """The tokens of a conversation, ready for `next_role` to speak (None: as it stands).
 
-    With `auto_drop_analysis` the reasoning before the first final answer is left out once the assistant's last message
-    is a final answer, which is openai-harmony's rule. Raises UsageError for a message that has no rendering.
+    With `auto_drop_analysis` the reasoning before the first final answer is left out once the assistant's
+    last message is a final answer, which is openai-harmony's rule. Raises UsageError for a message that has
+    no rendering.
     """
     has_functions = any(
         namespace.name == "functions" and namespace.functions

@@ -45,8 +45,8 @@ BROWSER = ToolNamespace(
             "Valid link ids are displayed with the formatting: `【{id}†.*】`.\n"
             "If `cursor` is not provided, the most recent page is implied.\n"
             "If `id` is a string, it is treated as a fully qualified URL associated with `source`.\n"
-            "If `loc` is not provided, the viewport will be positioned at the beginning of the document or centered "
-            "on the most relevant passage, if available.\n"
+            "If `loc` is not provided, the viewport will be positioned at the beginning of the document or "
+            "centered on the most relevant passage, if available.\n"
             "Use this function without `id` to scroll to a new location of an opened page.",
             {
                 "type": "object",
@@ -74,13 +74,13 @@ BROWSER = ToolNamespace(
 
 PYTHON = ToolNamespace(
     "python",
-    "Use this tool to execute Python code in your chain of thought. The code will not be shown to the user. This tool "
-    "should be used for internal reasoning, but not for code that is intended to be visible to the user (e.g. when "
-    "creating plots, tables, or files).\n\n"
-    "When you send a message containing Python code to python, it will be executed in a stateful Jupyter notebook "
-    "environment. python will respond with the output of the execution or time out after 120.0 seconds. The drive at "
-    "'/mnt/data' can be used to save and persist user files. Internet access for this session is UNKNOWN. Depends on "
-    "the cluster.",
+    "Use this tool to execute Python code in your chain of thought. The code will not be shown to the user. "
+    "This tool should be used for internal reasoning, but not for code that is intended to be visible to the "
+    "user (e.g. when creating plots, tables, or files).\n\n"
+    "When you send a message containing Python code to python, it will be executed in a stateful Jupyter "
+    "notebook environment. python will respond with the output of the execution or time out after 120.0 "
+    "seconds. The drive at '/mnt/data' can be used to save and persist user files. Internet access for this "
+    "session is UNKNOWN. Depends on the cluster.",
 )
 
 BUILTIN_TOOLS = {"browser": BROWSER, "python": PYTHON}
@@ -113,7 +113,8 @@ def _lines(text: str) -> list[str]:
 
 
 def function_tools(tools: Sequence[Tool]) -> tuple[FunctionTool, ...]:
-    """Function tools from OpenAI's form ({"type": "function", "function": {...}}), its inner object, or functions.
+    """Function tools from OpenAI's form ({"type": "function", "function": {...}}), its inner object, or
+    functions.
 
     Raises UsageError naming the tool's index and the field.
     """
@@ -157,7 +158,9 @@ def function_tool(where: str, tool: Mapping[str, Any]) -> FunctionTool:
 
 
 def _check_schema(where: str, schema: Any, depth: int = 0) -> None:
-    """Refuses what would be written wrongly: a part of a schema that is not an object, or one nested without end."""
+    """Refuses what would be written wrongly: a part of a schema that is not an object, or one nested
+    without end.
+    """
     if not isinstance(schema, Mapping):
         raise UsageError(f"{where}: expected a JSON schema object, found {type(schema).__name__}")
     if depth > 64:
@@ -185,9 +188,9 @@ def _check_schema(where: str, schema: Any, depth: int = 0) -> None:
 def from_function(function: Callable[..., Any], where: str = "tool") -> FunctionTool:
     """A tool from a Python function: its name, the first paragraphs of its docstring, and its arguments.
 
-    Types come from the hints, and an argument's description from a Google-style "Args:" section. Raises UsageError for
-    something that is no function, an argument without a hint or with a hint that JSON has no type for, and for
-    *args and **kwargs.
+    Types come from the hints, and an argument's description from a Google-style "Args:" section. Raises
+    UsageError for something that is no function, an argument without a hint or with a hint that JSON has no
+    type for, and for *args and **kwargs.
     """
     if not callable(function) or not hasattr(function, "__name__"):
         raise UsageError(f"{where}: expected a tool object or a function, found {type(function).__name__}")
@@ -243,12 +246,12 @@ def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     text, _, rest = (inspect.getdoc(function) or "").partition("\nArgs:\n")
     text = re.split(r"\n(?:Returns|Raises|Yields):\n", text)[0]
     arguments: dict[str, str] = {}
-    name = ""
+    name, indent = "", -1
     for line in rest.split("\n"):
         if line and not line[0].isspace():
             break
         found = re.match(r"\s+(\w+)(?:\s*\([^)]*\))?:\s*(.*)", line)
-        if found and (not arguments or line.index(found[1]) == indent):
+        if found and indent in (-1, line.index(found[1])):
             name, indent = found[1], line.index(found[1])
             arguments[name] = found[2]
         elif name and line.strip():

@@ -27,7 +27,9 @@ def render_type(schema: Any, indent: str = "") -> str:
             return _object(schema, indent)
         case "string":
             values = schema.get("enum")
-            names = [f'"{value}"' for value in values if isinstance(value, str)] if isinstance(values, list) else []
+            names = (
+                [f'"{value}"' for value in values if isinstance(value, str)] if isinstance(values, list) else []
+            )
             return " | ".join(names) or "string"
         case "number" | "integer":
             return "number"
