@@ -46,8 +46,7 @@ class WholeSequence:
         """See KeyValues."""
         out = attention(
             q_BTHD,
-            k_BTKD,
-            v_BTKD,
+            jnp.concatenate([k_BTKD, v_BTKD], axis=-1),
             sinks_H,
             positions_BT,
             positions_BT,
@@ -60,10 +59,9 @@ class WholeSequence:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values [B, S, K, D] of a layer, and the position int32 [B, S] in each slot, -1 where empty."""
+    """Keys and values [B, S, K, 2 D] of a layer, and the position int32 [B, S] in each slot, -1 where empty."""
 
-    k: jax.Array
-    v: jax.Array
+    kv: jax.Array
     positions: jax.Array
 
 
@@ -80,11 +78,35 @@ class KVCache:
 
         def layer(index: int) -> LayerCache:
             slots = min(config.window(index) or capacity, capacity)
-            shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+            shape = (batch, slots, config.num_key_value_heads, 2 * config.head_dim)
             positions = jnp.full((batch, slots), -1, jnp.int32)
-            return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions)
+            return LayerCache(jnp.zeros(shape, dtype), positions)
 
         return cls(tuple(layer(i) for i in range(config.num_hidden_layers)))
+
+    def grown(self, config: ModelConfig, capacity: int) -> KVCache:
+        """A copy whose sequences may have `capacity` tokens; slots keep their place because none has wrapped."""
+
+        def pad(layer: LayerCache, empty: LayerCache) -> LayerCache:
+            more = empty.positions.shape[1] - layer.positions.shape[1]
+            rows = ((0, 0), (0, more))
+            return LayerCache(
+                jnp.pad(layer.kv, (*rows, (0, 0), (0, 0))),
+                jnp.pad(layer.positions, rows, constant_values=-1),
+            )
+
+        batch, dtype = self.layers[0].positions.shape[0], self.layers[0].kv.dtype
+        goal = jax.eval_shape(lambda: KVCache.empty(config, batch, capacity, dtype))
+        return KVCache(tuple(pad(old, new) for old, new in zip(self.layers, goal.layers, strict=True)))
+
+    def slot(self, index: jax.Array, keep: jax.Array) -> KVCache:
+        """The cache of one sequence, emptied unless `keep`."""
+        one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), self)
+        return KVCache(tuple(LayerCache(l.kv, jnp.where(keep, l.positions, -1)) for l in one.layers))
+
+    def with_slot(self, index: jax.Array, one: KVCache) -> KVCache:
+        """This cache with one sequence replaced."""
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, index, 0), self, one)
 
     def attend(
         self,
@@ -97,29 +119,27 @@ class KVCache:
         window: int | None,
     ) -> tuple[jax.Array, KVCache]:
         """See KeyValues; tokens of padding have position -1 and are not kept."""
-        held = self.layers[layer]
-        written = _write(held, k_BTKD, v_BTKD, positions_BT)
-        if window is None:
-            k, v, kv_positions = written.k, written.v, written.positions
-        else:
-            # The ring loses keys that the first queries of a long chunk still see, so they read the old ring.
-            k = jnp.concatenate([held.k, k_BTKD.astype(held.k.dtype)], axis=1)
-            v = jnp.concatenate([held.v, v_BTKD.astype(held.v.dtype)], axis=1)
-            kv_positions = jnp.concatenate([held.positions, positions_BT], axis=1)
+        held, kv_BTKE = self.layers[layer], jnp.concatenate([k_BTKD, v_BTKD], axis=-1)
+        written = seen = _write(held, kv_BTKE, positions_BT)
+        if window is not None and positions_BT.shape[1] > 1:
+            # The ring loses keys that the first queries of a chunk still see, so they read it as it was.
+            seen = LayerCache(
+                jnp.concatenate([held.kv, kv_BTKE.astype(held.kv.dtype)], axis=1),
+                jnp.concatenate([held.positions, positions_BT], axis=1),
+            )
         out = attention(
             q_BTHD,
-            k,
-            v,
+            seen.kv,
             sinks_H,
             positions_BT,
-            kv_positions,
+            seen.positions,
             window=window,
             sm_scale=q_BTHD.shape[-1] ** -0.5,
         )
         return out, KVCache((*self.layers[:layer], written, *self.layers[layer + 1 :]))
 
 
-def _write(held: LayerCache, k_BTKD: jax.Array, v_BTKD: jax.Array, positions_BT: jax.Array) -> LayerCache:
+def _write(held: LayerCache, kv_BTKE: jax.Array, positions_BT: jax.Array) -> LayerCache:
     """Put each token into slot position % slots; of tokens that share a slot the last one stays."""
     batch, slots = held.positions.shape
     last_B1 = jnp.max(positions_BT, axis=1, keepdims=True)
@@ -127,7 +147,6 @@ def _write(held: LayerCache, k_BTKD: jax.Array, v_BTKD: jax.Array, positions_BT:
     slot_BT = jnp.where(stays_BT, positions_BT % slots, slots)
     row_B1 = jnp.arange(batch)[:, None]
     return LayerCache(
-        held.k.at[row_B1, slot_BT].set(k_BTKD.astype(held.k.dtype), mode="drop"),
-        held.v.at[row_B1, slot_BT].set(v_BTKD.astype(held.v.dtype), mode="drop"),
+        held.kv.at[row_B1, slot_BT].set(kv_BTKE.astype(held.kv.dtype), mode="drop"),
         held.positions.at[row_B1, slot_BT].set(positions_BT, mode="drop"),
     )

@@ -6,13 +6,12 @@ import jax
 
 from pallas_kernels.attention import reference
 
-__all__ = ["attention"]
+__all__ = ["attention", "paged_attention"]
 
 
 def attention(
     q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
+    kv_BSKE: jax.Array,
     sinks_H: jax.Array,
     q_positions_BT: jax.Array,
     kv_positions_BS: jax.Array,
@@ -24,7 +23,8 @@ def attention(
 
     Args:
       q_BTHD: queries; query head h reads kv head h // (H / K).
-      k_BSKD, v_BSKD: keys and values of any float dtype, in any order along S.
+      kv_BSKE: each slot's key and value side by side (E = 2 D, keys first), of any float dtype, in any order
+        along S. Together they fill the 128 lanes of a TPU row, and a GPU reads them in one piece.
       sinks_H: a logit a query head, unscaled, that joins the softmax's denominator and nothing else.
       q_positions_BT: int32; a query of padding has position -1 and gives 0.
       kv_positions_BS: int32; -1 marks an empty slot. A query at p sees keys at positions p - window + 1 ... p.
@@ -36,11 +36,38 @@ def attention(
     """
     return reference.attention(
         q_BTHD,
-        k_BSKD,
-        v_BSKD,
+        kv_BSKE,
         sinks_H,
         q_positions_BT,
         kv_positions_BS,
         window=window,
         sm_scale=sm_scale,
+    )
+
+
+def paged_attention(
+    q_BTHD: jax.Array,
+    kv_pages_PSKE: jax.Array,
+    page_table_BM: jax.Array,
+    sinks_H: jax.Array,
+    q_positions_BT: jax.Array,
+    *,
+    sm_scale: float,
+) -> jax.Array:
+    """Causal attention, without a window, over keys and values that lie in pages.
+
+    Args:
+      q_BTHD: queries, at consecutive positions along T, as in `attention`.
+      kv_pages_PSKE: P pages of S slots, each with a key and a value side by side as in `attention`.
+      page_table_BM: int32; position p of sequence b lies in page `page_table[b, p // S]`, slot p % S. Entries
+        past a sequence's end are any page: no query sees them.
+      sinks_H: as in `attention`.
+      q_positions_BT: int32, below M S; -1 for padding. A query at p sees positions 0 ... p.
+      sm_scale: multiplies the scores.
+
+    Returns:
+      [B, T, H, D] of q's dtype.
+    """
+    return reference.paged_attention(
+        q_BTHD, kv_pages_PSKE, page_table_BM, sinks_H, q_positions_BT, sm_scale=sm_scale
     )

@@ -12,8 +12,7 @@ MAX_SCORES = 1 << 26
 
 def attention(
     q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
+    kv_BSKE: jax.Array,
     sinks_H: jax.Array,
     q_positions_BT: jax.Array,
     kv_positions_BS: jax.Array,
@@ -23,11 +22,11 @@ def attention(
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`, whose meaning this is; computed by blocks of queries."""
     batch, length, heads, head_dim = q_BTHD.shape
-    block = max(1, min(length, MAX_SCORES // (batch * heads * k_BSKD.shape[1])))
+    block = max(1, min(length, MAX_SCORES // (batch * heads * kv_BSKE.shape[1])))
 
     def some_queries(q_and_positions: tuple[jax.Array, jax.Array]) -> jax.Array:
         q, positions = q_and_positions
-        return _attend(q, k_BSKD, v_BSKD, sinks_H, positions, kv_positions_BS, window=window, sm_scale=sm_scale)
+        return _attend(q, kv_BSKE, sinks_H, positions, kv_positions_BS, window=window, sm_scale=sm_scale)
 
     if block == length:
         return some_queries((q_BTHD, q_positions_BT))
@@ -40,10 +39,26 @@ def attention(
     return out.reshape(batch, length + padding, heads, head_dim)[:, :length]
 
 
+def paged_attention(
+    q_BTHD: jax.Array,
+    kv_pages_PSKE: jax.Array,
+    page_table_BM: jax.Array,
+    sinks_H: jax.Array,
+    q_positions_BT: jax.Array,
+    *,
+    sm_scale: float,
+) -> jax.Array:
+    """See `pallas_kernels.attention.paged_attention`, whose meaning this is; gathers the pages."""
+    _, page_size, kv_heads, width = kv_pages_PSKE.shape
+    batch, pages = page_table_BM.shape
+    kv_BSKE = kv_pages_PSKE[page_table_BM].reshape(batch, pages * page_size, kv_heads, width)
+    kv_positions_BS = jnp.broadcast_to(jnp.arange(pages * page_size, dtype=jnp.int32), kv_BSKE.shape[:2])
+    return attention(q_BTHD, kv_BSKE, sinks_H, q_positions_BT, kv_positions_BS, window=None, sm_scale=sm_scale)
+
+
 def _attend(
     q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
+    kv_BSKE: jax.Array,
     sinks_H: jax.Array,
     q_positions_BT: jax.Array,
     kv_positions_BS: jax.Array,
@@ -52,13 +67,14 @@ def _attend(
     sm_scale: float,
 ) -> jax.Array:
     batch, length, heads, head_dim = q_BTHD.shape
-    kv_heads = k_BSKD.shape[2]
+    kv_heads = kv_BSKE.shape[2]
     precision = lax.Precision.HIGHEST if q_BTHD.dtype == jnp.float32 else None
+    k_BSKD, v_BSKD = jnp.split(kv_BSKE.astype(q_BTHD.dtype), 2, axis=-1)
     q_BTKGD = q_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores_BKGTS = sm_scale * jnp.einsum(
         "btkgd,bskd->bkgts",
         q_BTKGD,
-        k_BSKD.astype(q_BTHD.dtype),
+        k_BSKD,
         precision=precision,
         preferred_element_type=jnp.float32,
     )
@@ -74,7 +90,7 @@ def _attend(
     out_BTKGD = jnp.einsum(
         "bkgts,bskd->btkgd",
         (weights_BKGTS / denominator).astype(q_BTHD.dtype),
-        v_BSKD.astype(q_BTHD.dtype),
+        v_BSKD,
         precision=precision,
         preferred_element_type=jnp.float32,
     )

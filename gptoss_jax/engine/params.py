@@ -1,0 +1,103 @@
+"""What a request asks for, and what comes back: plain data, no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from gptoss_jax.errors import UsageError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are chosen. Raises UsageError for a value out of range.
+
+    Args:
+      max_tokens: most tokens to generate; None for as many as the context holds.
+      temperature: 0 takes the likeliest token; otherwise divides the logits.
+      top_p: keeps the smallest set of likeliest tokens whose probability reaches it.
+      top_k: keeps this many of the likeliest tokens; 0 for all.
+      min_p: keeps tokens at least this likely relative to the likeliest.
+      seed: makes a request's tokens repeatable, whatever else is in the batch; None draws one.
+      stop: strings that end the text, and are left out of it.
+      stop_token_ids: tokens that end the request, besides the checkpoint's own.
+      ignore_eos: go on past the checkpoint's own stop tokens.
+      logprobs: how many of the likeliest tokens to report at each position, besides the chosen one; None for
+        no report.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._check("max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 1), "an integer from 1")
+        self._check("temperature", _is_number(self.temperature, 0, 1e6), "a number from 0")
+        self._check("top_p", _is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1")
+        self._check("top_k", _is_int(self.top_k, 0), "an integer from 0")
+        self._check("min_p", _is_number(self.min_p, 0, 1), "a number from 0 to 1")
+        self._check("seed", self.seed is None or _is_int(self.seed, 0, 2**64 - 1), "an integer of 64 bits")
+        self._check("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
+        self._check("stop_token_ids", all(_is_int(t, 0) for t in self.stop_token_ids), "token ids")
+        self._check("logprobs", self.logprobs is None or _is_int(self.logprobs, 0, 20), "an integer from 0 to 20")
+
+    def _check(self, name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise UsageError(f"{name}: expected {expected}, found {getattr(self, name)!r:.60}")
+
+
+def _is_int(value: Any, least: int, most: int = 2**31 - 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and least <= value <= most
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, before temperature: of the chosen token, and of the likeliest."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclasses.dataclass
+class CompletionOutput:
+    """One generated sequence; `text` is None when there is no tokenizer."""
+
+    index: int
+    token_ids: list[int]
+    text: str | None
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """A request's prompt and what was generated for it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
