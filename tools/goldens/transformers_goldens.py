@@ -26,7 +26,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "truncate": False}
 S, F = "sliding_attention", "full_attention"
 CASES: dict[str, dict[str, Any]] = {
-    # Narrow heads, an odd number of experts, queries wider than hidden, layer types in no order, newer field names.
+    # Narrow heads, an odd number of experts, queries wider than hidden, unordered layer types, newer field names.
     "narrow": {
         "config": {
             "vocab_size": 96,
