@@ -37,7 +37,9 @@ SAMPLES = [
     "a\u0301b 'ſ 'S x'LL \U0003fa9e\u0378",
 ]
 # Characters of every kind that the pattern tells apart, and some of newer Unicode versions than an engine may know.
-kinds = st.sampled_from("aAzZ'sLl 1٣²ǅʰあ漢\u0301ः\n\r\t/!?_\u3000\u2028€ſKé\U0003fa9e\U000326e0\U00011b00\u1c89\ue000")
+kinds = st.sampled_from(
+    "aAzZ'sLl 1٣²ǅʰあ漢\u0301ः\n\r\t/!?_\u3000\u2028€ſKé\U0003fa9e\U000326e0\U00011b00\u1c89\ue000"
+)
 odd_texts = st.one_of(st.text(max_size=40), st.text(kinds, max_size=40))
 
 
@@ -53,7 +55,9 @@ def tokenizer_json(ranks: dict[bytes, int], marks: dict[str, int], as_pairs: boo
     written = {token: "".join(characters[value] for value in token) for token in ranks}
     merges: list[Any] = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        splits = [
+            (token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks
+        ]
         for left, right in sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
             pair = [written[left], written[right]]
             merges.append(pair if as_pairs else " ".join(pair))
@@ -147,7 +151,9 @@ def test_split_keeps_everything(text: str) -> None:
 
 
 @given(
-    tokens=st.sets(st.binary(min_size=2, max_size=5).map(lambda data: bytes(value % 3 for value in data)), max_size=40),
+    tokens=st.sets(
+        st.binary(min_size=2, max_size=5).map(lambda data: bytes(value % 3 for value in data)), max_size=40
+    ),
     piece=st.binary(min_size=1, max_size=60).map(lambda data: bytes(value % 3 for value in data)),
     seed=st.integers(0, 99),
 )
@@ -162,7 +168,7 @@ def test_merge_is_tiktokens_for_any_ranks(tokens: set[bytes], piece: bytes, seed
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "aA", "A", "漢", "\u0301", " \t", "1", "' ", "ab cd\u3000"])
-def test_a_megabyte_takes_seconds(unit: str, from_json: Tokenizer) -> None:
+def test_half_a_megabyte_takes_seconds(unit: str, from_json: Tokenizer) -> None:
     text = unit * (500_000 // len(unit.encode())) + "x"
     started = time.perf_counter()
     tokens = from_json.encode(text)

@@ -47,7 +47,9 @@ def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator([Path(__file__).read_text(), O200K_PATTERN * 3, "Straße 漢字 naïve 12345 " * 20], trainer)
+    model.train_from_iterator(
+        [Path(__file__).read_text(), O200K_PATTERN * 3, "Straße 漢字 naïve 12345 " * 20], trainer
+    )
     directory = tmp_path_factory.mktemp("small")
     model.save(str(directory / "tokenizer.json"))
     return directory

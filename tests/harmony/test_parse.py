@@ -15,7 +15,9 @@ CASES = [json.loads(line) for line in (Path(__file__).parent / "golden" / "parse
 FIELDS = ("role", "name", "channel", "recipient", "content_type", "text")
 MARKS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"]
 WORDS = ["assistant", "user", "final", "analysis", " to=functions.f", " to=a", " json", "x", " ", "\n", "{}", "é"]
-HEADERS = st.lists(st.sampled_from([*WORDS, "<|channel|>", "<|channel|>final", "<|constrain|>", "tool"]), max_size=5)
+HEADERS = st.lists(
+    st.sampled_from([*WORDS, "<|channel|>", "<|channel|>final", "<|constrain|>", "tool"]), max_size=5
+)
 CONTENTS = st.lists(st.sampled_from([*WORDS, "<|message|>", "<|channel|>", "<|start|>"]), max_size=4)
 MESSAGES = st.tuples(
     st.sampled_from(["", "<|start|>", "<|start|>assistant"]), HEADERS, CONTENTS, st.sampled_from(MARKS[1::4])
@@ -75,7 +77,11 @@ def test_golden_messages_and_stream(case: dict, o200k: Tokenizer) -> None:
         assert completion.malformed
     else:
         assert fields(completion) == case["messages"]
-    odd = {"malformed", "invalid_utf8"} & set(case["tags"]) or "token_in" in case["id"] or "_in_content" in case["id"]
+    odd = (
+        {"malformed", "invalid_utf8"} & set(case["tags"])
+        or "token_in" in case["id"]
+        or "_in_content" in case["id"]
+    )
     assert bool(completion.malformed) == bool(odd)
 
 

@@ -173,8 +173,14 @@ def test_agrees_with_openai_harmony(
         ({"role": "user", "content": [{"type": "image"}]}, "messages[0].content[0].type"),
         ({"role": "user", "content": "x", "channel": 1}, "messages[0].channel"),
         ({"role": "system", "content": {"type": "system", "reasoning_effort": "max"}}, "reasoning_effort"),
-        ({"role": "system", "content": {"type": "system", "tools": [{"namespace": "x", "builtin": True}]}}, "tools[0]"),
-        ({"role": "developer", "content": {"type": "developer", "tools": [{"name": "f", "tools": [1]}]}}, "tools[0]"),
+        (
+            {"role": "system", "content": {"type": "system", "tools": [{"namespace": "x", "builtin": True}]}},
+            "tools[0]",
+        ),
+        (
+            {"role": "developer", "content": {"type": "developer", "tools": [{"name": "f", "tools": [1]}]}},
+            "tools[0]",
+        ),
         ("x", "messages[0]"),
     ],
 )

@@ -47,7 +47,11 @@ def parse_case(case: dict[str, Any], encoding: oracle.HarmonyEncoding) -> dict[s
             parser.process(token)
             stream.append(_state(parser))
     except oracle.HarmonyError as error:
-        return made | {"error": f"HarmonyError: {error}", "stream": stream, "stream_error": f"HarmonyError: {error}"}
+        return made | {
+            "error": f"HarmonyError: {error}",
+            "stream": stream,
+            "stream_error": f"HarmonyError: {error}",
+        }
     try:
         parser.process_eos()
     except oracle.HarmonyError as error:
