@@ -108,14 +108,15 @@ def _pattern(pre_tokenizer: _Node) -> str:
     if kinds != ["Split", "ByteLevel"]:
         raise pre_tokenizer.fail(f'a "Split" and a "ByteLevel" step (these are {", ".join(kinds) or "none"})')
     split, byte_level = steps
-    split.only("behavior", "Isolated")
-    split.only("invert", None, False)
+    drops_gaps = split.value.get("behavior") == "Removed"
+    split.only("behavior", "Isolated", "Removed")
+    split.only("invert", *((True,) if drops_gaps else (None, False)))
     byte_level.only("add_prefix_space", False)
     byte_level.only("use_regex", False)
     pattern: str = split.get("pattern", dict, "an object").get("Regex", str, "a regular expression").value
-    if pattern == O200K_PATTERN:
+    if drops_gaps or pattern == O200K_PATTERN:
         return pattern
-    # tiktoken drops what the pattern leaves out; "Isolated" keeps every such stretch as a piece.
+    # tiktoken drops what the pattern leaves out, as an inverted "Removed" does; "Isolated" keeps it as pieces.
     return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
 
 

@@ -71,7 +71,8 @@ def test_instructions_tools_and_response_format(small: Tokenizer) -> None:
     assert text == (
         f"{SYSTEM}\nCalls to these tools must go to the commentary channel: 'functions'.<|end|>"
         "<|start|>developer<|message|># Instructions\n\nBe brief.\n\nRhyme.\n\n# Tools\n\n## functions\n\n"
-        "namespace functions {\n\n// Gets the weather.\ntype get_weather = (_: {\n// Where\ncity: string,\n}) => any;\n\n"
+        "namespace functions {\n\n// Gets the weather.\n"
+        "type get_weather = (_: {\n// Where\ncity: string,\n}) => any;\n\n"
         "} // namespace functions\n\n# Response Formats\n\n## list\n\n// Two\n// lines\n"
         '{"properties":{"items":{"type":"array","description":"é"}},"type":"object"}<|end|><|start|>assistant'
     )
@@ -87,8 +88,9 @@ def test_tool_calls_and_results(small: Tokenizer) -> None:
         "<|start|>user:bob<|message|>Weather?<|end|>"
         "<|start|>assistant<|channel|>analysis<|message|>Call.<|end|>"
         "<|start|>assistant<|channel|>commentary<|message|>One moment.<|end|>"
-        '<|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}'
-        '<|call|><|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>{"t": -3}<|end|>'
+        "<|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>"
+        '{"city": "Oslo"}<|call|>'
+        '<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>{"t": -3}<|end|>'
     )
     assert body_of(conversation, small) == called
     by_name = [*conversation[:2], {"role": "tool", "name": "get_weather", "content": '{"t": -3}'}]
@@ -261,7 +263,7 @@ for _ in range(2000):
     [
         ("x", {}, "messages: expected a list, found 'x'"),
         ([1], {}, "messages[0]: expected an object, found 1"),
-        ([USER, {"role": "robot"}], {}, "messages[1].role: expected one of system, developer, user, assistant, tool, found 'robot'"),
+        ([USER, {"role": "robot"}], {}, "messages[1].role: expected one of system, developer"),
         ([{"content": "x"}], {}, "messages[0].role"),
         ([{"role": "user"}], {}, "messages[0].content: expected a string or a list of text parts, found nothing"),
         ([{"role": "user", "content": 5}], {}, "messages[0].content"),
@@ -272,11 +274,26 @@ for _ in range(2000):
         ([{"role": "assistant"}], {}, "messages[0].content"),
         ([{"role": "assistant", "tool_calls": 1}], {}, "messages[0].tool_calls"),
         ([{"role": "assistant", "tool_calls": ["x"]}], {}, "messages[0].tool_calls[0]"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "a b"}}]}], {}, "tool_calls[0].function.name"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], {}, "tool_calls[0].function.arguments"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "a b"}}]}],
+            {},
+            "tool_calls[0].function.name",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}],
+            {},
+            "tool_calls[0].function.arguments",
+        ),
         ([{"role": "tool", "content": "x"}], {}, "messages[0]: expected a name or a tool_call_id"),
-        ([{"role": "tool", "content": "x", "tool_call_id": "c9"}], {}, "messages[0].tool_call_id: expected the id of an earlier tool call, found 'c9'"),
-        ([{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "x", "tool_call_id": "c1", "name": "g"}], {}, "messages[1].name: expected functions.get_weather"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "c9"}], {}, "earlier tool call, found 'c9'"),
+        (
+            [
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "content": "x", "tool_call_id": "c1", "name": "g"},
+            ],
+            {},
+            "messages[1].name: expected functions.get_weather",
+        ),
         ([], {"reasoning_effort": "max"}, "reasoning_effort: expected one of low, medium, high, found 'max'"),
         ([], {"model_identity": 1}, "model_identity"),
         ([], {"next_role": "robot"}, "next_role"),
@@ -290,7 +307,11 @@ for _ in range(2000):
         ([], {"tools": [{"name": "f", "description": 1}]}, "tools[0].description"),
         ([], {"tools": [{"name": "f", "parameters": "x"}]}, "tools[0].parameters"),
         ([], {"tools": [{"name": "f", "parameters": {"properties": []}}]}, "tools[0].parameters.properties"),
-        ([], {"tools": [{"name": "f", "parameters": {"properties": {"a": 1}}}]}, "tools[0].parameters.properties.a"),
+        (
+            [],
+            {"tools": [{"name": "f", "parameters": {"properties": {"a": 1}}}]},
+            "tools[0].parameters.properties.a",
+        ),
         ([], {"tools": [{"name": "f", "parameters": {"required": "a"}}]}, "tools[0].parameters.required"),
         ([], {"tools": [{"name": "f", "parameters": {"oneOf": {}}}]}, "tools[0].parameters.oneOf"),
         ([], {"tools": [{"name": "f", "parameters": DEEP}]}, "levels of nesting"),
@@ -302,9 +323,13 @@ for _ in range(2000):
         ([], {"response_format": 1}, "response_format: expected an object"),
         ([], {"response_format": {"type": "xml"}}, "response_format.type"),
         ([], {"response_format": {"type": "json_schema"}}, "response_format.schema"),
-        ([], {"response_format": {"json_schema": {"schema": {}, "name": "a\nb"}}}, "response_format.json_schema.name"),
+        (
+            [],
+            {"response_format": {"json_schema": {"schema": {}, "name": "a\nb"}}},
+            "response_format.json_schema.name",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_names_the_field(messages: Any, options: dict, expected: str, small: Tokenizer) -> None:
     with pytest.raises(UsageError) as error:
         harmony.render(messages, small, **options)
@@ -334,9 +359,12 @@ def test_bad_input_names_the_field(messages: Any, options: dict, expected: str, 
 )
 def test_any_message_renders_or_is_a_usage_error(message: Any, small: Tokenizer) -> None:
     try:
-        assert harmony.render([message], small)
+        tokens = harmony.render([message], small)
     except UsageError as error:
-        assert str(error).startswith("messages[0]")
+        shown = str(error)
+    else:
+        shown = small.decode(tokens)
+    assert shown.startswith(("messages[0]", "<|start|>"))
 
 
 def test_every_combination_of_options_renders(small: Tokenizer) -> None:

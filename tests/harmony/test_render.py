@@ -11,7 +11,7 @@ from gptoss_jax import harmony
 from gptoss_jax.errors import UsageError
 from gptoss_jax.harmony.forms import read_messages
 from gptoss_jax.tokenizer import Tokenizer
-from tools.goldens.harmony_goldens import render_case
+from tools.goldens.harmony_goldens import parse_case, render_case
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "golden" / "render.jsonl").open()]
 
@@ -140,6 +140,12 @@ def test_golden(case: dict, form: str, o200k: Tokenizer) -> None:
         tokens = harmony.render_conversation(read_messages(given_messages), o200k, **options)
         assert tokens == case["tokens"]
         assert o200k.decode(tokens) == case["text"]
+
+
+def test_goldens_are_what_openai_harmony_says(oracle: openai_harmony.HarmonyEncoding) -> None:
+    parse_cases = [json.loads(line) for line in (Path(__file__).parent / "golden" / "parse.jsonl").open()]
+    assert [render_case(case, oracle) for case in CASES] == CASES
+    assert [parse_case(case, oracle) for case in parse_cases] == parse_cases
 
 
 @given(
