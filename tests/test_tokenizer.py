@@ -232,7 +232,7 @@ def test_a_trained_tokenizer_encodes_as_tokenizers(variant: str, small_json: dic
         assert ours.decode(ours.encode(text)) == text
 
     compare()
-    for text in SAMPLES[:3] + [Path(__file__).read_text().replace("<|", "< |")]:
+    for text in [*SAMPLES[:3], Path(__file__).read_text().replace("<|", "< |")]:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
     assert ours.special_tokens == {"<|start|>": 0, "<|end|>": 1}
 
@@ -275,6 +275,8 @@ def changed(path: str, value: Any) -> Any:
         (changed("model/vocab/a", 0), "model.vocab"),
         (changed("model/vocab/a", "x"), "model.vocab"),
         (changed("model/vocab/日", 9999), "model.vocab"),
+        (changed("model/vocab/a b", 9999), "model.vocab"),
+        (changed("model/vocab/a\u00ad", 9999), "model.vocab"),
         (changed("model/merges", None), "model.merges"),
         (changed("model/merges", {}), "model.merges"),
         (changed("model/merges/0", "abc"), "model.merges[0]"),

@@ -1,8 +1,10 @@
-"""python -m tools.goldens.harmony_goldens DIR: remakes what openai-harmony says to the cases in DIR's *.jsonl files.
+"""python -m tools.goldens.harmony_goldens DIR: remakes what openai-harmony says to the cases in DIR's
+*.jsonl files.
 
-A case of render.jsonl holds `harmony_json`, `next_role` and `auto_drop_analysis`, and gets `tokens` and `text`, or
-`error`. A case of parse.jsonl holds `tokens`, `role` and `strict`, and gets `text`, `messages` and `stream` (the state
-after each token), or `error` in place of the messages (`stream_error` where a token raised it).
+A case of render.jsonl holds `harmony_json`, `next_role` and `auto_drop_analysis`, and gets `tokens` and
+`text`, or `error`. A case of parse.jsonl holds `tokens`, `role` and `strict`, and gets `text`, `messages`
+and `stream` (the state after each token), or `error` in place of the messages (`stream_error` where a token
+raised it).
 """
 
 import argparse
