@@ -9,7 +9,7 @@ import tiktoken
 
 from gptoss_jax.bpe import PieceSplitter, has_long_run, merge
 from gptoss_jax.errors import CheckpointError, UsageError
-from gptoss_jax.tokenizer_json import O200K_PATTERN, read_tokenizer_json
+from gptoss_jax.tokenizer_json import read_tokenizer_json
 
 _LONG = 2000  # characters of a run, or bytes of a piece, from which tiktoken may be slow or overflow
 _UNKNOWN = "\ufffd".encode()
@@ -69,7 +69,7 @@ class Tokenizer:
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         content = read_tokenizer_json(file)
-        special = _with_reserved(content.vocab, content.special_tokens, content.pattern)
+        special = _with_reserved(content.vocab, content.special_tokens)
         ranks = None if content.ranks is content.vocab else content.ranks
         try:
             return cls(file.parent.name, content.pattern, content.vocab, special, ranks)
@@ -176,12 +176,11 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _with_reserved(vocab: Mapping[bytes, int], special: dict[str, int], pattern: str) -> dict[str, int]:
+def _with_reserved(vocab: Mapping[bytes, int], special: dict[str, int]) -> dict[str, int]:
     """`special` with the reserved tokens that o200k_harmony has and a checkpoint's tokenizer.json leaves
     out.
     """
-    is_o200k = pattern == O200K_PATTERN and len(vocab) == _O200K_ORDINARY
-    if not (is_o200k and all(special.get(text) == token_id for text, token_id in _O200K_MARKS.items())):
+    if len(vocab) != _O200K_ORDINARY or not _O200K_MARKS.items() <= special.items():
         return special
     named = {text: token_id for text, token_id in special.items() if token_id < _O200K_END}
     taken = set(_O200K_MARKS.values())

@@ -108,14 +108,15 @@ def _pattern(pre_tokenizer: _Node) -> str:
     if kinds != ["Split", "ByteLevel"]:
         raise pre_tokenizer.fail(f'a "Split" and a "ByteLevel" step (these are {", ".join(kinds) or "none"})')
     split, byte_level = steps
-    split.only("behavior", "Isolated")
-    split.only("invert", None, False)
+    drops_gaps = split.value.get("behavior") == "Removed"
+    split.only("behavior", "Isolated", "Removed")
+    split.only("invert", *((True,) if drops_gaps else (None, False)))
     byte_level.only("add_prefix_space", False)
     byte_level.only("use_regex", False)
     pattern: str = split.get("pattern", dict, "an object").get("Regex", str, "a regular expression").value
-    if pattern == O200K_PATTERN:
+    if drops_gaps or pattern == O200K_PATTERN:
         return pattern
-    # tiktoken drops what the pattern leaves out; "Isolated" keeps every such stretch as a piece.
+    # tiktoken drops what the pattern leaves out, as an inverted "Removed" does; "Isolated" keeps it as pieces.
     return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
 
 
@@ -132,11 +133,16 @@ def _special_tokens(root: _Node) -> dict[str, int]:
     return special
 
 
-def _byte_characters() -> dict[str, int]:
-    """The printable characters by which byte-level BPE writes the 256 bytes (GPT-2's `bytes_to_unicode`)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+def _byte_characters() -> dict[int, int]:
+    """From the characters by which byte-level BPE writes the 256 bytes (GPT-2's `bytes_to_unicode`) to
+    those bytes.
+
+    A byte that is no printable character stands above 255; the character that it would be itself is not in
+    use.
+    """
+    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [value for value in range(256) if value not in plain]
-    return {chr(value): value for value in plain} | {chr(256 + i): value for i, value in enumerate(others)}
+    return {256 + index: value for index, value in enumerate(others)} | {value: 0xFFFF for value in others}
 
 
 _BYTES = _byte_characters()
@@ -144,8 +150,8 @@ _BYTES = _byte_characters()
 
 def _to_bytes(token: str, node: _Node) -> bytes:
     try:
-        return bytes([_BYTES[character] for character in token])
-    except KeyError:
+        return token.translate(_BYTES).encode("latin-1")
+    except UnicodeEncodeError:
         raise CheckpointError(
             f"{node.file}: {node.field}: expected byte-level characters, found {token!r}"
         ) from None
@@ -179,9 +185,11 @@ def _merge_pairs(node: _Node, vocab: Mapping[bytes, int]) -> dict[tuple[bytes, b
     pairs: dict[tuple[bytes, bytes], int] = {}
     for index, entry in enumerate(node.value):
         parts = entry.split(" ") if isinstance(entry, str) else entry
-        if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(p, str) and p for p in parts)):
+        if not (
+            isinstance(parts, list) and len(parts) == 2 and isinstance(parts[0], str) and isinstance(parts[1], str)
+        ):
             raise CheckpointError(f"{node.file}: model.merges[{index}]: expected two tokens, found {entry!r}")
-        left, right = (_to_bytes(part, node) for part in parts)
+        left, right = _to_bytes(parts[0], node), _to_bytes(parts[1], node)
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise CheckpointError(
                 f"{node.file}: model.merges[{index}]: expected tokens of model.vocab that join to one, "

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number, line in enumerate(sys.stdin.buffer, 1):
             if line.strip():
                 try:
-                    print(json.dumps(handle(_read_line(line), tokenizer), ensure_ascii=False), flush=True)
+                    print(json.dumps(handle(_read_line(line), tokenizer)), flush=True)
                 except (GptOssError, RecursionError) as error:
                     raise UsageError(f"line {number}: {error or 'nested too deeply'}") from None
     except BrokenPipeError:

@@ -106,7 +106,7 @@ def _take_marked(words: list[str], malformed: list[str]) -> tuple[str | None, st
     """More words than a header has: those count that are marked, as to=NAME and as <|constrain|>TYPE."""
     recipient = next((word for word in words if word.startswith("to=")), None)
     content_type = next((word for word in words if word.startswith(_CONSTRAIN)), None)
-    others = [word for word in words if word not in (recipient, content_type)]
+    others = [word for word in words if not (word is recipient or word is content_type)]
     if others:
         malformed.append(f"header: unexpected {shorten(' '.join(others))}")
     words.clear()

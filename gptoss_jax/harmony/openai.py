@@ -120,12 +120,9 @@ def _as_instructions(message: Message) -> Message:
 
 
 def _without_old_analysis(messages: list[Message]) -> list[Message]:
-    last_final = max(
-        (i for i, m in enumerate(messages) if m.role == "assistant" and m.channel == "final"), default=0
-    )
-    return [
-        m for i, m in enumerate(messages) if i > last_final or m.channel != "analysis" or m.role != "assistant"
-    ]
+    finals = [index for index, message in enumerate(messages) if message.channel == "final"]
+    last = finals[-1] if finals else 0
+    return [m for m in messages[:last] if m.channel != "analysis"] + messages[last:]
 
 
 def _builtin(names: Sequence[str]) -> tuple[ToolNamespace, ...]:

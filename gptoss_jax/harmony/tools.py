@@ -106,10 +106,8 @@ def render_tools(namespaces: Iterable[ToolNamespace]) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+    *lines, last = text.split("\n")
+    return [line.removesuffix("\r") for line in lines] + ([last] if last else [])
 
 
 def function_tools(tools: Sequence[Tool]) -> tuple[FunctionTool, ...]:
