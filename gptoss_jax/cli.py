@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.errors import GptOssError, UsageError
+from sharding.errors import ShardingError
 
 if TYPE_CHECKING:
     from gptoss_jax.engine.params import SamplingParams
@@ -99,7 +100,7 @@ def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
     from gptoss_jax.llm import LLM
     from gptoss_jax.loading import EMBEDDED
 
-    return LLM(options.model or EMBEDDED, dtype=options.dtype, **more)
+    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, **more)
 
 
 def read_text(path: Path, flag: str) -> str:
@@ -128,7 +129,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
         sys.stdout.flush()
-    except GptOssError as error:
+    except (GptOssError, ShardingError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

@@ -15,7 +15,6 @@ from gptoss_jax.placement import partition_for
 from pallas_kernels.attention import attention
 from sharding import Partition, on_shards
 
-
 QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", None, "kv_heads", None)
 POSITIONS = ("batch", None)
@@ -88,8 +87,16 @@ class KVCache:
     layers: tuple[LayerCache, ...]
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16) -> KVCache:
-        """Room for `batch` sequences of `capacity` tokens."""
+    def empty(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: DTypeLike = jnp.bfloat16,
+        partition: Partition | None = None,
+    ) -> KVCache:
+        """Room for `batch` sequences of `capacity` tokens, with the heads that `partition` has."""
+        kv_heads = len((partition or partition_for(config)).heads.kv_sources)
 
         def layer(index: int) -> LayerCache:
             slots = min(config.window(index) or capacity, capacity)
@@ -99,7 +106,7 @@ class KVCache:
 
         return cls(tuple(layer(i) for i in range(config.num_hidden_layers)))
 
-    def grown(self, config: ModelConfig, capacity: int) -> KVCache:
+    def grown(self, config: ModelConfig, capacity: int, partition: Partition) -> KVCache:
         """A copy whose sequences may have `capacity` tokens; slots keep their place because none has wrapped."""
 
         def pad(layer: LayerCache, empty: LayerCache) -> LayerCache:
@@ -111,7 +118,7 @@ class KVCache:
             )
 
         batch, dtype = self.layers[0].positions.shape[0], self.layers[0].kv.dtype
-        goal = jax.eval_shape(lambda: KVCache.empty(config, batch, capacity, dtype))
+        goal = jax.eval_shape(lambda: KVCache.empty(config, batch, capacity, dtype, partition))
         return KVCache(tuple(pad(old, new) for old, new in zip(self.layers, goal.layers, strict=True)))
 
     def slot(self, index: jax.Array, keep: jax.Array) -> KVCache:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from gptoss_jax import harmony
 from gptoss_jax.checkpoint import resolve
 from gptoss_jax.engine.engine import Engine
@@ -17,6 +19,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.loading import EMBEDDED, load_model
 from gptoss_jax.text import ChatTranscript, RawTranscript, TextDelta
 from gptoss_jax.tokenizer import Tokenizer
+from sharding import ShardingRules
 
 Message = Mapping[str, Any]
 
@@ -41,22 +44,24 @@ class Progress:
 
 
 class LLM:
-    """A model with its tokenizer and engine. `path` is a local checkpoint or a Hub name.
+    """A model with its tokenizer and engine; `path`, `mesh`, `dtype` and `rules` are as for `load_model`.
 
-    Raises CheckpointError if it cannot be loaded.
+    Raises CheckpointError or ShardingError if it cannot be loaded so.
     """
 
     def __init__(
         self,
         path: str | Path = EMBEDDED,
-        *,
+        mesh: str | jax.sharding.Mesh | None = None,
         dtype: str = "bfloat16",
+        *,
+        rules: ShardingRules | None = None,
         max_batch: int = 8,
         progress: bool | None = None,
     ) -> None:
         path = resolve(path)
         self.tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").exists() else None
-        model = load_model(path, dtype=dtype, progress=progress)
+        model = load_model(path, mesh, dtype, rules=rules, progress=progress)
         self.config = model.config
         eos = set(self.config.eos_token_id)
         if self.tokenizer and set(harmony.STOP_TOKENS) <= self.tokenizer.special_tokens.keys():

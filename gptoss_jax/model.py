@@ -16,10 +16,10 @@ from jax import lax
 
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.kv_cache import KeyValues, WholeSequence
+from gptoss_jax.placement import partition_for
 from gptoss_jax.weights import Creator, WeightSpec
 from pallas_kernels.mxfp4_matmul import expert_mlp
 from sharding import Partition, constrain, lookup, on_shards, run_experts
-
 
 RESIDUAL = ("batch", None, "hidden")
 """Logical axes of the residual stream [B, T, D]."""
@@ -211,12 +211,12 @@ class GptOss(nnx.Module):
     """The whole model.
 
     `create` makes each weight from its definition: see `gptoss_jax.weights`. `partition` is the mesh that the weights
-    lie on, if they lie on one.
+    lie on; None is one device.
     """
 
     def __init__(self, config: ModelConfig, create: Creator, partition: Partition | None = None) -> None:
         self.config = config
-        self.partition = partition or Partition()
+        self.partition = partition or partition_for(config)
         table = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nnx.Param(create(WeightSpec("model.embed_tokens.weight", table, ("vocab", "hidden"))))
         self.layers = nnx.List([Block(config, i, create) for i in range(config.num_hidden_layers)])

@@ -66,7 +66,7 @@ class Engine:
         kv_dtype: DTypeLike | None = None,
         eos_token_ids: Iterable[int] | None = None,
     ) -> None:
-        self.config = model.config
+        self.config, self._partition = model.config, model.partition
         self._eos = frozenset(self.config.eos_token_id if eos_token_ids is None else eos_token_ids)
         graph, self._weights = nnx.split(model)
         self._dtype = kv_dtype or model.embed_tokens[...].dtype
@@ -181,10 +181,10 @@ class Engine:
         """The cache, grown by doubling so that a sequence of `length` fits."""
         needed = min(max(256, _power_of_two(length)), self.config.max_position_embeddings)
         if self._cache is None:
-            self._cache = KVCache.empty(self.config, len(self._slots), needed, self._dtype)
+            self._cache = KVCache.empty(self.config, len(self._slots), needed, self._dtype, self._partition)
             self._capacity = needed
         elif needed > self._capacity:
-            self._cache = self._cache.grown(self.config, needed)
+            self._cache = self._cache.grown(self.config, needed, self._partition)
             self._capacity = needed
         return self._cache
 
