@@ -1,0 +1,1 @@
+"""Reference numbers from independent implementations, made in environments of their own."""
