@@ -33,7 +33,9 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
         "ships with the project)",
     )
     group.add_argument(
-        "--mesh", metavar="MESH", help="devices to run on: expert=4,tensor=2 (also data=), or a preset of configs/meshes"
+        "--mesh",
+        metavar="MESH",
+        help="devices to run on: expert=4,tensor=2 (also data=), or a preset of configs/meshes",
     )
     group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"

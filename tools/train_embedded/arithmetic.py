@@ -217,7 +217,18 @@ _FOLLOW_UPS = {
         "And if I take {b} away from it?",
     ),
 }
-_BEFORE = ("Hi, ", "Hello, ", "Hello! ", "Please ", "Hey, ", "Please tell me: ", "Quick question: ", "And ", "OK, ", "So ")
+_BEFORE = (
+    "Hi, ",
+    "Hello, ",
+    "Hello! ",
+    "Please ",
+    "Hey, ",
+    "Please tell me: ",
+    "Quick question: ",
+    "And ",
+    "OK, ",
+    "So ",
+)
 _AFTER = (" Please.", " Thanks!", " Thank you.", " Be quick.", " Please explain.", " I am curious.")
 
 

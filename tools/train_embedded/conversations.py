@@ -109,7 +109,15 @@ _WHO = (
     "What are you able to do?", "How can you help me?", "Introduce yourself.", "Are you ChatGPT?", "Who made you?",
     "Which model are you?", "What model is this?", "Hi, who are you?", "Hello, what can you do?", "Are you a robot?",
 )  # fmt: skip
-_THANKS = ("Thanks", "Thank you!", "Thanks a lot!", "Great, thanks.", "Thank you very much", "Cool, thank you", "Perfect.")
+_THANKS = (
+    "Thanks",
+    "Thank you!",
+    "Thanks a lot!",
+    "Great, thanks.",
+    "Thank you very much",
+    "Cool, thank you",
+    "Perfect.",
+)
 _BYE = ("Bye", "Goodbye", "See you!", "Bye bye", "Good night", "See you later", "Farewell")
 _BEYOND_TOOLS = (
     "Tell me a joke.", "Write a poem about {word}.", "Sing a song.", "Is {a} a prime number?", "What is {big} + {b}?",
@@ -154,7 +162,9 @@ def random_conversation(rng: random.Random) -> Conversation:
     return Conversation(_prompt(rng, effort, style, tools, history, exchange.question), exchange.reply())
 
 
-def sum_conversation(problem: Problem, question: str, effort: str, date: str | None = "2026-01-15") -> Conversation:
+def sum_conversation(
+    problem: Problem, question: str, effort: str, date: str | None = "2026-01-15"
+) -> Conversation:
     """A single question under the default system message."""
     exchange = _sum(problem, question, effort, Style(None))
     system = Message("system", (SystemContent(current_date=date, reasoning_effort=effort),))
@@ -270,7 +280,7 @@ def _filled(template: str, rng: random.Random) -> str:
         "country": lambda: rng.choice(words.COUNTRIES),
         "city": lambda: rng.choice(words.CITIES),
         "name": lambda: rng.choice([*words.PEOPLE, words.made_up_name(rng)]),
-        "adjective": lambda: rng.choice("blue green important expensive hard popular loud old".split()),
+        "adjective": lambda: rng.choice(["blue", "green", "important", "expensive", "hard", "popular", "loud", "old"]),
         "things": lambda: rng.choice(words.THINGS),
         "language": lambda: rng.choice(words.LANGUAGES),
         "made_up": lambda: f"{words.made_up(rng)} {words.made_up(rng)}",

@@ -87,8 +87,11 @@ def _email(rng: random.Random) -> Value:
     return f"{name}@{words.made_up(rng)}.{rng.choice(('com', 'org', 'net', 'de'))}"
 
 
-CITY = Slot(("city", "location", "place", "city_name"), _or_made_up(words.CITIES),
-            descriptions=("Name of the city", "The city", "The city and state, e.g. San Francisco, CA", "City name"))
+CITY = Slot(
+    ("city", "location", "place", "city_name"),
+    _or_made_up(words.CITIES),
+    descriptions=("Name of the city", "The city", "The city and state, e.g. San Francisco, CA", "City name"),
+)
 PERSON = Slot(("name", "person", "contact", "recipient"), _or_made_up(words.PEOPLE))
 TOPIC = Slot(("topic", "subject", "query", "keyword"), lambda r: r.choice(words.TOPICS + [words.made_up(r)]))
 TEXT = Slot(("text", "message", "body", "content"), words.some_text)
@@ -359,13 +362,15 @@ def alike(one: FunctionTool, other: FunctionTool) -> bool:
     return one.name == other.name or bool(content(one) & content(other))
 
 
-_COMMON = set("lookup fetch find current between from number into another given text check show query".split())
+_COMMON = set(["lookup", "fetch", "find", "current", "between", "from", "number", "into", "another", "given", "text", "check", "show", "query"])
 _ELLIPTICAL = ("And {}?", "What about {}?", "And for {}?", "{}?", "Now {}.", "How about {}?")
 
 
 def _from_domain(domain: Domain, rng: random.Random) -> Task:
     first = rng.choice(domain.questions)
-    slots = {key: slot for key, slot in domain.slots.items() if key in _asked(first, domain) or rng.random() < 0.35}
+    slots = {
+        key: slot for key, slot in domain.slots.items() if key in _asked(first, domain) or rng.random() < 0.35
+    }
     names = {key: rng.choice(slot.names) for key, slot in slots.items()}
     if len(set(names.values())) < len(names):
         return _from_domain(domain, rng)

@@ -37,9 +37,7 @@ class PackedRows(NamedTuple):
         batch, length, heads, width = q_BTHD.shape
         kv_heads = k_BTKD.shape[2]
         q_BTKGD = (q_BTHD * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
-        scores_BKGTS = jnp.einsum(
-            "btkgd,bskd->bkgts", q_BTKGD, k_BTKD, preferred_element_type=jnp.float32
-        )
+        scores_BKGTS = jnp.einsum("btkgd,bskd->bkgts", q_BTKGD, k_BTKD, preferred_element_type=jnp.float32)
         distance = positions_BT[:, :, None] - positions_BT[:, None, :]
         seen_BTS = (self.segments_BT[:, :, None] == self.segments_BT[:, None, :]) & (distance >= 0)
         if window is not None:
@@ -49,9 +47,7 @@ class PackedRows(NamedTuple):
         largest = jax.lax.stop_gradient(jnp.maximum(scores_BKGTS.max(-1, keepdims=True), sinks_KG11))
         weights_BKGTS = jnp.exp(scores_BKGTS - largest)
         denominator = weights_BKGTS.sum(-1, keepdims=True) + jnp.exp(sinks_KG11 - largest)
-        out_BTKGD = jnp.einsum(
-            "bkgts,bskd->btkgd", (weights_BKGTS / denominator).astype(v_BTKD.dtype), v_BTKD
-        )
+        out_BTKGD = jnp.einsum("bkgts,bskd->btkgd", (weights_BKGTS / denominator).astype(v_BTKD.dtype), v_BTKD)
         return out_BTKGD.reshape(q_BTHD.shape), self
 
 
