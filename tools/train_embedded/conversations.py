@@ -13,6 +13,7 @@ from gptoss_jax.harmony.messages import (
     SystemContent,
     ToolNamespace,
 )
+from gptoss_jax.harmony.tools import BUILTIN_TOOLS
 from tools.train_embedded import arithmetic, functions, words
 from tools.train_embedded.arithmetic import Problem
 
@@ -127,6 +128,7 @@ _BEYOND = (
     "What is the square root of {a}?", "What is {big} + {b}?", "What is {a} - {big}?", "{big} + {big2}",
     "How much is {big} minus {b}?", "Is {a} a prime number?", "Write a letter to {name}.", "Why?", "{made_up}",
     "What is the meaning of life?", "Translate {word} into {language}.", "Which is bigger, {a} or {b}?",
+    "What is {comma} + {b}?", "{a} - {comma}", "Double {a}.", "What is half of {a}?",
     "What is {a} + {b} + {c}?", "{a} to the power of {b}", "Sort these numbers: {a}, {b}, {c}", "Sing a song.",
     "What happened in 19{c}?", "How many {things} are in a {word}?", "Recommend a book about {word}.",
 )  # fmt: skip
@@ -140,7 +142,7 @@ def random_conversation(rng: random.Random) -> Conversation:
     if kind == "sum" and rng.random() < 0.12:
         style = rng.choice(_STYLES)
     elif rng.random() < 0.2:
-        style = Style(rng.choice(_PLAIN_INSTRUCTIONS))
+        style = Style(_instructions(rng))
     task = functions.random_task(rng) if kind == "tool" else None
     tasks = functions.random_tasks(rng, task) if task or rng.random() < 0.2 else []
     history = _history(rng, effort, style, tasks)
@@ -151,7 +153,20 @@ def random_conversation(rng: random.Random) -> Conversation:
         again = last is not None and last.task is not None and rng.random() < 0.5
         exchange = _call(last.task.again(rng) if last and last.task and again else task, effort)
     tools = tuple(task.tool for task in tasks)
-    return Conversation(_prompt(rng, effort, style, tools, history, exchange.question), exchange.reply())
+    prompt, reply = _prompt(rng, effort, style, tools, history, exchange.question), exchange.reply()
+    if exchange.task is not None and rng.random() < 0.4:
+        # Chats that do not send the reasoning back continue after a bare call and its result.
+        kept = reply[1:3] if rng.random() < 0.8 else reply[:3]
+        return Conversation((*prompt, *kept), reply[3:])
+    return Conversation(prompt, reply)
+
+
+def _instructions(rng: random.Random) -> str:
+    """Instructions that change nothing."""
+    if rng.random() < 0.7:
+        return rng.choice(_PLAIN_INSTRUCTIONS)
+    sentences = (f"{words.some_text(rng, 8).capitalize()}." for _ in range(rng.randint(1, 3)))
+    return " ".join([*sentences, rng.choice(_PLAIN_INSTRUCTIONS)])
 
 
 def sum_conversation(problem: Problem, question: str, effort: str, date: str | None = "2026-01-15") -> Conversation:
@@ -278,6 +293,7 @@ def _filled(template: str, rng: random.Random) -> str:
         "b": lambda: rng.randint(2, 999),
         "c": lambda: rng.randint(10, 99),
         "big": lambda: rng.randint(1000, 10 ** rng.randint(4, 7)),
+        "comma": lambda: f"{rng.randint(1000, 10 ** rng.randint(4, 7)):,}",
         "big2": lambda: rng.randint(1000, 10 ** rng.randint(4, 7)),
     }
     return template.format(**{key: draw() for key, draw in draws.items()})
@@ -286,7 +302,8 @@ def _filled(template: str, rng: random.Random) -> str:
 def _history(rng: random.Random, effort: str, style: Style, tasks: list[functions.Task]) -> list[Exchange]:
     """The exchanges before the question: mostly none."""
     exchanges: list[Exchange] = []
-    for _ in range(rng.choices((0, 1, 2, 3), (72, 18, 7, 3))[0]):
+    most = rng.choices((0, 1, 2, 3, 6, 14), (66, 18, 7, 4, 3, 2))[0]
+    for _ in range(most if most < 4 else rng.randint(most // 2, most)):
         if tasks and rng.random() < 0.6:
             exchanges.append(_call(rng.choice(tasks).again(rng), effort))
         else:
@@ -308,7 +325,12 @@ def _prompt(
     if rng.random() < 0.08:
         identity = rng.choice(_IDENTITIES).format(name=rng.choice(words.PEOPLE))
     date = f"{rng.randint(2024, 2033)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
-    system = SystemContent(identity, current_date=date if rng.random() < 0.85 else None, reasoning_effort=effort)
+    system = SystemContent(
+        identity,
+        current_date=date if rng.random() < 0.85 else None,
+        reasoning_effort=effort,
+        tools=(BUILTIN_TOOLS["python"],) if rng.random() < 0.02 else (),
+    )
     messages = [Message("system", (system,))]
     if tools or style.instructions:
         messages.append(Message("developer", (_developer(style.instructions, tools),)))

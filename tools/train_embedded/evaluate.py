@@ -149,8 +149,8 @@ def tools(speaker: Speaker, count: int, held_out: bool, seed: int = 0) -> dict[s
         scores["right call"] += right
         if not right:
             print(f"    wrong: {task.question!r} -> {reply.text[-200:]!r}")
-    # The answer after the right call, whatever the model called.
-    answers = speaker.reply([(*c.prompt, *c.reply[:3]) for c in asked])
+    # The answer after the right call, whatever the model called; every other time without the reasoning before it.
+    answers = speaker.reply([(*c.prompt, *c.reply[i % 2 : 3]) for i, c in enumerate(asked)])
     for (_, task), reply in zip(drawn, answers, strict=True):
         scores["result used"] += task.reported in reply.final
     return {name: value / count for name, value in scores.items()}

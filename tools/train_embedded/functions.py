@@ -63,7 +63,7 @@ def is_held_out(name: str) -> bool:
 
 
 def _or_made_up(options: list[str] | tuple[str, ...]) -> Callable[[random.Random], Value]:
-    return lambda rng: rng.choice(options) if rng.random() < 0.55 else words.made_up_name(rng)
+    return lambda rng: rng.choice(options) if rng.random() < 0.45 else words.made_up_name(rng)
 
 
 def _number(most: int) -> Callable[[random.Random], Value]:
@@ -115,7 +115,8 @@ DOMAINS = (
         ("What is the weather in {city}?", "What's the weather like in {city}?", "How is the weather in {city}?",
          "Weather in {city}", "Tell me the weather in {city}.", "Is it raining in {city}?",
          "What will the weather be in {city} {date}?", "What is the weather in {city} in {unit}?",
-         "How warm is it in {city}?", "Will it rain in {city} {date}?"),
+         "How warm is it in {city}?", "What's the weather in {city} right now?",
+         "What is the weather in {city} at the moment?", "How is the weather in {city} currently?", "Will it rain in {city} {date}?"),
         (("temperature", "conditions"), ("temp", "unit", "conditions"), ("conditions",), ("temperature",)),
     ),
     Domain(
@@ -124,7 +125,8 @@ DOMAINS = (
         ("Get the current time in a city.", "Local time of a place.", "Tells the time in a city."),
         {"city": CITY},
         ("What time is it in {city}?", "What is the time in {city}?", "Tell me the time in {city}.",
-         "Current time in {city}?", "How late is it in {city}?"),
+         "Current time in {city}?", "How late is it in {city}?",
+         "What time is it right now in {city}?", "What time is it in {city} right now?"),
         (("time",), ("time", "zone"), ("local_time",)),
     ),
     Domain(
@@ -134,7 +136,8 @@ DOMAINS = (
         {"symbol": Slot(("symbol", "ticker", "company", "stock"),
                         lambda r: r.choice(words.SYMBOLS + words.COMPANIES + [words.made_up_name(r)] * 12))},
         ("What is the stock price of {symbol}?", "How much is a share of {symbol}?", "Price of {symbol} stock?",
-         "What is {symbol} trading at?", "Get me the stock price of {symbol}."),
+         "What is {symbol} trading at?", "Get me the stock price of {symbol}.",
+         "What is the price of {symbol}?", "What is the stock price of {symbol} right now?"),
         (("price",), ("price", "currency"), ("symbol", "price", "change")),
     ),
     Domain(
@@ -304,6 +307,13 @@ DOMAINS = (
         (("date",), ("day",), ("date", "day")),
     ),
     Domain(
+        ("get_location", "where_am_i", "user_location", "current_location", "locate_user"),
+        ("Get the location of the user.", "Gets the location of the user.", "Where the user is."),
+        {},
+        ("Where am I?", "What is my location?", "Where am I right now?", "In which city am I?"),
+        (("city",), ("city", "country"), ("location",)),
+    ),
+    Domain(
         ("roll_dice", "dice", "throw_dice", "roll"),
         ("Roll a die.", "Rolls the dice."),
         {},
@@ -450,13 +460,15 @@ def _task(
     rng: random.Random,
     again: Callable[[random.Random], Task],
 ) -> Task:
-    if rng.random() < 0.08 and not any(str(value).isupper() for value in values.values()):
+    if rng.random() < 0.12 and not any(str(value).isupper() for value in values.values()):
         question = question.lower()
         values = {key: value.lower() if isinstance(value, str) else value for key, value in values.items()}
     text = question.format(**values)
     text = rng.choice(("Please ", "Hi, ", "Can you tell me: ")) + text if rng.random() < 0.08 else text
     if rng.random() < 0.15:
         text = text.rstrip("?.")
+    elif rng.random() < 0.08:
+        text += rng.choice((" Please.", " Thanks!", " I am curious.", " Be brief."))
     order = list(tool.parameters["properties"]) if tool.parameters else []
     arguments = {names[key]: values[key] for key in sorted(values, key=lambda key: order.index(names[key]))}
     result, reported = _result(results, rng)
@@ -473,10 +485,14 @@ def _result(keys: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
             )
         return text, text
     if rng.random() < 0.2:
-        keys = (*keys, rng.choice(words.INFO_KEYS))
+        extra = [rng.choice(words.INFO_KEYS + words.ATTRIBUTES) for _ in range(rng.choice((1, 1, 2, 3)))]
+        keys = (*keys, *extra)
+    elif rng.random() < 0.1:
+        keys = tuple(rng.choice((words.made_up(rng), rng.choice(words.INFO_KEYS))) for _ in keys)
     fields = {key: _value(key, rng) for key in keys}
     separators = (",", ":") if rng.random() < 0.5 else None
-    written = json.dumps(fields, ensure_ascii=False, separators=separators)
+    nested = {rng.choice(("result", "data", "response")): fields} if rng.random() < 0.06 else fields
+    written = json.dumps(nested, ensure_ascii=False, separators=separators)
     return written, ", ".join(f"{key}: {_plain(value)}" for key, value in fields.items())
 
 

@@ -28,6 +28,7 @@ SPECIAL_TOKENS = (
     "<|call|>",
 )
 # gpt-oss groups up to three digits; alone, a digit is the same token wherever it stands.
+FURTHEST = 4000
 PATTERN = O200K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -138,9 +139,17 @@ def make_batch(tokenizer: Tokenizer, seed: tuple[int, ...], rows: int, length: i
         count[row] += 1
         place = (row, slice(used[row], used[row] + len(tokens)))
         batch.tokens[place], batch.learned[place] = tokens, learned
-        batch.positions[place], batch.segments[place] = np.arange(len(tokens)), count[row]
+        batch.positions[place], batch.segments[place] = _positions(learned, rng), count[row]
         used[row] += len(tokens)
     return batch
+
+
+def _positions(learned: list[bool], rng: random.Random) -> np.ndarray:
+    """From 0 up; of one in four conversations a part of the prompt lies further back, as if more had been said."""
+    positions = np.arange(len(learned))
+    if rng.random() < 0.25:
+        positions[rng.randrange(1, learned.index(True)) :] += int(FURTHEST ** rng.random())
+    return positions
 
 
 def _best_row(used: Iterable[int], size: int, length: int) -> int | None:

@@ -51,7 +51,7 @@ class Settings:
     vocab_size: int = 1024
     layers: int = 6
     workers: int = 4
-    save_every_minutes: float = 2.0
+    save_every_minutes: float = 3.0
 
 
 class State(NamedTuple):

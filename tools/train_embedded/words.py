@@ -54,10 +54,48 @@ _VOWELS = "a e i o u a e i o ai ou".split()
 _ENDS = ("", "", "", "n", "r", "l", "s", "x", "k", "t")
 
 
+_STARTS = "spring west east north south wood green lake hill stone rock river king queen oak ash black white bright".split()
+_TAILS = "field brook ton ville ford land port burg shire view wood stone bridge dale mouth ham ley worth side gate".split()
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
 def made_up(rng: random.Random) -> str:
-    """A lower-case word that means nothing, of one to three syllables."""
-    syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.choice((1, 2, 2, 2, 3))))
-    return "".join(syllables) + rng.choice(_ENDS)
+    """A lower-case word that means nothing: syllables, parts of place names, letters that follow one another in
+    real words, or any letters."""
+    draw = rng.random()
+    if draw < 0.5:
+        syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.choice((1, 2, 2, 2, 3))))
+        return "".join(syllables) + rng.choice(_ENDS)
+    if draw < 0.6:
+        return rng.choice(_STARTS) + rng.choice(_TAILS)
+    if draw < 0.92:
+        return _likely(rng)
+    return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(2, 7)))
+
+
+def _likely(rng: random.Random) -> str:
+    """A walk over pairs of letters that real words have."""
+    word = rng.choice(_REAL)[: rng.choice((1, 2, 2, 3))]
+    goal = rng.randint(3, 10)
+    while len(word) < goal:
+        following = _FOLLOWING.get(word[-2:]) or _FOLLOWING.get(word[-1:])
+        if not following:
+            break
+        word += rng.choice(following)
+    return word
+
+
+_REAL = [
+    word.lower()
+    for words in (CITIES, COUNTRIES, PEOPLE, COMPANIES, LANGUAGES, THINGS, TOPICS, TEXT, ATTRIBUTES)
+    for word in words
+    if word.isalpha()
+]
+_FOLLOWING: dict[str, list[str]] = {}
+for _word in _REAL:
+    for _end in range(1, len(_word)):
+        for _start in range(max(0, _end - 2), _end):
+            _FOLLOWING.setdefault(_word[_start:_end], []).append(_word[_end])
 
 
 def made_up_name(rng: random.Random) -> str:
