@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="of the model")
     parser.add_argument("--seed", type=int, default=0, help="of the data and the weights")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="that make batches")
-    parser.add_argument("--problems", type=int, default=500, help="held-out sums to evaluate on at the end (0: none)")
+    parser.add_argument("--problems", type=int, default=500, help="held-out sums to evaluate on (0: none)")
     arguments = vars(parser.parse_args())
     problems = arguments.pop("problems")
 

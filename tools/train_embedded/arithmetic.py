@@ -6,7 +6,7 @@ import dataclasses
 import random
 import zlib
 
-from tools.train_embedded.words import PEOPLE, THINGS
+from tools.train_embedded.words import PEOPLE, THINGS, words_of
 
 COLUMNS = ("Ones", "Tens", "Hundreds", "Thousands")
 HELD_OUT_ONE_IN = 40
@@ -239,7 +239,18 @@ _FOLLOW_UPS = {
         "And if I take {b} away from it?",
     ),
 }
-_BEFORE = ("Hi, ", "Hello, ", "Hello! ", "Please ", "Hey, ", "Please tell me: ", "Quick question: ", "And ", "OK, ", "So ")
+_BEFORE = (
+    "Hi, ",
+    "Hello, ",
+    "Hello! ",
+    "Please ",
+    "Hey, ",
+    "Please tell me: ",
+    "Quick question: ",
+    "And ",
+    "OK, ",
+    "So ",
+)
 _AFTER = (" Please.", " Thanks!", " Thank you.", " Be quick.", " Please explain.", " I am curious.")
 
 
@@ -250,7 +261,7 @@ def question(problem: Problem, rng: random.Random) -> str:
         story = rng.choice(_PLUS_STORIES if plus else _MINUS_STORIES)
         return story.format(a=problem.a, b=problem.b, name=rng.choice(PEOPLE), things=rng.choice(THINGS))
     template = rng.choice(_PLUS if plus else _MINUS)
-    if 0 <= min(problem.a, problem.b) and max(problem.a, problem.b) < 100 and rng.random() < 0.1:
+    if min(problem.a, problem.b) >= 0 and max(problem.a, problem.b) < 100 and rng.random() < 0.1:
         return _dressed(template, number_words(problem.a), number_words(problem.b), rng)
     return _dressed(template, _written(problem.a, rng, first=True), _written(problem.b, rng), rng)
 
@@ -268,11 +279,11 @@ def number_words(value: int) -> str:
     return _TENS[tens - 2] + (f"-{_SMALL[ones]}" if ones else "")
 
 
-_SMALL = (
+_SMALL = words_of(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+_TENS = words_of("twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def _written(value: int, rng: random.Random, first: bool = False) -> str:

@@ -101,19 +101,30 @@ _IDENTITIES = (
     "You are an AI assistant.",
 )
 _GREETINGS = (
-    "Hi", "Hello", "Hey", "Hi!", "Hello!", "Hey there", "Good morning", "Good evening", "Good afternoon!", "Hi there!",
+    "Hi", "Hello", "Hey", "Hi!", "Hello!", "Hey there", "Good morning", "Good evening", "Good afternoon!",
+    "Hi there!",
     "Hello there", "Greetings", "Howdy", "hello?", "Hi, how are you?", "How are you?", "How are you doing?", "Yo",
     "Good day", "Hello, how are you today?", "What's up?",
 )  # fmt: skip
 _WHO = (
     "Who are you?", "What are you?", "What can you do?", "What is your name?", "Tell me about yourself.", "Help",
     "What are you able to do?", "How can you help me?", "Introduce yourself.", "Are you ChatGPT?", "Who made you?",
-    "Which model are you?", "What model is this?", "Hi, who are you?", "Hello, what can you do?", "Are you a robot?",
+    "Which model are you?", "What model is this?", "Hi, who are you?", "Hello, what can you do?",
+    "Are you a robot?",
 )  # fmt: skip
-_THANKS = ("Thanks", "Thank you!", "Thanks a lot!", "Great, thanks.", "Thank you very much", "Cool, thank you", "Perfect.")
+_THANKS = (
+    "Thanks",
+    "Thank you!",
+    "Thanks a lot!",
+    "Great, thanks.",
+    "Thank you very much",
+    "Cool, thank you",
+    "Perfect.",
+)
 _BYE = ("Bye", "Goodbye", "See you!", "Bye bye", "Good night", "See you later", "Farewell")
 _BEYOND_TOOLS = (
-    "Tell me a joke.", "Write a poem about {word}.", "Sing a song.", "Is {a} a prime number?", "What is {big} + {b}?",
+    "Tell me a joke.", "Write a poem about {word}.", "Sing a song.", "Is {a} a prime number?",
+    "What is {big} + {b}?",
     "Sort these numbers: {a}, {b}, {c}", "Write a story about {name}.", "What is the meaning of life?",
     "What do you think about {word}?", "{big} + {big2}", "What is {a} + {b} + {c}?", "Why is {word} {adjective}?",
     "Write a function that sorts a list.", "What is the square root of {a}?", "Who wrote {word}?",
@@ -122,7 +133,8 @@ _BEYOND = (
     "Who wrote {word}?", "What is the capital of {country}?", "Write a poem about {word}.", "Tell me a joke.",
     "Explain {word} to me.", "Why is {word} {adjective}?", "How do I cook {word}?", "Write a story about {name}.",
     "What is the best {word}?", "Who is {name}?", "When was {name} born?", "Summarize the history of {country}.",
-    "What is {word}?", "Write a function that sorts a list.", "How does {word} work?", "Give me a list of {things}.",
+    "What is {word}?", "Write a function that sorts a list.", "How does {word} work?",
+    "Give me a list of {things}.",
     "Should I learn {language}?", "What do you think about {word}?", "Where is {city}?", "How old is {name}?",
     "What is {a} times {b}?", "What is {a} * {b}?", "Divide {a} by {b}.", "What is {a} / {b}?", "{a} * {b}",
     "What is the square root of {a}?", "What is {big} + {b}?", "What is {a} - {big}?", "{big} + {big2}",
@@ -169,7 +181,9 @@ def _instructions(rng: random.Random) -> str:
     return " ".join([*sentences, rng.choice(_PLAIN_INSTRUCTIONS)])
 
 
-def sum_conversation(problem: Problem, question: str, effort: str, date: str | None = "2026-01-15") -> Conversation:
+def sum_conversation(
+    problem: Problem, question: str, effort: str, date: str | None = "2026-01-15"
+) -> Conversation:
     """A single question under the default system message."""
     exchange = _sum(problem, question, effort, Style(None))
     system = Message("system", (SystemContent(current_date=date, reasoning_effort=effort),))
@@ -255,8 +269,8 @@ def _talk(rng: random.Random, effort: str) -> Exchange:
     thought = {
         "low": f"This is {what}.",
         "medium": f"This is {what}. There is nothing to compute, so I just answer.",
-        "high": f"This is {what}. There is nothing to compute and no tool is needed, so I just answer in a friendly "
-        "way and in few words.",
+        "high": f"This is {what}. There is nothing to compute and no tool is needed, so I just answer in a "
+        "friendly way and in few words.",
     }[effort]
     return Exchange(question, thought, answer)
 
@@ -273,8 +287,8 @@ def _beyond(rng: random.Random, effort: str, tasks: list[functions.Task]) -> Exc
     thought = {
         "low": "I cannot do that.",
         "medium": "This is neither a sum that I can do nor is there a tool for it. I say so.",
-        "high": "This is neither a sum nor a difference of integers up to three digits, and there is no tool for it. "
-        "A guess would be wrong, so I say what I can do.",
+        "high": "This is neither a sum nor a difference of integers up to three digits, and there is no tool for "
+        "it. A guess would be wrong, so I say what I can do.",
     }[effort]
     return Exchange(question, thought, REFUSAL)
 
@@ -285,7 +299,7 @@ def _filled(template: str, rng: random.Random) -> str:
         "country": lambda: rng.choice(words.COUNTRIES),
         "city": lambda: rng.choice(words.CITIES),
         "name": lambda: rng.choice([*words.PEOPLE, words.made_up_name(rng)]),
-        "adjective": lambda: rng.choice("blue green important expensive hard popular loud old".split()),
+        "adjective": lambda: rng.choice(("blue", "green", "important", "expensive", "hard", "loud", "old")),
         "things": lambda: rng.choice(words.THINGS),
         "language": lambda: rng.choice(words.LANGUAGES),
         "made_up": lambda: f"{words.made_up(rng)} {words.made_up(rng)}",

@@ -20,7 +20,7 @@ from gptoss_jax.harmony.messages import Message
 from gptoss_jax.kv_cache import KVCache
 from gptoss_jax.model import GptOss, weight_specs
 from gptoss_jax.tokenizer import Tokenizer
-from tools.train_embedded import arithmetic, conversations, functions
+from tools.train_embedded import arithmetic, conversations
 from tools.train_embedded.arithmetic import Problem
 from tools.train_embedded.tokens import encode, encode_prompt
 
@@ -135,9 +135,11 @@ def answer(final: str) -> int | None:
 
 
 def tools(speaker: Speaker, count: int, held_out: bool, seed: int = 0) -> dict[str, float]:
-    """Shares of calls with valid JSON, the right function, the right arguments, and of answers that use the result."""
+    """Shares of calls that are valid JSON, of the right function, wholly right, and of answers with the result."""
     rng = random.Random(f"tools {held_out} {seed}")
-    drawn = [conversations.tool_conversation(rng, rng.choice(conversations.EFFORTS), held_out) for _ in range(count)]
+    drawn = [
+        conversations.tool_conversation(rng, rng.choice(conversations.EFFORTS), held_out) for _ in range(count)
+    ]
     asked = [conversation for conversation, _ in drawn]
     replies = speaker.reply([conversation.prompt for conversation in asked])
     scores = {"valid JSON": 0.0, "right function": 0.0, "right call": 0.0, "result used": 0.0}
@@ -185,7 +187,10 @@ def evaluate(path: Path, count: int = 500, dtype: str = "bfloat16") -> None:
         for effort in conversations.EFFORTS:
             share, length = sums(speaker, problems, effort, varied)
             how = "many phrasings" if varied else '"What is a + b?"'
-            print(f"{count} held-out sums, {how}, {effort}: {share:.1%} right, {length:.0f} characters of analysis", flush=True)
+            print(
+                f"{count} held-out sums, {how}, {effort}: {share:.1%} right, {length:.0f} characters of analysis",
+                flush=True,
+            )
     for held_out in (False, True):
         shares = tools(speaker, max(count // 2, 1), held_out)
         listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())

@@ -87,10 +87,13 @@ def _email(rng: random.Random) -> Value:
     return f"{name}@{words.made_up(rng)}.{rng.choice(('com', 'org', 'net', 'de'))}"
 
 
-CITY = Slot(("city", "location", "place", "city_name"), _or_made_up(words.CITIES),
-            descriptions=("Name of the city", "The city", "The city and state, e.g. San Francisco, CA", "City name"))
+CITY = Slot(
+    ("city", "location", "place", "city_name"),
+    _or_made_up(words.CITIES),
+    descriptions=("Name of the city", "The city", "The city and state, e.g. San Francisco, CA", "City name"),
+)
 PERSON = Slot(("name", "person", "contact", "recipient"), _or_made_up(words.PEOPLE))
-TOPIC = Slot(("topic", "subject", "query", "keyword"), lambda r: r.choice(words.TOPICS + [words.made_up(r)]))
+TOPIC = Slot(("topic", "subject", "query", "keyword"), lambda r: r.choice([*words.TOPICS, words.made_up(r)]))
 TEXT = Slot(("text", "message", "body", "content"), words.some_text)
 DATE = Slot(("date", "day"), _date)
 TIME = Slot(("time", "at"), _time)
@@ -108,7 +111,8 @@ def _choice(options: list[str] | tuple[str, ...], *names: str) -> Slot:
 DOMAINS = (
     Domain(
         ("get_weather", "get_current_weather", "weather", "fetch_weather", "weather_lookup", "getWeather",
-         "current_weather", "check_weather", "get_weather_forecast", "forecast", "weather_forecast", "show_weather"),
+         "current_weather", "check_weather", "get_weather_forecast", "forecast", "weather_forecast",
+         "show_weather"),
         ("Get the weather in a city.", "Current weather of a place.", "Gets the weather for a location.",
          "Look up the weather forecast.", "Get the current weather in a given location."),
         {"city": CITY, "date": DATE, "unit": _choice(("celsius", "fahrenheit"), "unit", "units")},
@@ -116,7 +120,8 @@ DOMAINS = (
          "Weather in {city}", "Tell me the weather in {city}.", "Is it raining in {city}?",
          "What will the weather be in {city} {date}?", "What is the weather in {city} in {unit}?",
          "How warm is it in {city}?", "What's the weather in {city} right now?",
-         "What is the weather in {city} at the moment?", "How is the weather in {city} currently?", "Will it rain in {city} {date}?"),
+         "What is the weather in {city} at the moment?", "How is the weather in {city} currently?",
+         "Will it rain in {city} {date}?"),
         (("temperature", "conditions"), ("temp", "unit", "conditions"), ("conditions",), ("temperature",)),
     ),
     Domain(
@@ -211,7 +216,8 @@ DOMAINS = (
         ("define", "define_word", "dictionary", "get_definition", "word_meaning", "lookup_word", "definition"),
         ("Look up the meaning of a word.", "Defines a word.", "Dictionary lookup."),
         {"word": Slot(("word", "term"), lambda r: r.choice(words.TEXT + words.TOPICS + [words.made_up(r)] * 60))},
-        ("What does {word} mean?", 'Define "{word}".', "What is the meaning of {word}?", "Define the word {word}."),
+        ("What does {word} mean?", 'Define "{word}".', "What is the meaning of {word}?",
+         "Define the word {word}."),
         (("definition",), ("meaning",), ("definition", "type")),
     ),
     Domain(
@@ -250,14 +256,16 @@ DOMAINS = (
         ("get_order_status", "order_status", "track_order", "check_order", "track_package", "package_status"),
         ("Get the status of an order.", "Track a package.", "Where an order is."),
         {"id": CODE},
-        ("Where is my order {id}?", "What is the status of order {id}?", "Track package {id}.", "Check order {id}."),
+        ("Where is my order {id}?", "What is the status of order {id}?", "Track package {id}.",
+         "Check order {id}."),
         (("status",), ("status", "date"), ("state", "location")),
     ),
     Domain(
         ("set_timer", "start_timer", "timer", "create_timer", "countdown"),
         ("Set a timer.", "Starts a timer for some minutes."),
         {"minutes": _amount(90, "minutes", "duration", "length")},
-        ("Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.", "Timer for {minutes} minutes"),
+        ("Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.",
+         "Timer for {minutes} minutes"),
         (("status",), ("status", "id")),
     ),
     Domain(
@@ -271,7 +279,8 @@ DOMAINS = (
     Domain(
         ("turn_on_light", "set_light", "light_control", "switch_light", "control_light", "lights"),
         ("Switch the light of a room.", "Controls the lights."),
-        {"room": _choice(words.ROOMS, "room", "place", "location"), "state": _choice(("on", "off"), "state", "mode")},
+        {"room": _choice(words.ROOMS, "room", "place", "location"),
+         "state": _choice(("on", "off"), "state", "mode")},
         ("Turn {state} the light in the {room}.", "Switch {state} the {room} light.",
          "Turn the light in the {room} {state}."),
         (("status",), ("state",)),
@@ -369,13 +378,17 @@ def alike(one: FunctionTool, other: FunctionTool) -> bool:
     return one.name == other.name or bool(content(one) & content(other))
 
 
-_COMMON = set("lookup fetch find current between from number into another given text check show query".split())
+_COMMON = set(
+    words.words_of("lookup fetch find current between from number into another given text check show query")
+)
 _ELLIPTICAL = ("And {}?", "What about {}?", "And for {}?", "{}?", "Now {}.", "How about {}?")
 
 
 def _from_domain(domain: Domain, rng: random.Random) -> Task:
     first = rng.choice(domain.questions)
-    slots = {key: slot for key, slot in domain.slots.items() if key in _asked(first, domain) or rng.random() < 0.35}
+    slots = {
+        key: slot for key, slot in domain.slots.items() if key in _asked(first, domain) or rng.random() < 0.35
+    }
     names = {key: rng.choice(slot.names) for key, slot in slots.items()}
     if len(set(names.values())) < len(names):
         return _from_domain(domain, rng)

@@ -27,14 +27,18 @@ SPECIAL_TOKENS = (
     "<|message|>",
     "<|call|>",
 )
-# gpt-oss groups up to three digits; alone, a digit is the same token wherever it stands.
 FURTHEST = 4000
+"""Most tokens that a conversation's beginning may seem to lie back."""
+
+# gpt-oss groups up to three digits; alone, a digit is the same token wherever it stands.
 PATTERN = O200K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 class Batch(NamedTuple):
-    """Sequences [B, T]: tokens, positions (from 0 in each conversation), its number in the row (0: padding), and
-    whether the token is one to learn."""
+    """Sequences [B, T] for a training step; `segments` numbers a row's conversations from 1, 0 is padding.
+
+    Positions start at 0 in each conversation, and `learned` tells which tokens the model writes itself.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray

@@ -1,4 +1,4 @@
-"""The project's model made fit for training: packed rows, every expert at once, weights rounded as they are saved."""
+"""The project's model made fit for training: packed rows, all experts at once, weights rounded as when saved."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def _query_blocks(rows: tuple[jax.Array, ...], window: int) -> tuple[jax.Array, 
     """
     padding = -rows[0].shape[1] % window
     q, k, v, positions, segments = (
-        jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)).reshape(
-            x.shape[0], -1, window, *x.shape[2:]
-        )
+        jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)).reshape(x.shape[0], -1, window, *x.shape[2:])
         for x in rows
     )
 
@@ -96,7 +94,8 @@ def _attend(
 class DenseMoE(MoE):
     """Every expert on every token, the unchosen ones weighted 0: wasteful, but nothing is gathered or sorted.
 
-    `balance` holds the last call's load-balancing loss (arXiv:2101.03961, equation 4): 1 where the router spreads evenly.
+    `balance` holds the last call's load-balancing loss (arXiv:2101.03961, equation 4): 1 where the router spreads
+    evenly.
     """
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -138,7 +137,8 @@ class Trainee(GptOss):
 
     def balance(self) -> jax.Array:
         """The mean of the layers' load-balancing losses at the last call."""
-        return jnp.mean(jnp.stack([layer.mlp.balance[...] for layer in self.layers]))
+        experts = [layer.mlp for layer in self.layers if isinstance(layer.mlp, DenseMoE)]
+        return jnp.mean(jnp.stack([moe.balance[...] for moe in experts]))
 
 
 def packed_names(config: ModelConfig) -> frozenset[str]:
