@@ -14,7 +14,8 @@ CITIES = words_of(
     "Paris London Berlin Madrid Rome Vienna Lisbon Dublin Oslo Stockholm Helsinki Copenhagen Amsterdam "
     "Brussels Zurich Geneva Prague Warsaw Budapest Athens Istanbul Cairo Lagos Nairobi Dubai Mumbai Delhi Bangkok "
     "Singapore Tokyo Osaka Seoul Beijing Shanghai Sydney Melbourne Auckland Toronto Montreal Vancouver Boston "
-    "Chicago Denver Seattle Austin Miami Lima Bogota Santiago Hamburg Munich Cologne Lyon Nice Milan Naples Porto Basel Kyoto"
+    "Chicago Denver Seattle Austin Miami Lima Bogota Santiago Hamburg Munich Cologne Lyon Nice Milan Naples Porto "
+    "Basel Kyoto"
 )
 CITIES += ["New York", "San Francisco", "Los Angeles", "Hong Kong", "Rio de Janeiro", "Mexico City", "Cape Town"]
 CITIES += ["San Francisco, CA", "Boston, MA", "Austin, Texas", "Paris, France", "Sao Paulo", "Buenos Aires"]
