@@ -20,8 +20,9 @@ from gptoss_jax.kv_cache import WholeSequence
 from gptoss_jax.model import GptOss, weight_specs
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize, quantize
 from tools.train_embedded import arithmetic, conversations, functions
+from tools.train_embedded.__main__ import EMBEDDED
 from tools.train_embedded.arithmetic import Problem
-from tools.train_embedded.evaluate import EMBEDDED, Reply, Speaker, answer
+from tools.train_embedded.evaluate import Reply, Speaker, answer
 from tools.train_embedded.tokens import encode, encode_prompt, make_batch
 from tools.train_embedded.trainee import (
     PackedRows,
@@ -265,7 +266,7 @@ def test_the_worked_steps_are_right(effort: str) -> None:
 
 def test_help_is_quick_and_needs_no_jax() -> None:
     code = (
-        "import sys; sys.argv = ['x', '--help']\n"
+        "import sys; sys.argv = ['x', 'train', '--help']\n"
         "from tools.train_embedded.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"

@@ -1,8 +1,7 @@
-"""How well a trained model does, through the packed path: python -m tools.train_embedded.evaluate --help."""
+"""How well a trained model does, at temperature 0 through the packed path."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -24,7 +23,6 @@ from tools.train_embedded import arithmetic, conversations
 from tools.train_embedded.arithmetic import Problem
 from tools.train_embedded.tokens import encode, encode_prompt
 
-EMBEDDED = Path(__file__).parents[2] / "gptoss_jax" / "embedded"
 MOST_TOKENS = 320
 
 
@@ -199,19 +197,3 @@ def evaluate(path: Path, count: int = 500, dtype: str = "bfloat16") -> None:
     for text in ("Hi", "Hello!", "Who are you?", "Thanks!", "Who wrote Hamlet?", "What is 17 + 25?"):
         (reply,) = speaker.reply([conversations.greeting_prompt(text, "medium")])
         print(f"{text} -> {reply.final}")
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint directory")
-    parser.add_argument("--problems", type=int, default=500, help="held-out sums")
-    parser.add_argument("--dtype", default="bfloat16", help="of everything but the packed experts")
-    arguments = parser.parse_args()
-    evaluate(arguments.model, arguments.problems, arguments.dtype)
-
-
-if __name__ == "__main__":
-    main()

@@ -39,7 +39,7 @@ class Settings:
     """Everything that decides the result, but for `minutes`, which ends training (and its schedule) early."""
 
     output: Path
-    steps: int = 6000
+    steps: int = 4500
     minutes: float = math.inf
     rows: int = 96
     length: int = 640
