@@ -438,7 +438,7 @@ def test_files_that_are_not_there(copy: Callable[[str], Path], tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", match=r"config\.json: no such file")
     shutil.copy(directory / "config.json", tmp_path / "empty")
-    refused(tmp_path / "empty", match=f"expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
+    refused(tmp_path / "empty", match=f"expected {SINGLE_FILE}, {INDEX_FILE} or an Orbax checkpoint, found none")
     os.mkfifo(tmp_path / "empty" / SINGLE_FILE)
     refused(tmp_path / "empty", match="not a regular file")
 
