@@ -7,6 +7,8 @@ and checked as those of any other layout.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,6 +157,18 @@ def _line(error: BaseException) -> str:
     return show(lines[0]) if lines else type(error).__name__
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs what it raises as well."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class _Lazy:
     """An array that is made when it is written."""
 
@@ -209,7 +223,7 @@ def write_orbax(directory: Path, tensors: Sequence[TensorInfo], make: Callable[[
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     args = ocp.args.PyTreeSave(tree, save_args=save_args, ocdbt_target_data_file_size=DATA_FILE_BYTES)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(directory.absolute(), args=args)
     except Exception as error:
         if failures:
