@@ -214,7 +214,7 @@ class Checkpoint:
     def _open(self, file: Path) -> TensorFile:
         if not is_orbax(file):
             return SafetensorsFile(file, self._count)
-        # Imported here because orbax takes seconds.
+        # Imported here because not every installation has it.
         from gptoss_jax.orbax_checkpoint import OrbaxDirectory
 
         return OrbaxDirectory(file, self._count)

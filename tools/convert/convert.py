@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def _write(
     if to == "hf":
         write_hugging_face(directory, tensors, ((info.name, read(info.name)) for info in tensors), max_shard_bytes)
         return directory
-    from gptoss_jax.orbax_checkpoint import write_orbax
+    from gptoss_jax.orbax_writer import write_orbax
 
     # Orbax makes the directory itself.
     write_orbax(directory / "orbax", tensors, read)
@@ -185,7 +185,10 @@ def parse_size(text: str) -> int:
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number = text.strip().upper().rstrip("BKMGT")
     unit = text.strip().upper()[len(number) :]
-    size: Any = float(number) * units[unit] if unit in units and number else math.nan
+    try:
+        size = float(number) * units[unit]
+    except (KeyError, ValueError):
+        size = math.nan
     if not 1 <= size < 2**63:
-        raise ValueError(text)
+        raise ValueError(f"not a size: {text}")
     return int(size)
