@@ -103,6 +103,7 @@ def one_process(directory: Path, address: str, processes: int, process: int) -> 
     multihost_utils.sync_global_devices("start")
     plain = [plain_read(directory, processes, process, total // processes)]
     multihost_utils.sync_global_devices("plain")
+    base = anonymous_bytes()
     with Peak() as peak, open_checkpoint(directory) as checkpoint:
         start = time.perf_counter()
         specs = weight_specs(checkpoint.config)
@@ -113,7 +114,13 @@ def one_process(directory: Path, address: str, processes: int, process: int) -> 
     del model
     multihost_utils.sync_global_devices("loaded")
     plain.append(plain_read(directory, processes, process, read))
-    figures = {"read_bytes": read, "peak_bytes": peak.bytes, "load_s": seconds, "plain_s": min(plain)}
+    figures = {
+        "read_bytes": read,
+        "base_bytes": base,
+        "peak_bytes": peak.bytes,
+        "load_s": seconds,
+        "plain_s": min(plain),
+    }
     print(json.dumps(figures), flush=True)
     multihost_utils.sync_global_devices("done")
 

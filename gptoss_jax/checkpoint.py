@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -632,10 +633,23 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
             try:
                 yield partial
                 os.replace(partial, directory)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            except BaseException:
+                _remove(partial)
+                raise
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be written: {error.strerror or error}") from None
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, in which a writer's threads may still be making files."""
+    gone_since = None
+    for _ in range(100):
+        shutil.rmtree(directory, ignore_errors=True)
+        now = time.monotonic()
+        gone_since = None if directory.exists() else gone_since or now
+        if gone_since is not None and now - gone_since > 0.2:
+            return
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -63,8 +63,10 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     ) -> Sequence[Any]:
         """Write the values and wait for them."""
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-            for written in await super().serialize([value.make()], [info], [arg]):
-                written.result()
+            commits = await super().serialize([value.make()], [info], [arg])
+            # A commit holds its array.
+            while commits:
+                commits.pop().result()
         return []
 
 
