@@ -1,4 +1,4 @@
-"""Checkpoints in and out: Hugging Face's and OpenAI's safetensors layouts, straight into the shards of a mesh.
+"""Checkpoints in and out: Hugging Face's and OpenAI's layouts and Orbax, straight into the shards of a mesh.
 
     checkpoint = open_checkpoint(resolve("openai/gpt-oss-20b"))
     checkpoint.validate(specs)                      # every header against the model, before any tensor is read
@@ -10,7 +10,10 @@ Whatever the layout, tensors go by the names and shapes that the model declares 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import glob
 import json
 import math
 import os
@@ -18,16 +21,18 @@ import re
 import shutil
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from gptoss_jax import safetensors_file
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
@@ -43,7 +48,7 @@ from gptoss_jax.safetensors_file import (
     show,
     write_safetensors,
 )
-from gptoss_jax.weights import Creator, Weight, WeightSpec
+from gptoss_jax.weights import Creator, Sharding, Weight, WeightSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -57,8 +62,6 @@ HUB_PATTERNS = (
 )
 FLOAT_DTYPES = ("BF16", "F32", "F16")
 NAN_SCALE = 255
-
-Sharding = Callable[[WeightSpec], jax.sharding.Sharding | None]
 
 # Buffers that some exports keep and that follow from the config.
 _UNUSED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq)")
@@ -134,6 +137,19 @@ def _first_cause(error: BaseException) -> str:
     return lines[0].strip() or type(error).__name__
 
 
+class TensorFile(Protocol):
+    """Tensors in one place, whose headers have been checked: a safetensors file, or an Orbax directory."""
+
+    path: Path
+    tensors: dict[str, TensorEntry]
+
+    def read_into(self, entry: TensorEntry, box: Box, out: np.ndarray, pool: Executor | None = None) -> None:
+        """Fill `out`, any view of the shape of `box`, with that slice of a tensor, converted to `out`'s dtype."""
+
+    def close(self) -> None:
+        """Nothing can be read any longer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A tensor under the model's name and shape, and where it is stored.
@@ -144,7 +160,7 @@ class StoredTensor:
 
     name: str
     shape: tuple[int, ...]
-    file: SafetensorsFile
+    file: TensorFile
     entry: TensorEntry
     first_row: int = 0
     transposed: bool = False
@@ -182,7 +198,7 @@ class Checkpoint:
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint")
-        self.files = [SafetensorsFile(file, self._count) for file in files]
+        self.files = [self._open(file) for file in files]
         self.config = config
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
@@ -195,6 +211,14 @@ class Checkpoint:
             # OpenAI's config.json does not tell.
             packed = any(name.endswith("_blocks") for name in self.tensors)
             self.config = dataclasses.replace(config, quantization="mxfp4" if packed else None)
+
+    def _open(self, file: Path) -> TensorFile:
+        if not is_orbax(file):
+            return SafetensorsFile(file, self._count)
+        # Imported here because not every installation has it.
+        from gptoss_jax.orbax_checkpoint import OrbaxDirectory
+
+        return OrbaxDirectory(file, self._count)
 
     def _count(self, size: int) -> None:
         with self._lock:
@@ -226,12 +250,13 @@ class Checkpoint:
     def _parts(self, spec: WeightSpec) -> list[StoredTensor]:
         """The tensors that make up a weight, checked."""
         self._check_quantization(spec)
+        stored = spec.stored
         if not spec.packed:
-            return [self._part(spec.name, spec.shape, FLOAT_DTYPES)]
-        blocks_shape = (*spec.groups_shape, GROUP // 2)
+            return [self._part(spec.name, stored.shape, FLOAT_DTYPES)]
+        blocks_shape = (*stored.groups_shape, GROUP // 2)
         return [
             self._part(f"{spec.name}_blocks", blocks_shape, ("U8",)),
-            self._part(f"{spec.name}_scales", spec.groups_shape, ("U8",)),
+            self._part(f"{spec.name}_scales", stored.groups_shape, ("U8",)),
         ]
 
     def _check_quantization(self, spec: WeightSpec) -> None:
@@ -267,23 +292,42 @@ class Checkpoint:
         return tensor
 
     def read(
-        self, name: str, index: tuple[slice, ...] | None = None, dtype: DTypeLike | None = None
+        self,
+        name: str,
+        index: tuple[slice, ...] | None = None,
+        dtype: DTypeLike | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> np.ndarray:
         """A tensor, or the slice `index` of it (steps of 1), in `dtype` or as stored.
 
-        `name` is the model's; only the bytes of the slice are read. Raises CheckpointError, also where scales
-        hold 255, MXFP4's NaN.
+        `name` is the model's; only the bytes of the slice are read. A `shape` larger than the stored one has zeros
+        at the end of its dimensions. Raises CheckpointError, also where scales hold 255, MXFP4's NaN.
         """
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.path}: {name}: missing tensor")
-        box = _box(tensor.shape, index or ())
+        tensor = self._named(name)
+        box = _box(shape or tensor.shape, index or ())
         out_dtype = DTYPES[tensor.entry.dtype] if dtype is None else np.dtype(dtype)
         out = aligned_empty([stop - start for start, stop in box], out_dtype)
+        within = [
+            (min(start, size), min(stop, size)) for (start, stop), size in zip(box, tensor.shape, strict=True)
+        ]
+        if within == box:
+            self.read_into(name, box, out)
+        else:
+            out.view(np.uint8).fill(0)
+            self.read_into(name, within, out[tuple(slice(0, stop - start) for start, stop in within)])
+        return out
+
+    def read_into(self, name: str, box: Box, out: np.ndarray) -> None:
+        """Fill `out`, any view of the shape of `box`, with that slice of a tensor; see `read`."""
+        tensor = self._named(name)
         tensor.read_into(box, out, self._pool)
         if name.endswith("_scales"):
             _refuse_nan_scales(tensor, box, out)
-        return out
+
+    def _named(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: {name}: missing tensor")
+        return self.tensors[name]
 
     def creator(
         self,
@@ -295,7 +339,8 @@ class Checkpoint:
 
         Plain weights come in `dtype`, packed ones as they are. `sharding` tells where a weight goes (of packed
         ones, blocks and scales alike), and each process reads its own shards only; None is the default device.
-        Host memory holds one tensor at a time, and a chunk a thread. A progress bar goes to stderr if `progress`,
+        Host memory holds one tensor at a time, and a chunk a thread. What a spec's shape has beyond its
+        `stored_shape` is zero. A progress bar goes to stderr if `progress`,
         or if that is a terminal. The creator raises CheckpointError for a weight that `validate` would refuse.
         """
         bar = self._progress_bar(progress)
@@ -304,10 +349,10 @@ class Checkpoint:
             parts = self._parts(spec)
             place = sharding(spec) if sharding else None
             if spec.packed:
-                blocks, scales = (self._array(part, place, None) for part in parts)
-                weight: Weight = MXFP4Tensor(blocks, scales)
+                blocks = self._array(parts[0], (*spec.groups_shape, GROUP // 2), place, None)
+                weight: Weight = MXFP4Tensor(blocks, self._array(parts[1], spec.groups_shape, place, None))
             else:
-                weight = self._array(parts[0], place, dtype)
+                weight = self._array(parts[0], spec.shape, place, dtype)
             # Otherwise transfers queue up and hold the host's copies.
             jax.block_until_ready(weight)
             if bar is not None:
@@ -319,20 +364,30 @@ class Checkpoint:
         return create
 
     def _array(
-        self, tensor: StoredTensor, place: jax.sharding.Sharding | None, dtype: DTypeLike | None
+        self,
+        tensor: StoredTensor,
+        shape: tuple[int, ...],
+        place: jax.sharding.Sharding | None,
+        dtype: DTypeLike | None,
     ) -> jax.Array:
         if place is None:
-            return jax.device_put(self.read(tensor.name, dtype=dtype))
+            return jax.device_put(self.read(tensor.name, None, dtype, shape))
+        boxes = {
+            tuple(_box(shape, index or ())) for index in place.addressable_devices_indices_map(shape).values()
+        }
         # Devices that hold the same shard share one read.
-        shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        reads: dict[_Bounds, np.ndarray] = {}
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            key = tuple(_box(tensor.shape, index or ()))
-            if key not in shards:
-                shards[key] = self.read(tensor.name, index, dtype)
-            return shards[key]
+            box = tuple(_box(shape, index or ()))
+            read = _joined(box, boxes, tensor)
+            if read not in reads:
+                reads[read] = self.read(tensor.name, tuple(slice(*bounds) for bounds in read), dtype, shape)
+            return reads[read][
+                tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(box, read, strict=True))
+            ]
 
-        return jax.make_array_from_callback(tensor.shape, place, shard)
+        return jax.make_array_from_callback(shape, place, shard)
 
     def _progress_bar(self, progress: bool | None) -> Any:
         if progress is None:
@@ -345,6 +400,20 @@ class Checkpoint:
         return tqdm.tqdm(
             total=total, unit="B", unit_scale=True, desc="Loading weights", file=sys.stderr, disable=False
         )
+
+
+_Bounds = tuple[tuple[int, int], ...]
+
+
+def _joined(box: _Bounds, boxes: Iterable[_Bounds], tensor: StoredTensor) -> _Bounds:
+    """The slice to read for `box`: with it, other `boxes` that it would read through anyway."""
+    joined = list(box)
+    for axis in range(1, len(box)):
+        row = math.prod(tensor.shape[axis:]) * DTYPES[tensor.entry.dtype].itemsize
+        if row <= safetensors_file.MAX_GAP_BYTES:
+            beside = [other[axis] for other in boxes if other[:axis] == box[:axis]]
+            joined[axis] = (min(start for start, _ in beside), max(stop for _, stop in beside))
+    return tuple(joined)
 
 
 def _unused(name: str) -> bool:
@@ -369,19 +438,25 @@ def _refuse_nan_scales(tensor: StoredTensor, box: Box, scales: np.ndarray) -> No
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a local checkpoint directory and check all of its headers; see `Checkpoint`.
 
-    The directory holds config.json and one `model.safetensors`, shards with `model.safetensors.index.json`, or
-    any *.safetensors without an index. Raises CheckpointError naming the file or tensor.
+    The directory holds config.json and one `model.safetensors`, shards with `model.safetensors.index.json`, any
+    *.safetensors without an index, or what Orbax writes. Raises CheckpointError naming the file or tensor.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     config = ModelConfig.from_file(path / "config.json")
     index = path / INDEX_FILE
+    if is_orbax(path):
+        if next(path.glob("*.safetensors"), None):
+            raise CheckpointError(f"{path}: found both *.safetensors and an Orbax checkpoint, expected one")
+        return Checkpoint(path, config, [path])
     if not index.exists():
         single = path / SINGLE_FILE
         files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(f"{path}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
+            raise CheckpointError(
+                f"{path}: expected {SINGLE_FILE}, {INDEX_FILE} or an Orbax checkpoint, found none of them"
+            )
         return Checkpoint(path, config, files)
     weight_map = _read_weight_map(index)
     names = sorted(set(weight_map.values()))
@@ -390,6 +465,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(path, config, [path / name for name in names])
     _check_weight_map(index, weight_map, checkpoint.files)
     return checkpoint
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a directory holds what Orbax writes; it need not be whole."""
+    return any((path / name).is_file() for name in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"))
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
@@ -409,7 +489,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_weight_map(index: Path, weight_map: Mapping[str, str], files: Sequence[SafetensorsFile]) -> None:
+def _check_weight_map(index: Path, weight_map: Mapping[str, str], files: Sequence[TensorFile]) -> None:
     by_name = {file.path.name: file for file in files}
     for name, file_name in weight_map.items():
         if name not in by_name[file_name].tensors:
@@ -420,7 +500,7 @@ def _check_weight_map(index: Path, weight_map: Mapping[str, str], files: Sequenc
                 raise CheckpointError(f"{file.path}: {show(name)}: unknown tensor, not listed in {index.name}")
 
 
-def _stored_tensors(file: SafetensorsFile, config: ModelConfig) -> Iterator[StoredTensor]:
+def _stored_tensors(file: TensorFile, config: ModelConfig) -> Iterator[StoredTensor]:
     """A file's tensors under the model's names and shapes; what neither layout knows keeps its name."""
     for entry in file.tensors.values():
         block = _OPENAI_BLOCK.fullmatch(entry.name)
@@ -440,7 +520,7 @@ def _stored_tensors(file: SafetensorsFile, config: ModelConfig) -> Iterator[Stor
 
 
 def _split_qkv(
-    file: SafetensorsFile, entry: TensorEntry, config: ModelConfig, layer: str, kind: str
+    file: TensorFile, entry: TensorEntry, config: ModelConfig, layer: str, kind: str
 ) -> Iterator[StoredTensor]:
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     rows = queries + 2 * keys
@@ -464,11 +544,18 @@ def stored_tensors(specs: Iterable[WeightSpec], dtype: DTypeLike = "bfloat16") -
             table.append(TensorInfo(f"{spec.name}_blocks", "U8", (*spec.groups_shape, GROUP // 2)))
             table.append(TensorInfo(f"{spec.name}_scales", "U8", spec.groups_shape))
         else:
-            shape = spec.shape
-            if _EXPERT_MATRIX.fullmatch(spec.name):
-                shape = (*shape[:-2], shape[-1], shape[-2])
-            table.append(TensorInfo(spec.name, float_names[0], shape))
+            table.append(TensorInfo(spec.name, float_names[0], stored_shape(spec.name, spec.shape)))
     return table
+
+
+def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which Hugging Face's layout stores a tensor of the model."""
+    return (*shape[:-2], shape[-1], shape[-2]) if is_stored_transposed(name) else shape
+
+
+def is_stored_transposed(name: str) -> bool:
+    """Whether Hugging Face's layout has a tensor's last two dimensions the other way around than the model."""
+    return _EXPERT_MATRIX.fullmatch(name) is not None
 
 
 def save_weights(
@@ -489,7 +576,7 @@ def save_weights(
                 yield f"{spec.name}_scales", np.asarray(weight.scales)
                 continue
             array = np.asarray(weight).astype(dtype, copy=False)
-            yield spec.name, array.swapaxes(-1, -2) if _EXPERT_MATRIX.fullmatch(spec.name) else array
+            yield spec.name, array.swapaxes(-1, -2) if is_stored_transposed(spec.name) else array
 
     save_safetensors(directory, config, stored_tensors(specs, dtype), arrays(), max_shard_bytes)
 
@@ -507,25 +594,81 @@ def save_safetensors(
     must not exist or be empty, and appears only when all of it is written. Raises CheckpointError if it cannot,
     ValueError if `arrays` yields something else than announced.
     """
+    with new_directory(directory) as partial:
+        write_hugging_face(partial, tensors, arrays, max_shard_bytes)
+        write_json(partial / "config.json", config.to_dict() if isinstance(config, ModelConfig) else dict(config))
+
+
+def write_hugging_face(
+    directory: Path, tensors: Sequence[TensorInfo], arrays: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
+) -> None:
+    """The tensors of `save_safetensors` alone, into an existing directory; raises OSError if they cannot."""
+    shards = _shards(tensors, max_shard_bytes)
+    write_safetensors({directory / name: shard for name, shard in shards.items()}, arrays)
+    if len(shards) > 1:
+        total = sum(info.nbytes for info in tensors)
+        weight_map = {info.name: name for name, shard in shards.items() for info in shard}
+        write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | Path) -> Iterator[Path]:
+    """A directory to fill, that appears as `directory` when the block ends without an exception.
+
+    `directory` must not exist or be empty. Until then it is a hidden one beside it; what killed processes left of
+    those is removed. Raises CheckpointError, also for an OSError inside the block.
+    """
     directory = Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: expected a new or empty directory, found it in use")
-    partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise CheckpointError(f"{directory}: expected a new or empty directory, found it in use")
         directory.parent.mkdir(parents=True, exist_ok=True)
+        for stale in directory.parent.glob(f".{glob.escape(directory.name)}.partial-*"):
+            with _locked(stale) as locked:
+                if locked:
+                    shutil.rmtree(stale, ignore_errors=True)
+        partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
         partial.mkdir()
-        shards = _shards(tensors, max_shard_bytes)
-        write_safetensors({partial / name: shard for name, shard in shards.items()}, arrays)
-        if len(shards) > 1:
-            total = sum(info.nbytes for info in tensors)
-            weight_map = {info.name: name for name, shard in shards.items() for info in shard}
-            _write_json(partial / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(partial / "config.json", config.to_dict() if isinstance(config, ModelConfig) else dict(config))
-        os.replace(partial, directory)
+        with _locked(partial):
+            try:
+                yield partial
+                os.replace(partial, directory)
+            except BaseException:
+                _remove(partial)
+                raise
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error.strerror}") from None
+        raise CheckpointError(f"{directory}: cannot be written: {error.strerror or error}") from None
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, in which a writer's threads may still be making files."""
+    gone_since = None
+    for _ in range(100):
+        shutil.rmtree(directory, ignore_errors=True)
+        now = time.monotonic()
+        gone_since = None if directory.exists() else gone_since or now
+        if gone_since is not None and now - gone_since > 0.2:
+            return
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether a lock on the directory was free, that lasts as long as the block and the process."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:  # Held by a living process, or a file system without locks.
+            free = False
+        yield free
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(fd)
 
 
 def _shards(tensors: Sequence[TensorInfo], max_bytes: int) -> dict[str, list[TensorInfo]]:
@@ -542,5 +685,6 @@ def _shards(tensors: Sequence[TensorInfo], max_bytes: int) -> dict[str, list[Ten
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """An indented JSON file."""
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

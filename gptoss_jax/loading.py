@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,8 +14,8 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOss, weight_specs
 from gptoss_jax.placement import partition_for, place, place_whole
-from gptoss_jax.weights import Creator, random_creator
-from sharding import ShardingRules
+from gptoss_jax.weights import Creator, Weight, WeightSpec, random_creator
+from sharding import Partition, ShardingRules
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The small trained model that ships with the project."""
@@ -38,8 +40,9 @@ def load_model(
     """
     with open_checkpoint(resolve(path)) as checkpoint:
         checkpoint.validate(weight_specs(checkpoint.config))
-        create = checkpoint.creator(check_dtype(dtype), progress=progress)
-        return _build(checkpoint.config, create, mesh, rules)
+        partition = partition_for(checkpoint.config, mesh, rules)
+        create = partial(checkpoint.creator, check_dtype(dtype), progress=progress)
+        return _build(checkpoint.config, create, partition)
 
 
 def random_model(
@@ -55,18 +58,28 @@ def random_model(
     `mesh` and `rules` are as for `load_model`.
     """
     # The hardware generator: threefry would take minutes for the released sizes on a CPU.
-    create = random_creator(jax.random.key(seed, impl="rbg"), check_dtype(dtype))
-    return _build(config, create, mesh, rules)
+    create = partial(random_creator, jax.random.key(seed, impl="rbg"), check_dtype(dtype))
+    return _build(config, create, partition_for(config, mesh, rules))
 
 
-def _build(
-    config: ModelConfig, create: Creator, mesh: str | jax.sharding.Mesh | None, rules: ShardingRules | None
-) -> GptOss:
-    partition = partition_for(config, mesh, rules)
+def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Partition) -> GptOss:
+    """The model on its mesh; each weight goes straight to its shards, but for heads in an order of the mesh's own."""
     if partition.mesh is None:
-        return GptOss(config, create, partition)
+        return GptOss(config, creator(sharding=None), partition)
+    # All of them before the first is read, so that a mesh that cannot be is refused at once.
     placed = {spec.name: place(spec, partition) for spec in weight_specs(config)}
-    return GptOss(config, lambda spec: place_whole(create(spec), placed[spec.name], partition), partition)
+    rearranged = {name for name, spec in placed.items() if any(spec.sources)}
+
+    def sharding(spec: WeightSpec) -> jax.sharding.Sharding | None:
+        return None if spec.name in rearranged else partition.sharding(spec.axes, spec.name)
+
+    create = creator(sharding=sharding)
+
+    def create_placed(spec: WeightSpec) -> Weight:
+        goal = placed[spec.name]
+        return place_whole(create(spec), goal, partition) if spec.name in rearranged else create(goal)
+
+    return GptOss(config, create_placed, partition)
 
 
 def check_dtype(dtype: str) -> jnp.dtype:

@@ -337,6 +337,8 @@ def write_safetensors(
                     f"{name}: announced as {info.dtype} {info.shape}, came as {array.dtype} {array.shape}"
                 )
             _pwrite(fd, _bytes_of(np.ascontiguousarray(array)), offset)
+            # Not beside the next one.
+            del array
         if places:
             raise ValueError(f"{next(iter(places))}: announced, but not written")
         for fd in files:

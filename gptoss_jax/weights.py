@@ -7,6 +7,7 @@ difference between a random model, an abstract one for ahead-of-time compiles, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from jax.typing import DTypeLike
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 
 Weight = jax.Array | MXFP4Tensor
+
+Sharding = Callable[["WeightSpec"], jax.sharding.Sharding | None]
+"""Tells where a weight goes: of packed ones, blocks and scales alike; None is the default device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,45 +49,104 @@ class WeightSpec:
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"{self.name}: {len(self.shape)} dimensions but {len(self.axes)} axes")
+        stored = self.stored_shape
+        if stored and (
+            len(stored) != len(self.shape) or any(a > b for a, b in zip(stored, self.shape, strict=True))
+        ):
+            raise ValueError(f"{self.name}: stored shape {stored} does not fit into {self.shape}")
 
     @property
     def groups_shape(self) -> tuple[int, ...]:
         """Shape of the scales of a packed weight; its blocks have a further dimension of 16."""
         return (*self.shape[:-1], self.shape[-1] // GROUP)
 
+    @property
+    def stored(self) -> WeightSpec:
+        """The weight as a checkpoint holds it, without padding."""
+        if self.stored_shape is None:
+            return self
+        return dataclasses.replace(self, shape=self.stored_shape, stored_shape=None, sources=())
+
 
 Creator = Callable[[WeightSpec], Weight]
 
 
-def abstract_creator(dtype: DTypeLike = jnp.bfloat16) -> Creator:
-    """Weights that are only shapes and dtypes, for compiling without memory."""
+def abstract_creator(dtype: DTypeLike = jnp.bfloat16, sharding: Sharding | None = None) -> Creator:
+    """Weights that are only shapes, dtypes and shardings, for compiling without memory."""
 
     def create(spec: WeightSpec) -> Weight:
+        place = sharding(spec) if sharding else None
         if spec.packed:
-            blocks = jax.ShapeDtypeStruct((*spec.groups_shape, GROUP // 2), jnp.uint8)
-            return MXFP4Tensor(blocks, jax.ShapeDtypeStruct(spec.groups_shape, jnp.uint8))  # type: ignore[arg-type]
-        return jax.ShapeDtypeStruct(spec.shape, dtype)  # type: ignore[return-value]
+            blocks = jax.ShapeDtypeStruct((*spec.groups_shape, GROUP // 2), jnp.uint8, sharding=place)
+            scales = jax.ShapeDtypeStruct(spec.groups_shape, jnp.uint8, sharding=place)
+            return MXFP4Tensor(blocks, scales)  # type: ignore[arg-type]
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=place)  # type: ignore[return-value]
 
     return create
 
 
-def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16) -> Creator:
+def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sharding | None = None) -> Creator:
     """Random weights of sensible size, packed ones drawn packed, so that no float copy of them ever exists.
 
-    A weight's numbers depend on `key` and its name alone, not on which others are made or in what order.
+    A weight's numbers depend on `key` and its name alone: not on which others are made or in what order, not on
+    `sharding`, and not on padding, which is zero. With `sharding`, threefry keys draw each shard where it lives;
+    other generators' numbers would depend on the sharding, so every device draws the whole weight and keeps its
+    shard.
     """
+    # One program for all layers: their weights differ in the key only.
+    programs: dict[tuple[WeightSpec, jax.sharding.Sharding], Callable[[jax.Array], Weight]] = {}
+    anywhere = "threefry" in str(jax.random.key_impl(key))
 
     def create(spec: WeightSpec) -> Weight:
         own_key = jax.random.fold_in(key, _stable_hash(spec.name))
-        if spec.packed:
-            return _random_packed(own_key, spec)
-        if spec.init == "normal":
-            # Keeps the sum over the contracting dimension near the size of one term's partner.
-            scale = 1 / math.sqrt(spec.shape[-1]) if len(spec.shape) > 1 else 0.1
-            return (jax.random.normal(own_key, spec.shape, jnp.float32) * scale).astype(dtype)
-        return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
+        place = sharding(spec) if sharding else None
+        if place is None:
+            return _padded(_random(own_key, spec.stored, dtype), spec)
+        kind = (dataclasses.replace(spec, name=""), place)
+        if kind not in programs:
+            whole = None if anywhere else _replicated(place)
+            programs[kind] = jax.jit(
+                functools.partial(_draw, spec=spec, dtype=dtype, whole=whole), out_shardings=place
+            )
+        return programs[kind](own_key)
 
     return create
+
+
+def _draw(key: jax.Array, spec: WeightSpec, dtype: DTypeLike, whole: jax.sharding.Sharding | None) -> Weight:
+    weight = _random(key, spec.stored, dtype)
+    if whole is not None:
+        weight = jax.lax.with_sharding_constraint(weight, whole)
+    return _padded(weight, spec)
+
+
+def _replicated(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    if isinstance(place, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+    return place
+
+
+def _random(key: jax.Array, spec: WeightSpec, dtype: DTypeLike) -> Weight:
+    if spec.packed:
+        return _random_packed(key, spec)
+    if spec.init == "normal":
+        # Keeps the sum over the contracting dimension near the size of one term's partner.
+        scale = 1 / math.sqrt(spec.shape[-1]) if len(spec.shape) > 1 else 0.1
+        return (jax.random.normal(key, spec.shape, jnp.float32) * scale).astype(dtype)
+    return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
+
+
+def _padded(weight: Weight, spec: WeightSpec) -> Weight:
+    """Zero blocks under zero scales are zero as plain values are."""
+    if spec.stored_shape is None:
+        return weight
+    shape = spec.groups_shape if spec.packed else spec.shape
+
+    def pad(array: jax.Array) -> jax.Array:
+        full = (*shape, *array.shape[len(shape) :])
+        return jnp.pad(array, [(0, size - stored) for size, stored in zip(full, array.shape, strict=True)])
+
+    return jax.tree.map(pad, weight)
 
 
 def _random_packed(key: jax.Array, spec: WeightSpec) -> MXFP4Tensor:

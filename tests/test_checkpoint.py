@@ -1,10 +1,11 @@
 """Checkpoints: every layout reads the same, only what is asked for is read, and whatever is wrong is named.
 
-Run as a script, this file is one process of `test_each_process_reads_its_own_shards`.
+Run as a script, this file is the processes that some tests start.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -45,6 +46,7 @@ from gptoss_jax.model import GptOss
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
 from gptoss_jax.safetensors_file import SafetensorsFile, TensorInfo, parse_header
 from gptoss_jax.weights import WeightSpec, abstract_creator, random_creator
+from tools.convert.convert import convert
 
 GOLDEN = Path(__file__).parent / "golden" / "P1"
 CONFIG = ModelConfig(
@@ -438,7 +440,7 @@ def test_files_that_are_not_there(copy: Callable[[str], Path], tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", match=r"config\.json: no such file")
     shutil.copy(directory / "config.json", tmp_path / "empty")
-    refused(tmp_path / "empty", match=f"expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
+    refused(tmp_path / "empty", match=f"expected {SINGLE_FILE}, {INDEX_FILE} or an Orbax checkpoint, found none")
     os.mkfifo(tmp_path / "empty" / SINGLE_FILE)
     refused(tmp_path / "empty", match="not a regular file")
 
@@ -695,6 +697,94 @@ def test_resolve_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == "a/b: not a local directory, and the Hub could not be reached: no route"
 
 
+# Padding.
+
+
+def padded(spec: WeightSpec) -> WeightSpec:
+    """A spec whose intermediate dimension is padded from 96 to 128 in experts, as for tensor parallelism of 4."""
+    padded_sizes = {"expert_gate_up": 256, "expert_intermediate": 128}
+    shape = tuple(padded_sizes.get(axis or "", n) for n, axis in zip(spec.shape, spec.axes, strict=True))
+    return spec if shape == spec.shape else dataclasses.replace(spec, shape=shape, stored_shape=spec.shape)
+
+
+def assert_padded(found: Any, expected: Any) -> None:
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        part = tuple(slice(0, n) for n in theirs.shape)
+        ours, theirs = np.array(ours), np.asarray(theirs)
+        np.testing.assert_array_equal(ours[part], theirs)
+        ours[part] = 0
+        assert not ours.any()
+
+
+@pytest.mark.parametrize("layout", ["single", "plain", "openai", "openai_plain", "orbax"])
+def test_padding_reads_as_zeros(checkpoints: dict[str, Path], tmp_path: Path, layout: str) -> None:
+    directory = checkpoints["single" if layout == "orbax" else layout]
+    if layout == "orbax":
+        convert(directory, tmp_path / "orbax", "orbax")
+        directory = tmp_path / "orbax"
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("expert", "tensor"))
+    with open_checkpoint(directory) as checkpoint:
+        specs = specs_of(checkpoint.config)
+        checkpoint.validate([padded(spec) for spec in specs])
+        whole = checkpoint.creator("float32")
+        for create in (whole, checkpoint.creator("float32", sharding_of(mesh))):
+            for spec in specs:
+                found, expected = create(padded(spec)), whole(spec)
+                assert_padded(found, expected)
+                if spec.packed:
+                    assert found.blocks.shape == (*padded(spec).groups_shape, 16)
+                    values = np.array(dequantize(found))
+                    assert np.isfinite(values).all()
+                    assert_padded(values, dequantize(expected))
+        name = specs[-1].name
+        with pytest.raises(CheckpointError, match="expected shape"):
+            checkpoint.validate(
+                [*specs[:-1], dataclasses.replace(specs[-1], shape=(256, 64), stored_shape=(200, 64))]
+            )
+        padded_slice = checkpoint.read(name, (slice(100, 140), slice(60, 70)), shape=(150, 80))
+        assert_padded(padded_slice, checkpoint.read(name)[100:, 60:])
+        assert not checkpoint.read(name, (slice(140, 150),), shape=(150, 80)).any()
+
+
+def test_padding_must_hold_what_is_stored() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        WeightSpec("w", (4, 4), (None, None), stored_shape=(4, 5))
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_random_weights_depend_on_neither_sharding_nor_padding(implementation: str) -> None:
+    """In a process of its own, with eight devices."""
+    result = subprocess.run(
+        [sys.executable, __file__, "random", implementation],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "same" in result.stdout
+
+
+def random_weights(implementation: str) -> None:
+    key = jax.random.key(3, impl=implementation)
+    whole = random_creator(key)
+    for shape in ((4, 2), (2, 4)):
+        mesh = Mesh(np.array(jax.devices()).reshape(shape), ("expert", "tensor"))
+        place = sharding_of(mesh)
+        sharded, abstract = random_creator(key, sharding=place), abstract_creator(sharding=place)
+        for spec in [spec for spec in specs_of(CONFIG) if re.search(r"layers\.0\.mlp|embed", spec.name)]:
+            for wanted in {spec, padded(spec)}:
+                found = sharded(wanted)
+                assert_padded(found, whole(spec))
+                assert_padded(whole(wanted), whole(spec))
+                leaves = zip(jax.tree.leaves(found), jax.tree.leaves(abstract(wanted)), strict=True)
+                for array, declared in leaves:
+                    assert (array.shape, array.dtype) == (declared.shape, declared.dtype)
+                    assert array.sharding.is_equivalent_to(declared.sharding, array.ndim)
+                    assert array.sharding.is_equivalent_to(place(wanted), array.ndim)
+    print("same")
+
+
 # Shards.
 
 
@@ -761,4 +851,7 @@ def test_each_process_reads_its_own_shards(checkpoints: dict[str, Path], layout:
 
 
 if __name__ == "__main__":
-    one_process(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    if sys.argv[1] == "random":
+        random_weights(sys.argv[2])
+    else:
+        one_process(sys.argv[1], int(sys.argv[2]), sys.argv[3])
