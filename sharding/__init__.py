@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sharding.errors import ShardingError
+    from sharding.arrays import put, replicate_to_host
+    from sharding.errors import ClusterError, ShardingError
     from sharding.experts import run_experts
     from sharding.mesh import AXES, make_mesh, parse_mesh
     from sharding.partition import Partition, constrain, current, on_shards
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from sharding.vocab import lookup
 
 _HOMES = {
+    "put": "arrays",
+    "replicate_to_host": "arrays",
+    "ClusterError": "errors",
     "ShardingError": "errors",
     "run_experts": "experts",
     "AXES": "mesh",
@@ -31,6 +35,7 @@ _HOMES = {
 __all__ = [
     "AXES",
     "BATCH_OVER_EXPERTS",
+    "ClusterError",
     "Partition",
     "ShardingError",
     "ShardingRules",
@@ -40,6 +45,8 @@ __all__ = [
     "make_mesh",
     "on_shards",
     "parse_mesh",
+    "put",
+    "replicate_to_host",
     "run_experts",
 ]
 

@@ -18,6 +18,7 @@ from gptoss_jax.engine.sampling import SamplingState, logprobs_of, sample
 from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import KVCache
 from gptoss_jax.model import GptOss
+from sharding import replicate_to_host
 
 PREFILL_CHUNK = 512
 """Most prompt tokens in one step; shorter prompts are padded to a power of two."""
@@ -143,7 +144,7 @@ class Engine:
                 self._weights, cache, tokens, positions, np.int32(slot), request.sampling
             )
         self._cache = cache
-        return self._emit(slot, request, result, 0)
+        return self._emit(slot, request, replicate_to_host(result), 0)
 
     def _next_tokens(self, running: list[tuple[int, _Request]]) -> list[TokenEvent]:
         cache = self._cache_for(max(request.length for _, request in running) + 1)
@@ -155,7 +156,7 @@ class Engine:
         states = [idle if request is None else request.sampling for request in self._slots]
         sampling = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
         result, self._cache = self._decode(self._weights, cache, tokens, positions, sampling)
-        result = jax.device_get(result)
+        result = replicate_to_host(result)
         return [self._emit(slot, request, result, slot) for slot, request in running]
 
     def _emit(self, slot: int, request: _Request, result: _Sampled, row: int) -> TokenEvent:
