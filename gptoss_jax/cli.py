@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.errors import GptOssError, UsageError
-from sharding.errors import ShardingError
+from sharding.errors import ClusterError, ShardingError
 from sharding.multihost import current
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def join(command: str, options: argparse.Namespace) -> Callable[[], int] | None:
     from gptoss_jax import multihost
 
     cluster = multihost.join(command, options)
-    return None if cluster is None or cluster.is_leader else lambda: multihost.follow(cluster, options)
+    return (lambda: multihost.follow(cluster, options)) if cluster and follows() else None
 
 
 def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
@@ -158,6 +158,12 @@ def read_json(path: Path, flag: str, kind: type) -> Any:
     return value
 
 
+def follows() -> bool:
+    """Whether this process only does what another one says."""
+    cluster = current()
+    return cluster is not None and not cluster.is_leader
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command: bad input is one line on standard error and exit code 2, Ctrl-C exits with 130.
 
@@ -170,14 +176,16 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:
-    """A command's exit code, and the error that it ended with."""
+    """A command's exit code, and the error that it ended with as other processes are to read it."""
     try:
         code = main()
         sys.stdout.flush()
     except (GptOssError, ShardingError) as error:
         reason = " ".join(str(error).splitlines())
+        if follows():
+            return 2, reason
         print(f"error: {reason}", file=sys.stderr)
-        return 2, reason
+        return 2, reason if isinstance(error, ClusterError) else f"process 0: {reason}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130, ""
@@ -190,5 +198,5 @@ def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:
             raise
         cluster.await_cause()
         traceback.print_exc()
-        return 1, f"{type(error).__name__}: {error}"
+        return 1, f"{'' if follows() else 'process 0: '}{type(error).__name__}: {error}"
     return code, ""

@@ -91,9 +91,9 @@ class Cluster:
         raise NotImplementedError
 
     def end(self, code: int, reason: str = "") -> None:
-        """Nothing more is to be done: process 0 ends all, with its exit code; another one that failed, too.
+        """Nothing more is to be done: process 0 ends all, with its exit code; so does another one that failed.
 
-        Does not return where `code` is not 0.
+        The others report the `reason`. Does not return where `code` is not 0.
         """
         raise NotImplementedError
 
@@ -271,8 +271,7 @@ class Leader(Cluster):
     def end(self, code: int, reason: str = "") -> None:
         """See Cluster."""
         self._ending.set()
-        why = f"process 0: {reason}" if reason else ""
-        self._tell({"kind": "end", "code": code, "why": why}, patience=1)
+        self._tell({"kind": "end", "code": code, "why": reason}, patience=1)
         deadline = time.monotonic() + END_SECONDS
         for process in self._links:
             with contextlib.suppress(queue.Empty):
@@ -334,10 +333,10 @@ class Follower(Cluster):
                 report(f"process 0 is gone: {gone}")
                 exit_now(1)
             return
-        self._ending.set()
         self.exit_code = message["code"]
-        if message["why"] and not self._left:
+        if message["why"]:
             report(message["why"])
+        self._ending.set()
         if message["kind"] != "end":
             exit_now(self.exit_code)
         self._inbox.put(None)
@@ -353,7 +352,6 @@ class Follower(Cluster):
         if message is None:
             self.end(self.exit_code)
         elif message["differences"]:
-            self._left = True
             raise ClusterError(message["differences"])
 
     def broadcast(self, value: Any = None) -> Any:
@@ -363,14 +361,21 @@ class Follower(Cluster):
 
     def end(self, code: int, reason: str = "") -> None:
         """See Cluster."""
+        if not self._ending.is_set():
+            self._fail(code, reason)
+            code = self.exit_code or code
         self._left = True
-        if self._ending.is_set():
-            self._send({"kind": "bye"})
-        elif self._link is not None:
-            self._send({"kind": "failed", "code": code, "why": reason})
-            # Process 0 ends all, this process too.
-            time.sleep(2 * END_SECONDS)
+        self._send({"kind": "bye"})
         self._leave(code)
+
+    def _fail(self, code: int, reason: str) -> None:
+        """Tell process 0, which reports to all and ends them."""
+        if self._link is not None:
+            self._send({"kind": "failed", "code": code, "why": reason})
+            if self._ending.wait(2 * END_SECONDS):
+                return
+        report(reason)
+        exit_now(code)
 
     def _send(self, message: Any) -> None:
         assert self._link is not None
@@ -409,7 +414,12 @@ def differences(said: Mapping[int, Mapping[str, Any]]) -> str:
             else:
                 groups.append((value, {process}))
         if len(groups) > 1:
-            lines.append(f"{name}: " + ", ".join(f"{_listed(p)} has {_shown(value)}" for value, p in groups))
+            lines.append(
+                f"{name}: "
+                + ", ".join(
+                    f"{_listed(p)} {'have' if len(p) > 1 else 'has'} {_shown(value)}" for value, p in groups
+                )
+            )
     return "; ".join(lines)
 
 
