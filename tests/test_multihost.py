@@ -57,6 +57,9 @@ class Processes:
                     | {
                         "JAX_PLATFORMS": "cpu",
                         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                        "JAX_COMPILATION_CACHE_DIR": os.environ["XDG_CACHE_HOME"],
+                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
                     }
                     | (env or {}).get(i, {}),
                     stdin=subprocess.PIPE,
@@ -139,6 +142,7 @@ def test_several_processes_give_the_tokens_of_one(
     assert [end.err for end in ends[1:]] == [""] * (count - 1)
 
 
+@pytest.mark.slow
 def test_four_processes_of_two_devices() -> None:
     prompt = np.load(P1 / "golden.npz")["greedy0_prompt"].tolist()
     expected = np.load(P1 / "golden.npz")["greedy0_tokens"][:4].tolist()
@@ -225,6 +229,7 @@ def test_one_that_dies_at_any_time_ends_the_others(victim: int, delay: float) ->
         processes.kill()
 
 
+@pytest.mark.slow
 def test_interrupting_process_0_ends_all(tmp_path: Path) -> None:
     processes = decoding(tmp_path)
     for process in reversed(processes.running):  # As a terminal does it.
@@ -330,9 +335,9 @@ def test_a_silent_process_is_as_good_as_dead(victim: int) -> None:
 
 def test_a_failure_names_its_process() -> None:
     failing = "raise ClusterError('no such directory')"
-    ends = Talkers(
-        ["cluster.agree({}); import time; time.sleep(60)"] + [f"cluster.agree({{}}); {failing}"]
-    ).outcomes(20)
+    ends = Talkers(["cluster.agree({}); import time; time.sleep(60)", f"cluster.agree({{}}); {failing}"]).outcomes(
+        20
+    )
     assert [end.code for end in ends] == [2, 2]
     assert [end.err for end in ends] == ["error: process 1: no such directory\n"] * 2
 
@@ -412,6 +417,10 @@ def test_different_checkpoints_are_named(tmp_path: Path) -> None:
     ends = Processes(2, 1, *LONG, own={1: ("--model", str(tmp_path))}).outcomes()
     assert [end.code for end in ends] == [2, 2], ends
     assert all("checkpoint model-00001-of-00001.safetensors: process 0 has 565008 bytes" in e.err for e in ends)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_lacks_is_named(tmp_path: Path) -> None:
     ends = Processes(2, 1, *LONG, own={1: ("--model", str(tmp_path / "missing"))}).outcomes()
     assert [end.code for end in ends] == [2, 2], ends
     assert all("missing: no such directory" in end.err for end in ends)
