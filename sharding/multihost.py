@@ -14,6 +14,7 @@ takes. jax's own coordination service runs inside these connections, so one open
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -33,6 +34,9 @@ START_SECONDS = 300.0
 
 END_SECONDS = 5.0
 """How long a process may take to end once all are to."""
+
+TWICE_SECONDS = 3.0
+"""Within which a second Ctrl-C at process 0 means: at once."""
 
 PROTOCOL = 1
 
@@ -159,6 +163,11 @@ class Leader(Cluster):
         except OSError as error:
             raise ClusterError(f"{self.member.address}: cannot listen: {error.strerror}") from None
         self._start_thread(self._accept, server)
+        if threading.current_thread() is threading.main_thread():
+            ours, theirs = socket.socketpair()
+            theirs.setblocking(False)
+            signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+            self._start_thread(self._watch_interrupts, ours, theirs)
         started = time.monotonic()
         noted = False
         while not self._all_met.wait(0.2):
@@ -210,6 +219,18 @@ class Leader(Cluster):
                 self._start_thread(_ping, link)
                 if len(self._links) == len(self._inboxes):
                     self._all_met.set()
+
+    def _watch_interrupts(self, signals: socket.socket, _kept_open: socket.socket) -> None:
+        """Python answers Ctrl-C between computations; a second one soon after the first ends them as well."""
+        last = -math.inf
+        while number := signals.recv(1):
+            if number[0] == signal.SIGINT:
+                if time.monotonic() - last < TWICE_SECONDS:
+                    self._ending.set()
+                    self._tell({"kind": "end", "code": 130, "why": ""}, patience=1)
+                    time.sleep(0.5)
+                    exit_now(130)
+                last = time.monotonic()
 
     def _refuse(self, link: Link, why: str) -> None:
         with contextlib.suppress(Gone):

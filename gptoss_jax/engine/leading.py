@@ -48,7 +48,7 @@ class LeadingEngine:
     def step(self) -> list[TokenEvent]:
         """See Engine.step."""
         # Had the others begun a step that this process leaves out, the next ones would not belong together.
-        with _whole(self._cluster):
+        with _whole():
             self._tell("step")
             return self._engine.step()
 
@@ -57,8 +57,8 @@ class LeadingEngine:
 
 
 @contextlib.contextmanager
-def _whole(cluster: Cluster) -> Iterator[None]:
-    """Ctrl-C comes after the block; a second one ends all processes at once."""
+def _whole() -> Iterator[None]:
+    """Ctrl-C comes after the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,8 +66,6 @@ def _whole(cluster: Cluster) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        if pressed:
-            cluster.end(130)
         pressed = True
 
     before = signal.signal(signal.SIGINT, note)
