@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import queue
 import signal
 import socket
@@ -28,6 +27,14 @@ from typing import Any, NoReturn
 from sharding.errors import ClusterError
 from sharding.links import PING_SECONDS, SILENCE_SECONDS, Gone, Link, connect, forward, listen
 from sharding.membership import Membership
+from sharding.process import (
+    exit_late,
+    exit_now,
+    keep_output_for_python,
+    report,
+    silence_libraries,
+    silence_output,
+)
 
 START_SECONDS = 300.0
 """How long processes wait for each other at the start."""
@@ -58,9 +65,9 @@ def start(member: Membership, patience: float = START_SECONDS) -> Cluster:
         raise ClusterError("the processes have been started already")
     _current = Leader(member) if member.process_id == 0 else Follower(member)
     if _current.is_leader:
-        _divert_native_output()
+        keep_output_for_python()
     else:
-        _silence_output()
+        silence_output()
     _current.meet(patience)
     return _current
 
@@ -121,8 +128,8 @@ class Cluster:
         except RuntimeError as error:
             raise ClusterError(f"jax.distributed: {error}") from error
         if jax.default_backend() == "cpu":
-            # Gloo greets on standard output.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            # Gloo greets everyone.
+            silence_libraries()
 
     def _service_port(self) -> int:
         raise NotImplementedError
@@ -141,7 +148,7 @@ class Cluster:
         """End this process: by itself if all is well, else at once, because jax would wait for the others."""
         if code:
             exit_now(code)
-        self._start_thread(_exit_late, 4 * END_SECONDS, code)
+        self._start_thread(exit_late, 4 * END_SECONDS, code)
 
 
 class Leader(Cluster):
@@ -466,44 +473,6 @@ def _ping(link: Link) -> None:
         while True:
             link.send({"kind": "ping"})
             time.sleep(PING_SECONDS)
-
-
-def _divert_native_output() -> None:
-    """Leave standard output to Python: what libraries write there themselves goes to standard error."""
-    sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
-    os.dup2(2, 1)
-
-
-def _silence_output() -> None:
-    sys.stdout.flush()
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    os.dup2(2, 1)
-
-
-def report(line: str) -> None:
-    """An error line on standard error, whatever the other threads hold or do."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"error: {' '.join(line.splitlines())}\n".encode())
-
-
-def exit_now(code: int) -> NoReturn:
-    """End the process without waiting for anything; what was written is flushed if that takes no waiting."""
-    flusher = threading.Thread(target=_flush, daemon=True)
-    flusher.start()
-    flusher.join(1)
-    os._exit(code)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-
-
-def _exit_late(seconds: float, code: int) -> None:
-    time.sleep(seconds)
-    exit_now(code)
 
 
 def _free_port() -> int:
