@@ -16,6 +16,7 @@ from sharding.errors import ClusterError, ShardingError
 from sharding.multihost import current
 
 if TYPE_CHECKING:
+    from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.engine.params import SamplingParams
     from gptoss_jax.llm import LLM
 
@@ -36,9 +37,9 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mesh",
-        metavar="AXIS=SIZE,...|PRESET",
-        help="how the model is split over devices: sizes of data, expert and tensor (default: one device; with "
-        "several processes, experts over all devices)",
+        metavar="MESH",
+        help="devices to run on: expert=4,tensor=2 (also data=), or a preset of configs/meshes (default: one device; "
+        "with several processes, experts over all devices)",
     )
     group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
@@ -59,10 +60,28 @@ def add_cluster_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
+def add_engine_flags(flags: argparse.ArgumentParser) -> None:
+    """How much runs at once, and what the cache may take."""
+    group = flags.add_argument_group("engine")
+    group.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
+    group.add_argument(
+        "--kv-cache-memory", type=int, metavar="BYTES", help="of each device (default: a share of what is free)"
+    )
+    group.add_argument("--kv-cache-dtype", choices=("bfloat16", "float32", "float8"), help="default: as --dtype")
+    group.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens of one sequence in a step")
+    group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
+    group.add_argument(
+        "--speculative-tokens",
+        type=int,
+        metavar="N",
+        help="guess N tokens a step from the text so far, and verify them",
+    )
+
+
 def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
     """How tokens are chosen."""
     group = flags.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="default: 4096")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="default: what the context holds")
     group.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
     group.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens")
@@ -134,7 +153,20 @@ def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
     from gptoss_jax.llm import LLM
     from gptoss_jax.loading import EMBEDDED
 
-    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, **more)
+    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, engine=engine_options(options, **more))
+
+
+def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
+    """The engine flags as EngineOptions; `more` has precedence. A value out of range is reported by its flag."""
+    from gptoss_jax.engine.engine import EngineOptions
+
+    names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens")
+    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    try:
+        return EngineOptions(**given | {"prefix_cache": not options.no_prefix_cache} | more)
+    except UsageError as error:
+        field, _, rest = str(error).partition(":")
+        raise UsageError(f"--{field.replace('_', '-')}:{rest}") from None
 
 
 def read_text(path: Path, flag: str) -> str:
