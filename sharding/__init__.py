@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sharding.arrays import put, replicate_to_host
+    from sharding.arrays import least, put, replicate
     from sharding.errors import ClusterError, ShardingError
     from sharding.experts import run_experts
     from sharding.mesh import AXES, make_mesh, parse_mesh
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "put": "arrays",
-    "replicate_to_host": "arrays",
+    "least": "arrays",
+    "replicate": "arrays",
     "ClusterError": "errors",
     "ShardingError": "errors",
     "run_experts": "experts",
@@ -41,12 +42,13 @@ __all__ = [
     "ShardingRules",
     "constrain",
     "current",
+    "least",
     "lookup",
     "make_mesh",
     "on_shards",
     "parse_mesh",
     "put",
-    "replicate_to_host",
+    "replicate",
     "run_experts",
 ]
 

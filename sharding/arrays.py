@@ -19,8 +19,8 @@ def put(x: jax.typing.ArrayLike, sharding: jax.sharding.Sharding | None) -> jax.
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def replicate_to_host(tree: Any) -> Any:
-    """The arrays of a pytree as numpy arrays, wherever they lie; every process must ask for the same."""
+def replicate(tree: Any) -> Any:
+    """The arrays of a pytree, so laid out that every process can read them; every process must ask for the same."""
 
     def whole(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
@@ -28,7 +28,16 @@ def replicate_to_host(tree: Any) -> Any:
         assert isinstance(x.sharding, NamedSharding)
         return _replicate(x.sharding.mesh)(x)
 
-    return jax.device_get(jax.tree.map(whole, tree))
+    return jax.tree.map(whole, tree)
+
+
+def least(value: int) -> int:
+    """The least of the values that the processes give; below 2 ** 31."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental.multihost_utils import process_allgather
+
+    return int(np.min(process_allgather(np.int32(value))))
 
 
 @cache
