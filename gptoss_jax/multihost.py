@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptoss_jax import cli
 from gptoss_jax.checkpoint import resolve
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
@@ -174,11 +175,11 @@ def follow(cluster: Cluster, options: argparse.Namespace) -> int:
     from gptoss_jax.engine import leading
 
     if (message := cluster.broadcast()) is not None:
-        leading.follow(_load(options, message["load"] | {"progress": False}).engine, cluster)
+        leading.follow(_load(options, message["load"], progress=False).engine, cluster)
     return cluster.exit_code
 
 
-def _load(options: argparse.Namespace, more: dict[str, Any]) -> LLM:
+def _load(options: argparse.Namespace, more: dict[str, Any], progress: bool | None = None) -> LLM:
     import jax
 
     from gptoss_jax.llm import LLM
@@ -186,4 +187,5 @@ def _load(options: argparse.Namespace, more: dict[str, Any]) -> LLM:
 
     path = resolve(options.model or EMBEDDED)
     mesh = options.mesh or default_mesh(ModelConfig.from_file(path / "config.json"), jax.device_count())
-    return LLM(path, mesh, options.dtype, **more)
+    engine = cli.engine_options(options, **more)
+    return LLM(path, mesh, options.dtype, engine=engine, progress=progress)

@@ -11,12 +11,14 @@ import dataclasses
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 from gptoss_jax.engine.engine import Engine, TokenEvent
 from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.engine.runner import TokenConstraint
+from gptoss_jax.errors import UsageError
 from sharding.multihost import Cluster
 
 
@@ -30,20 +32,38 @@ class LeadingEngine:
         return getattr(self._engine, name)
 
     def add(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, **options: Any
+        self,
+        request_id: str,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        constraint: list[TokenConstraint] | None = None,
     ) -> None:
-        """See Engine.add."""
+        """See Engine.add; a constraint cannot travel to the other processes."""
+        if constraint is not None:
+            raise UsageError(f"{request_id}: constrained output is not available over several processes")
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(64))
         prompt = [int(token) for token in prompt_token_ids]
-        self._engine.add(request_id, prompt, params, **options)
+        self._engine.add(request_id, prompt, params)
         fields = dataclasses.asdict(params)
-        self._tell("add", request_id=request_id, prompt=prompt, params=fields, options=options)
+        # Keys of JSON are strings.
+        fields["logit_bias"] = list((params.logit_bias or {}).items())
+        self._tell("add", request_id=request_id, prompt=prompt, params=fields)
 
     def cancel(self, request_id: str) -> bool:
         """See Engine.cancel."""
         self._tell("cancel", request_id=request_id)
         return self._engine.cancel(request_id)
+
+    def stop(self, request_id: str, index: int) -> None:
+        """See Engine.stop."""
+        self._tell("stop", request_id=request_id, index=index)
+        self._engine.stop(request_id, index)
+
+    def warm_up(self, progress: bool | None = None) -> int:
+        """See Engine.warm_up."""
+        self._tell("warm_up")
+        return self._engine.warm_up(progress)
 
     def step(self) -> list[TokenEvent]:
         """See Engine.step."""
@@ -85,6 +105,11 @@ def follow(engine: Engine, cluster: Cluster) -> None:
             engine.step()
         elif call == "cancel":
             engine.cancel(message["request_id"])
+        elif call == "stop":
+            engine.stop(message["request_id"], message["index"])
+        elif call == "warm_up":
+            engine.warm_up(progress=False)
         else:
-            params = SamplingParams(**message["params"])
-            engine.add(message["request_id"], message["prompt"], params, **message["options"])
+            fields = message["params"]
+            params = SamplingParams(**fields | {"logit_bias": dict(fields["logit_bias"]) or None})
+            engine.add(message["request_id"], message["prompt"], params)
