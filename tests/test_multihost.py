@@ -182,7 +182,7 @@ def decoding(folder: Path) -> Processes:
     lines = [{"id": "short", "max_tokens": 2} | more, {"id": "long", "max_tokens": 2000} | more]
     source.write_text("\n".join(json.dumps(line) for line in lines))
     processes = Processes(2, 1, *GENERATE, "--batch", str(source), "--output", str(output))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not output.exists() or not output.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
