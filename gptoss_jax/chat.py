@@ -32,6 +32,7 @@ def flags() -> argparse.ArgumentParser:
     cli.add_sampling_flags(parser)
     cli.add_model_flags(parser)
     cli.add_engine_flags(parser)
+    cli.add_cluster_flags(parser)
     parser.add_argument("--hide-analysis", action="store_true", help="do not show the reasoning")
     return parser
 
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
     params = cli.sampling_params(options)
+    if follow := cli.join("chat", options):
+        return follow()
     session = Session(cli.conversation_options(options), options.instructions, not options.hide_analysis)
     session.start(cli.load_llm(options, max_batch=1), params)
     with contextlib.suppress(ImportError):

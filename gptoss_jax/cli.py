@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.errors import GptOssError, UsageError
-from sharding.errors import ShardingError
+from sharding.errors import ClusterError, ShardingError
+from sharding.multihost import current
 
 if TYPE_CHECKING:
     from gptoss_jax.engine.engine import EngineOptions
@@ -36,11 +38,26 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mesh",
         metavar="MESH",
-        help="devices to run on: expert=4,tensor=2 (also data=), or a preset of configs/meshes",
+        help="devices to run on: expert=4,tensor=2 (also data=), or a preset of configs/meshes (default: one device; "
+        "with several processes, experts over all devices)",
     )
     group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
     )
+
+
+def add_cluster_flags(flags: argparse.ArgumentParser) -> None:
+    """Which processes run together."""
+    group = flags.add_argument_group(
+        "several processes",
+        "The same command in each; process 0 reads and prints. On TPU pods, under Slurm, Open MPI and in "
+        "indexed Jobs of Kubernetes none of these is needed.",
+    )
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument(
+        "--num-processes", type=int, metavar="N", help="how many there are; 1 for one alone, whatever is detected"
+    )
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
 def add_engine_flags(flags: argparse.ArgumentParser) -> None:
@@ -116,8 +133,20 @@ def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def join(command: str, options: argparse.Namespace) -> Callable[[], int] | None:
+    """Meet the other processes, if there are any; what this one is then to do where it only follows."""
+    from gptoss_jax import multihost
+
+    cluster = multihost.join(command, options)
+    return (lambda: multihost.follow(cluster, options)) if cluster and follows() else None
+
+
 def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
-    """The model of the flags, with the compile cache on."""
+    """The model of the flags, with the compile cache on; in all processes where there are several."""
+    if cluster := current():
+        from gptoss_jax import multihost
+
+        return multihost.lead(cluster, options, more)
     from gptoss_jax.compile_cache import enable_compile_cache
 
     enable_compile_cache()
@@ -161,19 +190,45 @@ def read_json(path: Path, flag: str, kind: type) -> Any:
     return value
 
 
+def follows() -> bool:
+    """Whether this process only does what another one says."""
+    cluster = current()
+    return cluster is not None and not cluster.is_leader
+
+
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command: bad input is one line on standard error and exit code 2, Ctrl-C exits with 130."""
+    """Run a command: bad input is one line on standard error and exit code 2, Ctrl-C exits with 130.
+
+    Of several processes, the others end with this one.
+    """
+    code, reason = _outcome(main)
+    if cluster := current():
+        cluster.end(code or 0, reason)
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:
+    """A command's exit code, and the error that it ended with as other processes are to read it."""
     try:
         code = main()
         sys.stdout.flush()
     except (GptOssError, ShardingError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        code = 2
+        reason = " ".join(str(error).splitlines())
+        if follows():
+            return 2, reason
+        print(f"error: {reason}", file=sys.stderr)
+        return 2, reason if isinstance(error, ClusterError) else f"process 0: {reason}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        return 130, ""
     except BrokenPipeError:
         # The reader has left; what is buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+        return 0, ""
+    except Exception as error:
+        if not (cluster := current()):
+            raise
+        cluster.await_cause()
+        traceback.print_exc()
+        return 1, f"{'' if follows() else 'process 0: '}{type(error).__name__}: {error}"
+    return code, ""

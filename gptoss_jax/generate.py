@@ -31,6 +31,7 @@ def flags() -> argparse.ArgumentParser:
     cli.add_sampling_flags(parser)
     cli.add_model_flags(parser)
     cli.add_engine_flags(parser)
+    cli.add_cluster_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--show-analysis", action="store_true", help="show the reasoning on standard error")
     output.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags().parse_args(arguments)
     _check(options)
     params = cli.sampling_params(options, logprobs=options.logprobs)
+    if follow := cli.join("generate", options):
+        return follow()
     if options.batch:
         from gptoss_jax.batch import run_batch
 

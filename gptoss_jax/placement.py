@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.mxfp4 import GROUP
 from gptoss_jax.weights import Weight, WeightSpec
-from sharding import Partition, ShardingRules, make_mesh
+from sharding import Partition, ShardingRules, make_mesh, put
 
 GRANULARITY = (("experts", 1), ("expert_gate_up", 2 * GROUP), ("expert_intermediate", GROUP))
 """Axes that may be padded with zeros: an expert never chosen, and rows and columns that meet only zeros.
@@ -71,6 +71,6 @@ def place_whole(weight: Weight, spec: WeightSpec, partition: Partition) -> Weigh
             else:
                 wanted = size // groups if dim == len(spec.shape) - 1 else size
                 x = jnp.pad(x, [(0, wanted - n if d == dim else 0) for d, n in enumerate(x.shape)])
-        return jax.device_put(x, partition.sharding(spec.axes, spec.name))
+        return put(x, partition.sharding(spec.axes, spec.name))
 
     return jax.tree.map(lambda x: lay_out(x, GROUP if spec.packed else 1), weight)

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sharding.errors import ShardingError
+    from sharding.arrays import least, put, replicate
+    from sharding.errors import ClusterError, ShardingError
     from sharding.experts import run_experts
     from sharding.mesh import AXES, make_mesh, parse_mesh
     from sharding.partition import Partition, constrain, current, on_shards
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from sharding.vocab import lookup
 
 _HOMES = {
+    "put": "arrays",
+    "least": "arrays",
+    "replicate": "arrays",
+    "ClusterError": "errors",
     "ShardingError": "errors",
     "run_experts": "experts",
     "AXES": "mesh",
@@ -31,15 +36,19 @@ _HOMES = {
 __all__ = [
     "AXES",
     "BATCH_OVER_EXPERTS",
+    "ClusterError",
     "Partition",
     "ShardingError",
     "ShardingRules",
     "constrain",
     "current",
+    "least",
     "lookup",
     "make_mesh",
     "on_shards",
     "parse_mesh",
+    "put",
+    "replicate",
     "run_experts",
 ]
 

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import CacheShape, page_bytes, ring_bytes
-from sharding import Partition
+from sharding import Partition, least
 
 SHARE_OF_FREE = 0.85
 """Of an accelerator's free memory, the rest being for a step's temporaries."""
@@ -30,7 +30,14 @@ def kv_dtype(name: str) -> DTypeLike:
 
 
 def free_bytes(device: jax.Device) -> int:
-    """What a cache may take of a device: a share of its free memory, or a bounded part of a CPU's."""
+    """What a cache may take of a device: a share of its free memory, or a bounded part of a CPU's.
+
+    Of several processes, which must build the same cache, the one with the least decides.
+    """
+    return least(_free_bytes(device) >> 20) << 20
+
+
+def _free_bytes(device: jax.Device) -> int:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(SHARE_OF_FREE * (stats["bytes_limit"] - stats["bytes_in_use"]))

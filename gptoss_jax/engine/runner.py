@@ -19,6 +19,7 @@ from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
 from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, StepOutputs, run_step, seed_key
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
+from sharding import replicate
 
 SNAPSHOTS_A_CHUNK = 2
 BIASES = 64
@@ -80,7 +81,7 @@ class Runner:
         outputs, self._state = self._step(kind)(self._weights, self._state, inputs)
         return Launched(
             kind,
-            outputs,
+            replicate(outputs),
             [[(s, s.epoch) for s in plan.decodes] for plan in plans],
             [
                 [(c.sequence, c.sequence.epoch, c.start, c.stop, c.finishing) for c in plan.chunks]

@@ -1,0 +1,115 @@
+"""One engine over several processes: process 0 decides, the others repeat what its engine was told.
+
+An engine that is told the same in the same order computes the same, so nothing but these calls has to travel; what
+chance or the clock decides (a seed, a cancellation) is decided in process 0 before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from gptoss_jax.engine.engine import Engine, TokenEvent
+from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.engine.runner import TokenConstraint
+from gptoss_jax.errors import UsageError
+from sharding.multihost import Cluster
+
+
+class LeadingEngine:
+    """Process 0's engine, with the other processes' in step; used like the engine itself."""
+
+    def __init__(self, engine: Engine, cluster: Cluster) -> None:
+        self._engine, self._cluster = engine, cluster
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        constraint: list[TokenConstraint] | None = None,
+    ) -> None:
+        """See Engine.add; a constraint cannot travel to the other processes."""
+        if constraint is not None:
+            raise UsageError(f"{request_id}: constrained output is not available over several processes")
+        if params.seed is None:
+            params = dataclasses.replace(params, seed=secrets.randbits(64))
+        prompt = [int(token) for token in prompt_token_ids]
+        self._engine.add(request_id, prompt, params)
+        fields = dataclasses.asdict(params)
+        # Keys of JSON are strings.
+        fields["logit_bias"] = list((params.logit_bias or {}).items())
+        self._tell("add", request_id=request_id, prompt=prompt, params=fields)
+
+    def cancel(self, request_id: str) -> bool:
+        """See Engine.cancel."""
+        self._tell("cancel", request_id=request_id)
+        return self._engine.cancel(request_id)
+
+    def stop(self, request_id: str, index: int) -> None:
+        """See Engine.stop."""
+        self._tell("stop", request_id=request_id, index=index)
+        self._engine.stop(request_id, index)
+
+    def warm_up(self, progress: bool | None = None) -> int:
+        """See Engine.warm_up."""
+        self._tell("warm_up")
+        return self._engine.warm_up(progress)
+
+    def step(self) -> list[TokenEvent]:
+        """See Engine.step."""
+        # Had the others begun a step that this process leaves out, the next ones would not belong together.
+        with _whole():
+            self._tell("step")
+            return self._engine.step()
+
+    def _tell(self, call: str, **arguments: Any) -> None:
+        self._cluster.broadcast({"call": call, **arguments})
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C comes after the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def follow(engine: Engine, cluster: Cluster) -> None:
+    """Repeat what process 0's engine is told, until it ends."""
+    while (message := cluster.broadcast()) is not None:
+        call = message.pop("call")
+        if call == "step":
+            engine.step()
+        elif call == "cancel":
+            engine.cancel(message["request_id"])
+        elif call == "stop":
+            engine.stop(message["request_id"], message["index"])
+        elif call == "warm_up":
+            engine.warm_up(progress=False)
+        else:
+            fields = message["params"]
+            params = SamplingParams(**fields | {"logit_bias": dict(fields["logit_bias"]) or None})
+            engine.add(message["request_id"], message["prompt"], params)

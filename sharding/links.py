@@ -1,0 +1,127 @@
+"""Messages between two processes over a socket, which notices when the other side is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+import threading
+import time
+from typing import Any
+
+SILENCE_SECONDS = 20.0
+"""How long a living process may say nothing; each says something every `PING_SECONDS`."""
+
+PING_SECONDS = 2.0
+
+_LENGTH = struct.Struct("!Q")
+_HELLO_BYTES = 1 << 16
+_CHUNK = 1 << 20
+
+
+class Gone(Exception):
+    """The other side cannot be reached any longer; the message says how that showed."""
+
+
+class Link:
+    """JSON messages of any size over a connected socket; any thread may send, one receives."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        connection.settimeout(SILENCE_SECONDS)
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sending = threading.Lock()
+
+    def send(self, message: Any, patience: float = SILENCE_SECONDS) -> None:
+        """Send one message. Raises Gone, also when what was sent before is stuck for longer than `patience`."""
+        payload = json.dumps(message, ensure_ascii=False).encode()
+        if not self._sending.acquire(timeout=patience):
+            raise Gone("it does not take messages")
+        try:
+            self._connection.sendall(_LENGTH.pack(len(payload)) + payload[:_CHUNK])
+            for start in range(_CHUNK, len(payload), _CHUNK):
+                self._connection.sendall(payload[start : start + _CHUNK])
+        except TimeoutError:
+            raise Gone(f"it took no message for {SILENCE_SECONDS:.0f} s") from None
+        except OSError as error:
+            raise Gone(f"the connection broke: {error.strerror or error}") from None
+        finally:
+            self._sending.release()
+
+    def receive(self, limit: int | None = None) -> Any:
+        """The next message, of at most `limit` bytes. Raises Gone, also after `SILENCE_SECONDS` of silence."""
+        try:
+            (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+            if limit is not None and length > limit:
+                raise Gone("it does not speak this protocol")
+            return json.loads(self._read(length))
+        except TimeoutError:
+            raise Gone(f"no sign of life for {SILENCE_SECONDS:.0f} s") from None
+        except OSError as error:
+            raise Gone(f"the connection broke: {error.strerror or error}") from None
+        except ValueError:
+            raise Gone("it does not speak this protocol") from None
+
+    def hello(self) -> Any:
+        """The first message of a connection, from whoever it may be. Raises Gone."""
+        return self.receive(_HELLO_BYTES)
+
+    def _read(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            part = self._connection.recv(min(size - len(parts), _CHUNK))
+            if not part:
+                raise Gone("its connection closed")
+            parts += part
+        return bytes(parts)
+
+    def close(self) -> None:
+        """Close the connection; the other side sees Gone."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; an empty host is every interface, in IPv4 and IPv6 where there is both. Raises OSError."""
+    if not host and socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server((host, port))
+
+
+def connect(host: str, port: int, patience: float) -> socket.socket:
+    """A connection to where a process listens, or soon will. Raises OSError after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=10)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def forward(network: socket.socket, local: socket.socket) -> None:
+    """Pass bytes both ways, in threads.
+
+    The local side is not told when the network side closes: jax aborts a process whose coordinator hangs up, and
+    the one who watches over the processes has something clearer to say.
+    """
+    for connection in (network, local):
+        connection.settimeout(None)
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    threading.Thread(target=_pump, args=(network, local, False), daemon=True).start()
+    threading.Thread(target=_pump, args=(local, network, True), daemon=True).start()
+
+
+def _pump(source: socket.socket, target: socket.socket, tell: bool) -> None:
+    with contextlib.suppress(OSError):
+        while part := source.recv(1 << 16):
+            target.sendall(part)
+    if tell:
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)

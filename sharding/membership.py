@@ -1,0 +1,122 @@
+"""Which processes run together: told by flags, or found where jax knows the cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from sharding.errors import ClusterError
+
+
+@dataclasses.dataclass(frozen=True)
+class Membership:
+    """This process among those that run together.
+
+    Process 0 listens at `address` (HOST:PORT), where the others find it. `local_device_ids` are the devices that
+    belong to this process; () is all that it sees.
+    """
+
+    address: str
+    num_processes: int
+    process_id: int
+    local_device_ids: tuple[int, ...] = ()
+
+    @property
+    def host(self) -> str:
+        """Where process 0 runs."""
+        return self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """Where process 0 listens."""
+        return int(self.address.rpartition(":")[2])
+
+
+def membership(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> Membership | None:
+    """The membership that the three values give; without any, the one that jax detects; None for one process alone.
+
+    jax detects TPU pods, Slurm steps, Open MPI and indexed Jobs of Kubernetes. `num_processes` of 1 asks for one
+    process wherever it runs. Raises ClusterError for values that do not go together.
+    """
+    values = {
+        "--coordinator-address": coordinator_address,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    if all(value is None for value in values.values()):
+        return _detected()
+    if num_processes is not None and num_processes < 1:
+        raise ClusterError(f"--num-processes: expected 1 or more, found {num_processes}")
+    if num_processes == 1 and process_id in (None, 0):
+        return None
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        given = " and ".join(name for name, value in values.items() if value is not None)
+        raise ClusterError(f"{given}: expected {' and '.join(missing)} as well")
+    assert coordinator_address is not None
+    assert num_processes is not None
+    assert process_id is not None
+    _check_address(coordinator_address)
+    if not 0 <= process_id < num_processes:
+        raise ClusterError(
+            f"--process-id: expected 0 to {num_processes - 1} (--num-processes {num_processes}), found {process_id}"
+        )
+    return Membership(coordinator_address, num_processes, process_id)
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ClusterError(f"--coordinator-address: expected HOST:PORT, found {address!r}")
+
+
+def _detected() -> Membership | None:
+    # jax has no public way to ask whether `jax.distributed.initialize()` would find a cluster.
+    from jax._src.clusters import ClusterEnv, K8sCluster
+
+    for kind in ClusterEnv._cluster_types:
+        # Any pod looks like a cluster; only an indexed Job tells its pods apart.
+        if issubclass(kind, K8sCluster) and "JOB_COMPLETION_INDEX" not in os.environ:
+            continue
+        if kind.opt_in_only_method or not kind.is_env_present():
+            continue
+        try:
+            return _detected_by(kind)
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            raise ClusterError(
+                f"{kind.name or kind.__name__}: the cluster was detected, but not its processes: {error}; "
+                "give --coordinator-address, --num-processes and --process-id, or --num-processes 1 alone"
+            ) from error
+    return None
+
+
+def _detected_by(kind: Any) -> Membership | None:
+    count = kind.get_process_count()
+    if count == 1:
+        return None
+    port = os.environ.get("JAX_COORDINATOR_PORT")
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS") or kind.get_coordinator_address(
+        timeout_secs=300, override_coordinator_port=port
+    )
+    return Membership(address, count, kind.get_process_id(), _own_devices(kind))
+
+
+def _own_devices(kind: Any) -> tuple[int, ...]:
+    """One device a process where a launcher started several on each host, as jax does it; else all."""
+    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+
+    if ids := os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return tuple(int(part) for part in ids.split(","))
+    local_id = kind.get_local_process_id()
+    if running_in_cloud_tpu_vm or local_id is None or _one_process_a_host():
+        return ()
+    return (local_id,)
+
+
+def _one_process_a_host() -> bool:
+    # jax itself would leave such a process with the first device of its host only.
+    tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    return os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (tasks is not None and tasks == nodes)
