@@ -20,6 +20,9 @@ from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 
 Weight = jax.Array | MXFP4Tensor
 
+Sharding = Callable[["WeightSpec"], jax.sharding.Sharding | None]
+"""Tells where a weight goes: of packed ones, blocks and scales alike; None is the default device."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
@@ -55,14 +58,19 @@ class WeightSpec:
 Creator = Callable[[WeightSpec], Weight]
 
 
-def abstract_creator(dtype: DTypeLike = jnp.bfloat16) -> Creator:
-    """Weights that are only shapes and dtypes, for compiling without memory."""
+def abstract_creator(dtype: DTypeLike = jnp.bfloat16, sharding: Sharding | None = None) -> Creator:
+    """Weights that are only shapes, dtypes and places, for compiling without memory."""
 
     def create(spec: WeightSpec) -> Weight:
+        where = None if sharding is None else sharding(spec)
+
+        def array(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)  # type: ignore[return-value]
+
         if spec.packed:
-            blocks = jax.ShapeDtypeStruct((*spec.groups_shape, GROUP // 2), jnp.uint8)
-            return MXFP4Tensor(blocks, jax.ShapeDtypeStruct(spec.groups_shape, jnp.uint8))  # type: ignore[arg-type]
-        return jax.ShapeDtypeStruct(spec.shape, dtype)  # type: ignore[return-value]
+            blocks = array((*spec.groups_shape, GROUP // 2), jnp.uint8)
+            return MXFP4Tensor(blocks, array(spec.groups_shape, jnp.uint8))
+        return array(spec.shape, dtype)
 
     return create
 
