@@ -33,6 +33,11 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
         "ships with the project)",
     )
     group.add_argument(
+        "--mesh",
+        metavar="MESH",
+        help="devices to run on: expert=4,tensor=2 (also data=), or a preset of configs/meshes",
+    )
+    group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
     )
 
@@ -40,7 +45,7 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
 def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
     """How tokens are chosen."""
     group = flags.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="default: 4096")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="default: what the context holds")
     group.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
     group.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens")
