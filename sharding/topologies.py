@@ -176,7 +176,8 @@ def parse_topology(text: str) -> Topology:
     sizes = shape.split("x")
     form = "slices x hosts x devices, such as 1x1x8"
     if facts.platform == "tpu":
-        form = f"chips along each of {facts.torus_dimensions} dimensions, such as 2x2{'x1' * (facts.torus_dimensions - 2)}"
+        form = f"chips along each of {facts.torus_dimensions} dimensions, such as 2x2"
+        form += "x1" * (facts.torus_dimensions - 2)
     expected = facts.torus_dimensions or 3
     if len(sizes) != expected or not all(s.isascii() and s.isdigit() and 0 < int(s) < 10**5 for s in sizes):
         raise ShardingError(f"topology: {family}: expected {form}, found {shape!r}")

@@ -100,7 +100,7 @@ def partition_of(request: Request, mesh: str | dict[str, int], devices: Sequence
 
 
 def sensible_meshes(request: Request) -> list[dict[str, int]]:
-    """All factorisations of the devices into data x expert x tensor that leave none without its own part of the work."""
+    """Factorisations of the devices into data x expert x tensor that give each its own part of the work."""
     total = request.topology.num_devices
     config = request.config
     found = []
@@ -203,7 +203,7 @@ def _compile(request: Request, partition: Partition, name: StepName, planned: St
             raise
         return dataclasses.replace(planned, error=_out_of_memory(str(error)))
     seconds = time.perf_counter() - started
-    collectives = read_collectives(compiled.as_text(), partition.mesh.shape)
+    collectives = read_collectives(compiled.as_text() or "", partition.mesh.shape)
     costs = _costs(compiled)
     return dataclasses.replace(
         planned,

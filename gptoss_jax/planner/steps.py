@@ -63,11 +63,16 @@ def abstract_cache(
 ) -> KVCache:
     """A cache of `batch` sequences of `context` tokens; where they do not divide, each device has all of them."""
     shapes = jax.eval_shape(lambda: KVCache.empty(config, batch, context, dtype, partition))
-    layers = []
-    for layer in shapes.layers:
-        kv = _array(partition, layer.kv.shape, layer.kv.dtype, LAYER_AXES.kv)
-        layers.append(LayerCache(kv, _array(partition, layer.positions.shape, jnp.int32, LAYER_AXES.positions)))
-    return KVCache(tuple(layers))
+
+    def placed(x: Any, axes: Any) -> Any:
+        return _array(partition, x.shape, x.dtype, axes)
+
+    return KVCache(
+        tuple(
+            LayerCache(placed(layer.kv, LAYER_AXES.kv), placed(layer.positions, LAYER_AXES.positions))
+            for layer in shapes.layers
+        )
+    )
 
 
 def decode_step(
@@ -151,7 +156,7 @@ def _prefill(
     """`slots_R` counts sequences within their part of the batch, so that no device needs another's cache."""
     model = nnx.merge(graph, weights)
     layers = KVCache((LAYER_AXES,) * len(cache.layers))
-    batch, rows = len(cache.layers[0].positions), len(slots_R)
+    batch = len(cache.layers[0].positions)
     with model.partition.active():
         own = on_shards(
             lambda cache, slots: cache.slot(slots[0], keep=jnp.asarray(True)),
@@ -170,5 +175,4 @@ def _prefill(
             batch=batch,
         )
     positions_R = jnp.take_along_axis(positions_RT, last_R[:, None], axis=1)[:, 0]
-    assert rows == len(positions_R)
     return _sampled(model.unembed(x_RD), sampling, positions_R), cache
