@@ -7,6 +7,7 @@ takes what `python -m gptoss_jax.plan --mesh data=1 --json` wrote on another mac
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -68,9 +69,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from flax import nnx
 
     from gptoss_jax.config import ModelConfig
+    from gptoss_jax.engine.step import DeviceState
     from gptoss_jax.kv_cache import KVCache
     from gptoss_jax.loading import random_model
-    from gptoss_jax.planner.steps import decode_step, prefill_step
+    from gptoss_jax.planner.steps import cache_shape, decode_step, prefill_step
     from sharding.program import ProgramMemory
 
     config = ModelConfig.from_file(options.model)
@@ -82,22 +84,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         step = prefill_step(config, partition, options.batch, options.context, options.chunk)
     compiled = step.lower().compile()
     weights = nnx.split(model)[1]
-    places = jax.tree.map(lambda x: x.sharding, step.cache)
-    empty = jax.jit(
-        lambda: KVCache.empty(config, options.batch, options.context, partition=partition), out_shardings=places
-    )
-    cache = empty()
-    tokens, _, *rest = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), i) for i in step.inputs)
-    last = options.context - step.tokens
-    along = jnp.arange(step.tokens, dtype=jnp.int32) + last if step.tokens > 1 else last
-    positions = jax.device_put(jnp.broadcast_to(along, tokens.shape).astype(jnp.int32), tokens.sharding)
-    jax.block_until_ready((weights, cache))
+    shape = cache_shape(partition, options.batch, options.context)
+    cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)
+    last = jnp.zeros(step.state.last.shape, jnp.int32, device=step.state.last.sharding)
+    state, inputs = DeviceState(cache, last), late_inputs(step.inputs, shape.slots, options.context)
+    jax.block_until_ready((weights, state))
     before = stats()
     times = []
     for _ in range(4):
         started = time.perf_counter()
-        result, cache = compiled(weights, cache, tokens, positions, *rest)
-        jax.block_until_ready((result, cache))
+        result, state = compiled(weights, state, inputs)
+        jax.block_until_ready((result, state))
         times.append(time.perf_counter() - started)
     return {
         "peak": stats(),
@@ -105,6 +102,33 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "compiled": ProgramMemory.of(compiled).total,
         "seconds": min(times),
     }
+
+
+def late_inputs(inputs: Any, slots: int, context: int) -> Any:
+    """Inputs of a step at the end of the context: every sequence has pages of its own, and the last positions."""
+    import jax
+    import numpy as np
+
+    def segments(of: Any) -> Any:
+        rows, pages = of.tables.shape[1:]
+        return dataclasses.replace(
+            of,
+            slots=np.arange(rows, dtype=np.int32)[None] % slots,
+            tables=np.arange(rows * pages, dtype=np.int32).reshape(1, rows, pages),
+            snapshots=np.full(of.snapshots.shape, slots, np.int32),
+        )
+
+    filled = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
+    idle = filled.prefill_tokens.size > 0
+    ends = np.full_like(filled.decode_positions, -1 if idle else context - 1)
+    chunk = context - filled.prefill_tokens.shape[-1] + np.arange(filled.prefill_tokens.shape[-1], dtype=np.int32)
+    return dataclasses.replace(
+        filled,
+        decode=segments(filled.decode),
+        prefill=segments(filled.prefill),
+        decode_positions=ends,
+        prefill_positions=np.broadcast_to(chunk, filled.prefill_tokens.shape),
+    )
 
 
 def stats() -> int | None:

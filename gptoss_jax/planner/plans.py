@@ -130,7 +130,7 @@ def estimate(request: Request, partition: Partition) -> MeshPlan:
     return MeshPlan(
         dict(mesh.shape),
         held_bytes(steps["decode"].weights),
-        held_bytes(steps["decode"].cache),
+        held_bytes(steps["decode"].state),
         request.topology.facts.usable_bytes,
         plans,
     )

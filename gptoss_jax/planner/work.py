@@ -96,8 +96,7 @@ def expert_tokens(partition: Partition, load: Load) -> float:
         return load.sequences * load.tokens
     rules = partition.rules
     others = [axis for axis in rules.batch if axis not in rules.experts]
-    parts = math.prod(partition.mesh.shape[axis] for axis in others)
-    return load.sequences * load.tokens / (parts if load.sequences % parts == 0 else 1)
+    return load.sequences * load.tokens / math.prod(partition.mesh.shape[axis] for axis in others)
 
 
 def expected_collectives(
@@ -129,9 +128,9 @@ def _group(shape: dict[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(sorted(group))
 
 
-def _share(sequences: int, partition: Partition, axis: str) -> float:
-    degree = partition.degree(axis)
-    return sequences / degree if sequences % degree == 0 else sequences
+def _share(sequences: int, partition: Partition, axis: str) -> int:
+    """Sequences of the fullest part; parts with fewer are padded."""
+    return -(-sequences // partition.degree(axis))
 
 
 def _attention(

@@ -64,7 +64,9 @@ WHOLE = 64 * 128 * 4
 @pytest.fixture(scope="module")
 def programs() -> dict[str, dict[str, list]]:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run([sys.executable, "-c", PROGRAMS], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAMS], env=environment, capture_output=True, text=True, check=True
+    )
     return json.loads(run.stdout)
 
 
@@ -104,7 +106,11 @@ def read(attributes: str, shape: str = "f32[8,4]{1,0}", op: str = "all-reduce") 
         ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", ("expert",), (0, 2)),
         ("replica_groups=[4,2]<=[8]", ("tensor",), (0, 1)),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",), (0, 4)),
-        ("replica_groups=mesh['data'=2,'expert'=2,'tensor'=2] {'data','tensor'}", ("data", "tensor"), (0, 1, 4, 5)),
+        (
+            "replica_groups=mesh['data'=2,'expert'=2,'tensor'=2] {'data','tensor'}",
+            ("data", "tensor"),
+            (0, 1, 4, 5),
+        ),
         ("replica_groups=mesh['axis_0'=8] {'axis_0'}", ("data", "expert", "tensor"), tuple(range(8))),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", ("tensor",), (0, 1)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", ("expert",), (0, 2)),
