@@ -37,7 +37,8 @@ def table(request: Request, plans: Sequence[MeshPlan]) -> str:
     compiled = [plan for plan in plans if plan.compiled]
     if compiled:
         rows = [row for plan in compiled for row in _collective_rows(describe(plan.mesh), plan)]
-        lines += ["", "Collectives in the compiled program, a call, on a device", *_aligned([_COLLECTIVES, *rows])]
+        lines += ["", "Collectives in the compiled program, a call, on a device"]
+        lines += _aligned([_COLLECTIVES, *rows]) if rows else ["none"]
     notes = [f"{describe(p.mesh)} {name}: {s.error}" for p in plans for name, s in p.steps.items() if s.error]
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
