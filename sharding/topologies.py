@@ -120,32 +120,34 @@ class Topology:
         n = len(group)
         if n < 2:
             return 0.0
-        bandwidth, longest = self._links(group)
+        bandwidth, longest, links = self._links(group)
         if op == "collective-permute":
             return num_bytes / bandwidth
+        received = num_bytes * (n - 1) / n / bandwidth
         if op.endswith("all-to-all") and self.facts.platform == "tpu":
-            wraps = self._wraps(longest)
-            # Half of each side's bytes cross the middle of a line, over one link, or two if it is closed.
-            middle = num_bytes * longest / 4 / (self.facts.link_bandwidth * (2 if wraps else 1))
-            return max(middle, num_bytes * (n - 1) / n / bandwidth)
-        return (2 if op == "all-reduce" else 1) * num_bytes * (n - 1) / n / bandwidth
+            # Half of what each of the longest dimension's devices holds goes to its other half.
+            return max(received, num_bytes * longest / 4 / (links * self.facts.link_bandwidth))
+        return 2 * received if op == "all-reduce" else received
 
-    def _links(self, group: Sequence[int]) -> tuple[float, int]:
-        """Bytes a second into a device from the group, and the group's size in its longest dimension."""
+    def _links(self, group: Sequence[int]) -> tuple[float, int, int]:
+        """Bytes a second into a device from the group, and the longest dimension: devices, links across its middle."""
         positions = [self.position(i) for i in group]
-        spans = [len({p[d] for p in positions}) for d in range(len(positions[0]))]
+        *spans, on_chip = (len({p[d] for p in positions}) for d in range(len(positions[0])))
         if self.facts.platform == "cuda":
-            inside = math.prod(spans[:-2]) == 1
-            return (self.facts.link_bandwidth if inside else self.facts.host_link_bandwidth), max(spans)
-        torus = spans[:-1]
-        if max(torus) == 1:
-            return self.facts.die_link_bandwidth, spans[-1]
-        links = sum((2 if self._wraps(s) else 1) for s in torus if s > 1)
+            inside = math.prod(spans[:-1]) == 1
+            return (self.facts.link_bandwidth if inside else self.facts.host_link_bandwidth), max(spans), 1
+        if max(spans) == 1:
+            return self.facts.die_link_bandwidth, on_chip, 1
+        links = [self._closed(dimension, span) + 1 for dimension, span in enumerate(spans)]
+        total = sum(n for n, span in zip(links, spans, strict=True) if span > 1)
+        longest = spans.index(max(spans))
         # Devices of one chip share its links.
-        return links * self.facts.link_bandwidth / spans[-1], max(torus)
+        return total * self.facts.link_bandwidth / on_chip, spans[longest] * on_chip, links[longest]
 
-    def _wraps(self, span: int) -> bool:
-        return span > 2 and span % self.facts.wraps_at_multiples_of == 0
+    def _closed(self, dimension: int, span: int) -> bool:
+        """Whether a line of chips is a ring: all of a dimension that wraps around."""
+        whole = span > 2 and span == self.shape[dimension]
+        return whole and span % self.facts.wraps_at_multiples_of == 0
 
 
 def families() -> dict[str, DeviceFacts]:
