@@ -2,6 +2,7 @@ import os
 
 # Before jax is imported: tests run on the CPU, whatever else the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -6,15 +6,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.engine.sampling import SamplingState, logprobs_of, sample
+from gptoss_jax.engine.sampling import Adjustments, SamplingState, adjust, logprobs_of, sample
+from gptoss_jax.engine.step import seed_key
 from gptoss_jax.errors import UsageError
 
 VOCAB = 40
 
 
+def settings(params: list[SamplingParams]) -> SamplingState:
+    return SamplingState(
+        jnp.asarray([p.temperature for p in params], jnp.float32),
+        jnp.asarray([p.top_p for p in params], jnp.float32),
+        jnp.asarray([p.top_k for p in params], jnp.int32),
+        jnp.asarray([p.min_p for p in params], jnp.float32),
+        jnp.asarray(np.stack([seed_key(p.seed or 0) for p in params])),
+    )
+
+
 def draws(logits: np.ndarray, count: int = 4000, **params: object) -> np.ndarray:
     """How often each token is drawn."""
-    state = SamplingState.of([SamplingParams(seed=seed, **params) for seed in range(count)])
+    state = settings([SamplingParams(seed=seed, **params) for seed in range(count)])
     tokens = jax.jit(sample)(
         jnp.broadcast_to(jnp.asarray(logits), (count, len(logits))), state, jnp.zeros(count, jnp.int32)
     )
@@ -56,7 +67,7 @@ def test_draws_follow_the_distribution(params: dict) -> None:
 
 def test_temperature_zero_takes_the_likeliest_beside_requests_that_draw() -> None:
     logits = np.random.default_rng(1).standard_normal((2, VOCAB)).astype(np.float32)
-    state = SamplingState.of([SamplingParams(temperature=0), SamplingParams(temperature=2, seed=3)])
+    state = settings([SamplingParams(temperature=0), SamplingParams(temperature=2, seed=3)])
     tokens = sample(jnp.asarray(logits), state, jnp.asarray([5, 5]))
     assert tokens[0] == np.argmax(logits[0])
 
@@ -69,8 +80,8 @@ def test_a_seed_gives_the_same_token_in_any_batch(seed: int, position: int, othe
         SamplingParams(temperature=float(rng.random() * 2)) for _ in range(others)
     ]
     positions = jnp.asarray([position, *rng.integers(0, 100, others)], jnp.int32)
-    together = sample(jnp.asarray(logits), SamplingState.of(params), positions)[0]
-    alone = sample(jnp.asarray(logits[:1]), SamplingState.of(params[:1]), positions[:1])[0]
+    together = sample(jnp.asarray(logits), settings(params), positions)[0]
+    alone = sample(jnp.asarray(logits[:1]), settings(params[:1]), positions[:1])[0]
     assert together == alone
 
 
@@ -81,6 +92,35 @@ def test_logprobs_are_those_of_the_logits() -> None:
     np.testing.assert_allclose(chosen, all_[[0, 1, 2], [1, 2, 3]], rtol=1e-5)
     np.testing.assert_array_equal(ids, np.argsort(-logits, axis=-1)[:, :5])
     np.testing.assert_allclose(top, np.sort(all_, axis=-1)[:, ::-1][:, :5], rtol=1e-5)
+
+
+def test_penalties_biases_and_masks_by_definition() -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal((2, VOCAB)).astype(np.float32)
+    counts, in_prompt = rng.integers(0, 3, (2, VOCAB)), rng.random((2, VOCAB)) < 0.3
+    allowed = rng.random((2, VOCAB)) < 0.7
+    words = np.packbits(np.pad(allowed, ((0, 0), (0, 24))), axis=1, bitorder="little").view(np.uint32)
+    by = Adjustments(
+        jnp.asarray(counts),
+        jnp.asarray(in_prompt),
+        jnp.asarray([1.3, 0.8]),
+        jnp.asarray([0.5, -0.5]),
+        jnp.asarray([0.1, 0.2]),
+        jnp.asarray([[3, VOCAB], [4, 5]]),
+        jnp.asarray([[2.0, 9.0], [-1.0, 1.0]]),
+        jnp.asarray(words),
+    )
+    expected = logits.astype(np.float64)
+    for row, token in np.ndindex(logits.shape):
+        if in_prompt[row, token] or counts[row, token]:
+            factor = [1.3, 0.8][row]
+            expected[row, token] *= 1 / factor if expected[row, token] > 0 else factor
+        expected[row, token] -= [0.1, 0.2][row] * counts[row, token] + [0.5, -0.5][row] * (counts[row, token] > 0)
+    expected[0, 3] += 2
+    expected[1, 4] -= 1
+    expected[1, 5] += 1
+    expected[~allowed] = -np.inf
+    np.testing.assert_allclose(adjust(jnp.asarray(logits), by), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,270 @@
+"""Whatever the engine does with a request, its tokens are those of the model run on it alone."""
+
+import dataclasses
+import random
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.errors import UsageError
+from gptoss_jax.loading import random_model
+from gptoss_jax.model import GptOss
+
+TINY = ModelConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    sliding_window=7,
+    layer_types=("sliding_attention", "full_attention"),
+    max_position_embeddings=512,
+    eos_token_id=(),
+)
+OPTIONS = EngineOptions(max_batch=4, page_size=4, prefill_chunk=16, step_tokens=32)
+
+
+@cache
+def tiny() -> GptOss:
+    return random_model(TINY, dtype="float32")
+
+
+@cache
+def engine(options: EngineOptions = OPTIONS, mesh: str | None = None) -> Engine:
+    return Engine(tiny() if mesh is None else random_model(TINY, mesh, dtype="float32"), options)
+
+
+def run(engine: Engine, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict[str, list[int]]:
+    for name, (prompt, params) in requests.items():
+        engine.add(name, prompt, params)
+    return finish(engine, list(requests))
+
+
+def finish(engine: Engine, names: list[str]) -> dict[str, list[int]]:
+    out: dict[str, list[int]] = {name: [] for name in names}
+    while engine.unfinished:
+        for event in engine.step():
+            out[event.request_id].append(event.token_id)
+    return out
+
+
+def greedy(count: int, **more: object) -> SamplingParams:
+    return SamplingParams(max_tokens=count, temperature=0, **more)
+
+
+@cache
+def forward():
+    return nnx.jit(lambda model, tokens: model(tokens))
+
+
+def assert_greedy(model: GptOss, prompt: list[int], tokens: list[int], size: int = 128) -> None:
+    """Each token is the likeliest after those before it, up to a near-tie."""
+    padded = np.zeros((1, size), np.int32)
+    padded[0, : len(prompt) + len(tokens)] = prompt + tokens
+    logits = np.asarray(forward()(model, padded)[0])
+    for index, token in enumerate(tokens):
+        row = logits[len(prompt) + index - 1]
+        assert row[token] >= row.max() - 2e-4
+
+
+def prompts(seed: int, count: int) -> list[list[int]]:
+    """Prompts of mixed lengths, half of which begin alike."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(96) for _ in range(40)]
+    return [
+        shared[: rng.randint(0, 40) * rng.randint(0, 1)] + [rng.randrange(96) for _ in range(rng.randint(1, 30))]
+        for _ in range(count)
+    ]
+
+
+CONFIGS = st.builds(
+    lambda head_dim, groups, kv_heads, experts, top_k, window, types: dataclasses.replace(
+        TINY,
+        head_dim=head_dim,
+        num_attention_heads=groups * kv_heads,
+        num_key_value_heads=kv_heads,
+        num_local_experts=experts,
+        num_experts_per_tok=min(top_k, experts),
+        sliding_window=window,
+        num_hidden_layers=len(types),
+        layer_types=tuple(types),
+    ),
+    st.sampled_from([16, 32, 64]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 7),
+    st.integers(1, 3),
+    st.sampled_from([1, 7, 16, 128]),
+    st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=1, max_size=3),
+)
+
+
+@settings(max_examples=5)
+@given(CONFIGS, st.integers(0, 99))
+def test_any_shape_decodes_as_a_full_forward_does(config: ModelConfig, seed: int) -> None:
+    model = random_model(config, seed=seed, dtype="float32")
+    [prompt] = prompts(seed, 1)
+    tokens = run(Engine(model, OPTIONS), {"a": (prompt, greedy(12))})["a"]
+    assert len(tokens) == 12
+    assert_greedy(model, prompt, tokens)
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 10**6))
+def test_any_schedule_gives_the_tokens_of_the_request_alone(seed: int) -> None:
+    """Arrivals and cancels at random moments, shared prefixes, few pages, so that sequences are pre-empted."""
+    rng = random.Random(seed)
+    shared = engine(dataclasses.replace(OPTIONS, kv_cache_memory=60_000))
+    todo = {str(i): (p, greedy(rng.randint(1, 20))) for i, p in enumerate(prompts(seed, 10))}
+    out: dict[str, list[int]] = {name: [] for name in todo}
+    waiting, cancelled = list(todo), set()
+    while waiting or shared.unfinished:
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if waiting:
+                name = waiting.pop()
+                shared.add(name, *todo[name])
+        if rng.random() < 0.05:
+            victim = rng.choice(list(todo))
+            if shared.cancel(victim):
+                cancelled.add(victim)
+        for event in shared.step():
+            assert event.request_id not in cancelled
+            out[event.request_id].append(event.token_id)
+    assert shared.load.pages_held == 0
+    for name, (prompt, params) in todo.items():
+        assert name in cancelled or len(out[name]) == params.max_tokens
+        assert_greedy(tiny(), prompt, out[name])
+
+
+def test_sequences_were_preempted_and_prefixes_taken_up() -> None:
+    small = Engine(tiny(), dataclasses.replace(OPTIONS, kv_cache_memory=60_000))
+    requests = {str(i): (p, greedy(40)) for i, p in enumerate(prompts(0, 12))}
+    run(small, requests)
+    assert small.load.preemptions > 0
+    large = engine()
+    prompt = prompts(1, 1)[0] * 3
+    first = run(large, {"a": (prompt, greedy(5))})["a"]
+    large.add("b", prompt, greedy(5))
+    events = []
+    while large.unfinished:
+        events += large.step()
+    assert [event.token_id for event in events] == first
+    assert events[0].cached_tokens >= len(prompt) - 2 * OPTIONS.page_size
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "data=4,tensor=2", "expert=8"])
+def test_a_mesh_gives_the_same_tokens(mesh: str) -> None:
+    requests = {str(i): (p, greedy(8)) for i, p in enumerate(prompts(5, 6))}
+    assert run(engine(mesh=mesh), requests) == run(engine(), requests)
+
+
+def test_a_seed_repeats_whatever_else_runs() -> None:
+    [prompt, *others] = prompts(2, 5)
+    params = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=11)
+    alone = run(engine(), {"a": (prompt, params)})["a"]
+    crowd = {str(i): (p, SamplingParams(max_tokens=9, temperature=0.7)) for i, p in enumerate(others)}
+    assert run(engine(), crowd | {"a": (prompt, params)})["a"] == alone
+
+
+def test_guessed_tokens_change_nothing() -> None:
+    guessing = engine(dataclasses.replace(OPTIONS, speculative_tokens=3))
+    requests = {str(i): ((p * 3)[:60], greedy(30)) for i, p in enumerate(prompts(3, 4))}
+    requests["s"] = (requests["0"][0], SamplingParams(max_tokens=30, temperature=0.3, seed=5))
+    assert run(guessing, requests) == run(engine(), requests)
+    assert guessing.load.drafted > 0
+    assert guessing.load.accepted > 0
+
+
+def test_several_completions_share_the_prompt() -> None:
+    prompt = prompts(4, 1)[0] * 2
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=3, n=3)
+    engine().add("n", prompt, params)
+    out: dict[int, list[int]] = {}
+    while engine().unfinished:
+        for event in engine().step():
+            out.setdefault(event.index, []).append(event.token_id)
+    for index in range(3):
+        single = dataclasses.replace(params, n=1, seed=3 + index)
+        assert out[index] == run(engine(), {"one": (prompt, single)})["one"]
+
+
+def test_limits_on_tokens() -> None:
+    prompt = prompts(6, 1)[0]
+    usual = run(engine(), {"a": (prompt, greedy(10))})["a"]
+    stop = usual[3]
+    cut = usual[: usual.index(stop) + 1]
+    assert run(engine(), {"a": (prompt, greedy(10, stop_token_ids=[stop]))})["a"] == cut
+    held = run(engine(), {"a": (prompt, greedy(10, stop_token_ids=[stop], min_tokens=8))})["a"]
+    assert stop not in held[:8]
+    assert len(held) >= 8
+    banned = run(engine(), {"a": (prompt, greedy(10, logit_bias={stop: -100.0}))})["a"]
+    assert stop not in banned
+    penalised = run(engine(), {"a": (prompt, greedy(30, frequency_penalty=2.0, presence_penalty=2.0))})["a"]
+    assert len(set(penalised)) > len(set(run(engine(), {"a": (prompt, greedy(30))})["a"]))
+
+
+def test_log_probabilities_are_those_of_a_full_forward() -> None:
+    prompt = prompts(7, 1)[0] * 2
+    engine().add("a", prompt, greedy(5, logprobs=3, prompt_logprobs=2))
+    events = []
+    while engine().unfinished:
+        events += engine().step()
+    tokens = [event.token_id for event in events]
+    padded = np.zeros((1, 128), np.int32)
+    padded[0, : len(prompt) + 5] = prompt + tokens
+    expected = np.asarray(jax.nn.log_softmax(forward()(tiny(), padded)[0]))
+    for index, event in enumerate(events):
+        row = expected[len(prompt) + index - 1]
+        assert event.logprobs is not None
+        assert event.logprobs.logprob == pytest.approx(row[event.token_id], abs=1e-4)
+        assert len(event.logprobs.top) == 3
+    of_prompt = events[0].prompt_logprobs
+    assert of_prompt is not None
+    assert of_prompt[0] is None
+    assert [at.token_id for at in of_prompt[1:]] == prompt[1:]
+    got = [at.logprob for at in of_prompt[1:]]
+    np.testing.assert_allclose(got, expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_smaller_caches_stay_close(dtype: str) -> None:
+    """Where a coarser cache leads to another token, the two were close."""
+    prompt = prompts(8, 1)[0]
+    tokens = run(Engine(tiny(), dataclasses.replace(OPTIONS, kv_cache_dtype=dtype)), {"a": (prompt, greedy(1))})[
+        "a"
+    ]
+    logits = np.asarray(forward()(tiny(), jnp.asarray([prompt + [0] * (128 - len(prompt))]))[0, len(prompt) - 1])
+    assert logits[tokens[0]] > logits.max() - 0.5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "named"),
+    [
+        ([], greedy(1), "no tokens"),
+        ([96], greedy(1), "96"),
+        ([1] * 500, greedy(20), "512"),
+        ([1], greedy(1, stop_token_ids=[99]), "99"),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt: list[int], params: SamplingParams, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        engine().add("a", prompt, params)
+    assert engine().unfinished == 0
+
+
+def test_a_cache_too_small_is_refused_with_the_numbers() -> None:
+    with pytest.raises(UsageError, match="kv_cache_memory: 1000 bytes"):
+        Engine(tiny(), dataclasses.replace(OPTIONS, kv_cache_memory=1000))
