@@ -1,0 +1,142 @@
+"""The planner's memory against what a GPU really used: python benchmarks/plan_check.py --topology h100:1x1x1
+
+Each step runs in a process of its own, because a device remembers its peak for as long as the process lives. `--plan`
+takes what `python -m gptoss_jax.plan --mesh data=1 --json` wrote on another machine; without it the plan is made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("configs/gpt_oss_20b.json"))
+    parser.add_argument("--topology", default="h100:1x1x1")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--plan", type=Path, help="the JSON of a plan")
+    parser.add_argument("--step", choices=("decode", "prefill"), help="run this step alone and print its JSON")
+    return parser
+
+
+def main() -> None:
+    options = flags().parse_args()
+    if options.step:
+        print(json.dumps(run(options)))
+        return
+    plan = planned(options)
+    print(f"{'step':8} {'planned':>10} {'compiled':>10} {'peak used':>10} {'difference':>10}  least ms   took ms")
+    for name in ("decode", "prefill"):
+        used = json.loads(output([sys.executable, __file__, *sys.argv[1:], "--step", name]))
+        step = plan["meshes"][0]["steps"][name]
+        total, peak = step["memory"]["total"], used["peak"]
+        difference = f"{100 * (total - peak) / peak:+.2f} %" if peak else "unknown"
+        gib = [f"{n / GIB:10.3f}" if n else " " * 10 for n in (total, used["compiled"], peak)]
+        times = f"{1e3 * step['least_seconds']:9.2f} {1e3 * used['seconds']:9.2f}"
+        print(f"{name:8} {' '.join(gib)} {difference:>10} {times}")
+        if peak and used["peak_before"] == peak:
+            print(f"{name}: the peak was reached while the weights were made; take a larger --batch or --context")
+
+
+def planned(options: argparse.Namespace) -> dict[str, Any]:
+    if options.plan:
+        return json.loads(options.plan.read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "gptoss_jax.plan", "--mesh", "data=1", "--json"]
+    for name in ("model", "topology", "batch", "context", "chunk"):
+        command += [f"--{name}", str(getattr(options, name))]
+    return json.loads(output(command))
+
+
+def output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Load a random model, run the step a few times, and read what the device says it used."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.engine.step import DeviceState
+    from gptoss_jax.kv_cache import KVCache
+    from gptoss_jax.loading import random_model
+    from gptoss_jax.planner.steps import cache_shape, decode_step, prefill_step
+    from sharding.program import ProgramMemory
+
+    config = ModelConfig.from_file(options.model)
+    model = random_model(config, "data=1")
+    partition = model.partition
+    if options.step == "decode":
+        step = decode_step(config, partition, options.batch, options.context)
+    else:
+        step = prefill_step(config, partition, options.batch, options.context, options.chunk)
+    compiled = step.lower().compile()
+    weights = nnx.split(model)[1]
+    shape = cache_shape(partition, options.batch, options.context)
+    cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)
+    last = jnp.zeros(step.state.last.shape, jnp.int32, device=step.state.last.sharding)
+    state, inputs = DeviceState(cache, last), late_inputs(step.inputs, shape.slots, options.context)
+    jax.block_until_ready((weights, state))
+    before = stats()
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        result, state = compiled(weights, state, inputs)
+        jax.block_until_ready((result, state))
+        times.append(time.perf_counter() - started)
+    return {
+        "peak": stats(),
+        "peak_before": before,
+        "compiled": ProgramMemory.of(compiled).total,
+        "seconds": min(times),
+    }
+
+
+def late_inputs(inputs: Any, slots: int, context: int) -> Any:
+    """Inputs of a step at the end of the context: every sequence has pages of its own, and the last positions."""
+    import jax
+    import numpy as np
+
+    def segments(of: Any) -> Any:
+        rows, pages = of.tables.shape[1:]
+        return dataclasses.replace(
+            of,
+            slots=np.arange(rows, dtype=np.int32)[None] % slots,
+            tables=np.arange(rows * pages, dtype=np.int32).reshape(1, rows, pages),
+            snapshots=np.full(of.snapshots.shape, slots, np.int32),
+        )
+
+    filled = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
+    idle = filled.prefill_tokens.size > 0
+    ends = np.full_like(filled.decode_positions, -1 if idle else context - 1)
+    chunk = context - filled.prefill_tokens.shape[-1] + np.arange(filled.prefill_tokens.shape[-1], dtype=np.int32)
+    return dataclasses.replace(
+        filled,
+        decode=segments(filled.decode),
+        prefill=segments(filled.prefill),
+        decode_positions=ends,
+        prefill_positions=np.broadcast_to(chunk, filled.prefill_tokens.shape),
+    )
+
+
+def stats() -> int | None:
+    """The most bytes that the first device had in use; None where it does not count."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+if __name__ == "__main__":
+    main()

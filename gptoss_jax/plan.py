@@ -1,0 +1,101 @@
+"""python -m gptoss_jax.plan: whether a model fits a machine that is not here, and how fast it could be there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from gptoss_jax import cli
+from gptoss_jax.errors import UsageError
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = cli.parser(
+        "plan",
+        "Compile a model's prefill and decode steps for a machine that need not be here, and report the memory they "
+        "take on each device, what they communicate, and the least time they can take.",
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH", required=True, help="a config.json, or its directory"
+    )
+    parser.add_argument(
+        "--topology",
+        metavar="NAME:SHAPE",
+        required=True,
+        help="TPU chips such as v5e:4x8 or tpu7x:2x2x1, or slices x hosts x GPUs such as h100:1x1x8",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="this mesh (default: the one estimated to be the best)"
+    )
+    which.add_argument("--search", action="store_true", help="every sensible factorisation of the devices")
+    parser.add_argument(
+        "--top", type=int, default=3, metavar="N", help="with --search: compile the N best (default: 3)"
+    )
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in the cache (default: 8)")
+    parser.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of each (default: 8192)")
+    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens a prefill call (default: 512)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
+    )
+    parser.add_argument(
+        "--batch-over-experts",
+        action="store_true",
+        help="attention splits its sequences over the expert axis too, for large batches",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw memory and time of each mesh")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    options = flags().parse_args(arguments)
+    _check(options)
+    from gptoss_jax.config import ModelConfig
+    from sharding.topologies import parse_topology, prepare_environment
+
+    config = ModelConfig.from_file(options.model)
+    topology = parse_topology(options.topology)
+    if options.context > config.max_position_embeddings:
+        raise UsageError(
+            f"--context: the model's longest is {config.max_position_embeddings}, found {options.context}"
+        )
+    prepare_environment()
+    from gptoss_jax.planner import plans, report
+    from sharding import BATCH_OVER_EXPERTS, ShardingRules
+
+    rules = BATCH_OVER_EXPERTS if options.batch_over_experts else ShardingRules()
+    chunk = min(options.chunk, options.context)
+    request = plans.Request(config, topology, options.batch, options.context, chunk, options.dtype, rules)
+    devices = topology.devices()
+    if options.mesh:
+        partition = plans.partition_of(request, options.mesh, devices)
+        found = [plans.compile_plan(request, partition, plans.estimate(request, partition))]
+    else:
+        found = plans.search(request, devices, options.top if options.search else 1, _progress)
+        found = found if options.search else found[:1]
+    if options.plot:
+        report.plot(request, found, options.plot)
+    if options.json:
+        print(json.dumps(report.as_json(request, found)))
+    else:
+        print(report.table(request, found))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least in (("batch", 1), ("context", 1), ("chunk", 1), ("top", 0)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name}: expected {least} or more, found {getattr(options, name)}")
+
+
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,239 @@
+"""Plans: a model's steps compiled for each mesh of a topology, and what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import jax
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.loading import check_dtype
+from gptoss_jax.placement import partition_for
+from gptoss_jax.planner.steps import Step, decode_step, prefill_step
+from gptoss_jax.planner.work import Load, Work, expected_collectives, held_bytes, work_of
+from sharding import AXES, Partition, ShardingError, ShardingRules
+from sharding.bound import Bound, lower_bound
+from sharding.program import Collectives, ProgramMemory, read_collectives
+from sharding.topologies import Topology
+
+StepName = Literal["decode", "prefill"]
+STEPS: tuple[StepName, ...] = ("decode", "prefill")
+
+PADDING = 1.5
+"""A mesh that pads a layer's experts or heads by more than this factor is not worth compiling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be planned: `batch` sequences of up to `context` tokens, prefilled by `chunk` tokens a call."""
+
+    config: ModelConfig
+    topology: Topology
+    batch: int
+    context: int
+    chunk: int
+    dtype: str = "bfloat16"
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """One step on one mesh, per device; without `memory` it was not compiled, and collectives are the expected ones.
+
+    `tokens` is what a call advances on all devices. `program_flops` and `program_bytes` are the compiler's own count,
+    which takes a loop's body once, or all of an array where a part is read.
+    """
+
+    tokens: int
+    work: Work
+    collectives: Sequence[Collectives]
+    bound: Bound
+    memory: ProgramMemory | None = None
+    program_flops: float | None = None
+    program_bytes: float | None = None
+    compile_seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At most."""
+        return self.tokens / self.bound.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPlan:
+    """A mesh: bytes of weights and cache on a device, and its steps."""
+
+    mesh: dict[str, int]
+    weight_bytes: int
+    cache_bytes: int
+    usable_bytes: int
+    steps: dict[StepName, StepPlan]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether every step was."""
+        return all(step.memory is not None for step in self.steps.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """The most that any step has on a device; without a compiled one, weights and cache alone."""
+        return max(
+            [self.weight_bytes + self.cache_bytes, *(s.memory.total for s in self.steps.values() if s.memory)]
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether every step has the memory it needs; of steps not compiled, whether weights and cache leave any."""
+        return self.num_bytes <= self.usable_bytes and all(step.error is None for step in self.steps.values())
+
+
+def partition_of(request: Request, mesh: str | dict[str, int], devices: Sequence[jax.Device]) -> Partition:
+    """The partition of the model over a mesh of the topology's devices. Raises ShardingError."""
+    text = mesh if isinstance(mesh, str) else ",".join(f"{axis}={size}" for axis, size in mesh.items())
+    return partition_for(request.config, text, request.rules, devices)
+
+
+def sensible_meshes(request: Request) -> list[dict[str, int]]:
+    """Factorisations of the devices into data x expert x tensor that give each its own part of the work."""
+    total = request.topology.num_devices
+    config = request.config
+    found = []
+    for tensor in _divisors(total):
+        for expert in _divisors(total // tensor):
+            data = total // tensor // expert
+            if tensor > config.num_attention_heads or expert > config.num_local_experts or request.batch % data:
+                continue
+            if _padding(config, expert, tensor) <= PADDING:
+                found.append(dict(zip(AXES, (data, expert, tensor), strict=True)))
+    return found
+
+
+def estimate(request: Request, partition: Partition) -> MeshPlan:
+    """The plan of a mesh without compiling. Raises ShardingError where the model cannot be split so."""
+    mesh = partition.mesh
+    assert mesh is not None
+    steps = {name: _step(request, partition, name) for name in STEPS}
+    plans: dict[StepName, StepPlan] = {}
+    for name, step in steps.items():
+        load = Load(step.sequences, step.tokens, request.context)
+        dtype = check_dtype(request.dtype)
+        work = work_of(request.config, partition, load, dtype)
+        expected = expected_collectives(request.config, partition, load, dtype)
+        bound = lower_bound(request.topology, work.flops, work.num_bytes, expected)
+        plans[name] = StepPlan(step.sequences * step.tokens, work, expected, bound)
+    return MeshPlan(
+        dict(mesh.shape),
+        held_bytes(steps["decode"].weights),
+        held_bytes(steps["decode"].state),
+        request.topology.facts.usable_bytes,
+        plans,
+    )
+
+
+def compile_plan(request: Request, partition: Partition, planned: MeshPlan) -> MeshPlan:
+    """The plan with its steps compiled, both at a time; a step that the compiler refuses for memory has an error."""
+    if not planned.fits:
+        return planned
+    with ThreadPoolExecutor(len(STEPS)) as pool:
+        compiled = pool.map(lambda name: _compile(request, partition, name, planned.steps[name]), STEPS)
+        return dataclasses.replace(planned, steps=dict(zip(STEPS, compiled, strict=True)))
+
+
+def rank(plans: Sequence[MeshPlan]) -> list[MeshPlan]:
+    """Those that fit first, then by the least time of a decode step, then by that of all its resources together."""
+
+    def key(plan: MeshPlan) -> tuple[Any, ...]:
+        bound = plan.steps["decode"].bound
+        return not plan.fits, round(bound.seconds, 7), bound.compute + bound.memory + bound.links
+
+    return sorted(plans, key=key)
+
+
+def search(
+    request: Request, devices: Sequence[jax.Device], most: int, progress: Callable[[str], None]
+) -> list[MeshPlan]:
+    """Plans of all sensible meshes, the best first; `most` of them compiled, in the order of their estimates."""
+    partitions: dict[str, Partition] = {}
+    estimates = []
+    for mesh in sensible_meshes(request):
+        try:
+            partition = partition_of(request, mesh, devices)
+            estimates.append(estimate(request, partition))
+        except ShardingError as error:
+            progress(str(error))
+            continue
+        partitions[str(mesh)] = partition
+    if not estimates:
+        raise ShardingError(f"topology: {request.topology.text}: no sensible mesh of its devices")
+    ranked, done = rank(estimates), []
+    for index, plan in enumerate(ranked):
+        if index < most and plan.fits:
+            progress(f"compiling {index + 1} of {min(most, sum(p.fits for p in ranked))}: {describe(plan.mesh)}")
+            plan = compile_plan(request, partitions[str(plan.mesh)], plan)
+        done.append(plan)
+    return rank([p for p in done if p.compiled]) + [p for p in done if not p.compiled]
+
+
+def describe(mesh: dict[str, int]) -> str:
+    """A mesh in the spelling of `--mesh`, without axes of 1."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
+
+
+def _step(request: Request, partition: Partition, name: StepName) -> Step:
+    dtype = check_dtype(request.dtype)
+    common = (request.config, partition, request.batch, request.context)
+    if name == "decode":
+        return decode_step(*common, dtype)
+    return prefill_step(*common, request.chunk, dtype)
+
+
+def _compile(request: Request, partition: Partition, name: StepName, planned: StepPlan) -> StepPlan:
+    assert partition.mesh is not None
+    started = time.perf_counter()
+    try:
+        compiled = _step(request, partition, name).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return dataclasses.replace(planned, error=_out_of_memory(str(error)))
+    seconds = time.perf_counter() - started
+    collectives = read_collectives(compiled.as_text() or "", partition.mesh.shape)
+    costs = _costs(compiled)
+    return dataclasses.replace(
+        planned,
+        collectives=collectives,
+        bound=lower_bound(request.topology, planned.work.flops, planned.work.num_bytes, collectives),
+        memory=ProgramMemory.of(compiled),
+        program_flops=costs.get("flops"),
+        program_bytes=costs.get("bytes accessed"),
+        compile_seconds=seconds,
+    )
+
+
+def _costs(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """The compiler's own count of operations and bytes, where its platform keeps one."""
+    return dict(compiled.cost_analysis() or {})
+
+
+def _out_of_memory(message: str) -> str:
+    """The sentence of a compiler's message that has the numbers."""
+    found = re.search(r"RESOURCE_EXHAUSTED:\s*(.*)", message)
+    return (found[1] if found else message).strip()[:300]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _padding(config: ModelConfig, expert: int, tensor: int) -> float:
+    """How much larger the experts are for being split."""
+    groups = config.intermediate_size / 32
+    inner = -(-groups // tensor) * tensor / groups if tensor > 1 else 1.0
+    outer = -(-config.num_local_experts // expert) * expert / config.num_local_experts
+    return inner * outer

@@ -1,0 +1,230 @@
+"""What a compiled program holds and moves, read off its memory analysis and its HLO text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+OPS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes on one device while a program runs; outputs that reuse a donated argument are counted once."""
+
+    arguments: int
+    outputs: int
+    reused: int
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """All that must fit at once."""
+        return self.arguments + self.outputs - self.reused + self.temporaries + self.code
+
+    @classmethod
+    def of(cls, compiled: Any) -> ProgramMemory:
+        """From a `jax.stages.Compiled`."""
+        found = compiled.memory_analysis()
+        return cls(
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes,
+            found.alias_size_in_bytes,
+            found.temp_size_in_bytes,
+            found.generated_code_size_in_bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """The collectives of one kind in a program, over one set of mesh axes.
+
+    `count` is how often one runs on a device in a call of the program and `num_bytes` what the whole arrays hold on
+    one device (of an all-gather its result, of a reduce-scatter its operand). Those under `conditional` run only where
+    a branch is taken; in a loop of unknown length one round is counted. `group` is one set of devices that talk.
+    """
+
+    op: str
+    axes: tuple[str, ...]
+    group: tuple[int, ...]
+    conditional: bool
+    count: int
+    num_bytes: int
+
+
+@dataclasses.dataclass
+class _Computation:
+    collectives: list[tuple[str, int, tuple[int, ...]]] = dataclasses.field(default_factory=list)
+    calls: list[tuple[str, int, bool]] = dataclasses.field(default_factory=list)
+
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
+_CALLEE = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLEES = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(?\[([^)]*)\)?)? ?\{([^}]*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+
+
+def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collectives]:
+    """The collectives of a compiled program's text, those alike summed, the most bytes first.
+
+    `mesh_shape` gives the sizes of the mesh's axes in order, over whose devices the program was partitioned.
+    """
+    entry, computations = _parse(text, math.prod(mesh_shape.values()))
+    totals: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
+    for times, conditional, (op, num_bytes, group) in _executed(entry, computations, 1, False):
+        total = totals[op, _axes(group, mesh_shape), group, conditional]
+        total[0] += times
+        total[1] += times * num_bytes
+    found = [
+        Collectives(op, axes, group, conditional, count, num_bytes)
+        for (op, axes, group, conditional), (count, num_bytes) in totals.items()
+    ]
+    return sorted(found, key=lambda c: (c.conditional, -c.num_bytes))
+
+
+def array_bytes(shape: str) -> int:
+    """Bytes of an HLO shape, the sum of its parts if it is a tuple; layouts and their padding do not count."""
+    total = 0.0
+    for kind, dims in _ARRAY.findall(shape):
+        bits = 8 if kind == "pred" else int((re.findall(r"\d+", kind) or ["0"])[0])
+        total += bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
+    return math.ceil(total)
+
+
+def _parse(text: str, num_devices: int) -> tuple[str, dict[str, _Computation]]:
+    computations: dict[str, _Computation] = {}
+    entry, current, name = "", _Computation(), ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            current = computations[name] = _Computation()
+            if header[1]:
+                entry = name
+        elif match := _INSTRUCTION.match(line):
+            _read(match[1], current, name, num_devices)
+    return entry, computations
+
+
+def _read(instruction: str, into: _Computation, name: str, num_devices: int) -> None:
+    shape, op = _shape_and_op(instruction)
+    base = op.removesuffix("-start")
+    if base in OPS:
+        group = _group(instruction, num_devices)
+        if len(group) > 1:
+            num_bytes = array_bytes(_result(shape) if op.endswith("-start") else shape)
+            if base == "reduce-scatter":
+                num_bytes *= len(group)
+            # A TPU's name for a fused reduce-scatter, whose body is written as an all-reduce and a slice.
+            fused = name.startswith("all-reduce-scatter") and base == "all-reduce"
+            into.collectives.append(("reduce-scatter" if fused else base, num_bytes, group))
+        return
+    trips = _TRIPS.search(instruction)
+    for kind, callee in _CALLEE.findall(instruction):
+        branch = kind in ("true_computation", "false_computation")
+        into.calls.append((callee, int(trips[1]) if trips and kind == "body" else 1, branch))
+    for kind, callees in _CALLEES.findall(instruction):
+        for callee in callees.replace("%", "").split(","):
+            into.calls.append((callee.strip(), 1, kind == "branch_computations"))
+
+
+def _shape_and_op(instruction: str) -> tuple[str, str]:
+    depth = 0
+    for i, char in enumerate(instruction):
+        depth += (char in "([{") - (char in ")]}")
+        if char == " " and depth == 0:
+            return instruction[:i], instruction[i + 1 :].partition("(")[0]
+    return instruction, ""
+
+
+def _result(shape: str) -> str:
+    """Of the tuple (operand, result, ...) that an asynchronous start gives, the result; else the shape as it is."""
+    if not shape.startswith("("):
+        return shape
+    parts, depth, start = [], 0, 1
+    for i, char in enumerate(shape):
+        depth += (char in "([{") - (char in ")]}")
+        if (char == "," and depth == 1) or depth == 0:
+            parts.append(shape[start:i])
+            start = i + 1
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def _group(instruction: str, num_devices: int) -> tuple[int, ...]:
+    """The first set of devices that talk; of a permutation, all that take part."""
+    if match := _MESH.search(instruction):
+        return _mesh_group(match[1], match[2], match[3], num_devices)
+    if match := _IOTA.search(instruction):
+        dims, sizes = ([int(n) for n in part.split(",")] for part in (match[1], match[2]))
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        if match[3]:
+            devices = devices.transpose([int(n) for n in match[3].split(",")])
+        return tuple(devices.reshape(dims)[0].ravel().tolist())
+    if match := _LISTED.search(instruction):
+        groups = [tuple(int(n) for n in g.split(",") if n) for g in re.findall(r"\{([\d,]*)\}", match[1])]
+        if "source_target_pairs" in instruction:
+            return _pair(groups)
+        return groups[0]
+    return tuple(range(num_devices))
+
+
+def _pair(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """A permutation's first pair that differs; none where each device sends to itself."""
+    return next(((a, b) for a, b in pairs if a != b), ())
+
+
+def _mesh_group(sizes: str, order: str | None, axes: str, num_devices: int) -> tuple[int, ...]:
+    """The first group of `mesh['a'=2,'b'=4] {'b'}`; `'b':(2)2` is the part of b after the first 2."""
+    shape = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", sizes)}
+    if order is not None:
+        return tuple(range(num_devices))
+    chosen = {name: (part, size) for name, part, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes)}
+    dims, kept = [], []
+    for name, size in shape.items():
+        before, part = 1, size if name in chosen else 1
+        if name in chosen and chosen[name][0]:
+            before, part = int(chosen[name][0]), int(chosen[name][1])
+        dims += [before, part, size // before // part]
+        kept.append(name in chosen)
+    if not any(kept):
+        return tuple(range(num_devices))
+    devices = np.arange(num_devices).reshape(dims)
+    first = tuple(slice(None) if i % 3 == 1 and kept[i // 3] else 0 for i in range(len(dims)))
+    return tuple(np.ravel(devices[first]).tolist())
+
+
+def _axes(group: tuple[int, ...], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ."""
+    positions = np.unravel_index(np.asarray(group), tuple(mesh_shape.values()))
+    return tuple(name for name, along in zip(mesh_shape, positions, strict=True) if len(set(along.tolist())) > 1)
+
+
+def _executed(
+    name: str, computations: Mapping[str, _Computation], times: int, conditional: bool
+) -> Iterator[tuple[int, bool, tuple[str, int, tuple[int, ...]]]]:
+    computation = computations.get(name)
+    if computation is None:
+        return
+    for collective in computation.collectives:
+        yield times, conditional, collective
+    for callee, trips, branch in computation.calls:
+        yield from _executed(callee, computations, times * trips, conditional or branch)

@@ -1,0 +1,288 @@
+"""The planner: its arithmetic by hand, its command's manners, and real steps compiled for machines that are absent."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gptoss_jax import plan
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.loading import random_model
+from gptoss_jax.placement import partition_for
+from gptoss_jax.planner import plans, report
+from gptoss_jax.planner.steps import decode_step
+from gptoss_jax.planner.work import Load, held_bytes, touched_experts, work_of
+from sharding import ShardingError
+from sharding.program import ProgramMemory
+from sharding.topologies import families, parse_topology
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+M20B, M120B = CONFIGS / "gpt_oss_20b.json", CONFIGS / "gpt_oss_120b.json"
+SMALL = ModelConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    sliding_window=8,
+    layer_types=("sliding_attention", "full_attention"),
+    max_position_embeddings=256,
+)
+
+needs_aot = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is None,
+    reason="needs the aot extra: uv run --isolated --extra aot --extra plot pytest",
+)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "gptoss_jax.plan", *arguments], capture_output=True, text=True)
+
+
+def planned(model: Path, topology: str, *arguments: str) -> dict[str, Any]:
+    run = command("--model", str(model), "--topology", topology, "--json", *arguments)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+# The arithmetic
+
+
+def test_touched_experts() -> None:
+    assert touched_experts(32, 4, 1) == pytest.approx(4)
+    assert touched_experts(128, 4, 64) == pytest.approx(128 * (1 - (124 / 128) ** 64))
+    assert touched_experts(32, 4, 10_000) == pytest.approx(32)
+
+
+@pytest.mark.parametrize(("path", "gigabytes"), [(M20B, 3.70), (M120B, 4.97)])
+def test_bytes_of_a_token_at_batch_1(path: Path, gigabytes: float) -> None:
+    """Attention in bf16, four experts in MXFP4 and the unembedding, counted by hand from the released shapes."""
+    config = ModelConfig.from_file(path)
+    work = work_of(config, partition_for(config), Load(1, 1, 1))
+    assert work.weight_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+@pytest.mark.parametrize(("path", "billions"), [(M20B, 3.61), (M120B, 5.13)])
+def test_operations_of_a_token_are_twice_its_active_parameters(path: Path, billions: float) -> None:
+    """The active parameters are those of OpenAI's model card, which leaves out the embedding."""
+    config = ModelConfig.from_file(path)
+    work = work_of(config, partition_for(config), Load(1, 1, 1))
+    assert work.flops / 2e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_cache_that_is_read() -> None:
+    work = work_of(SMALL, partition_for(SMALL), Load(3, 1, 100))
+    assert work.cache_bytes == 3 * (8 + 100) * 2 * 2 * 16 * 2
+    chunk = work_of(SMALL, partition_for(SMALL), Load(1, 10, 100))
+    assert chunk.cache_bytes == (17 + 100) * 2 * 2 * 16 * 2
+
+
+def test_abstract_weights_and_cache_hold_what_real_ones_do() -> None:
+    model = random_model(SMALL, "data=1")
+    step = decode_step(SMALL, model.partition, batch=3, context=64)
+    real = sum(x.nbytes for x in jax.tree.leaves(model) if isinstance(x, jax.Array))
+    assert held_bytes(step.weights) == real
+    assert held_bytes(step.state.cache) == 3 * (8 + 64) * 2 * 2 * 16 * 2
+    memory = ProgramMemory.of(step.lower().compile())
+    inputs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.inputs))
+    # Of inputs that the program ignores none is kept.
+    assert 0 <= memory.arguments - held_bytes((step.weights, step.state)) <= inputs
+    assert memory.reused == held_bytes(step.state)
+
+
+@pytest.mark.parametrize(
+    ("topology", "op", "group", "seconds"),
+    [
+        # 4 x 8 chips of v5e, x fastest; a line of 4 has one link of 50 GB/s into each end.
+        ("v5e:4x8", "all-gather", range(4), 3 / 4 / 50e9),
+        ("v5e:4x8", "all-reduce", range(4), 2 * 3 / 4 / 50e9),
+        ("v5e:4x8", "all-gather", range(8), 7 / 8 / 100e9),
+        ("v5e:16x16", "all-gather", range(16), 15 / 16 / 100e9),
+        ("v5e:16x16", "all-to-all", range(16), 16 / 4 / 100e9),
+        ("v5e:16x16", "all-to-all", range(8), 8 / 4 / 50e9),
+        ("v5p:4x4x8", "all-gather", range(16, 32), 15 / 16 / 400e9),
+        ("v5p:4x4x8", "all-gather", range(0, 64, 16), 3 / 4 / 100e9),
+        ("v5p:4x4x4", "reduce-scatter", range(64), 63 / 64 / 600e9),
+        ("tpu7x:2x2x1", "all-gather", range(2), 1 / 2 / 600e9),
+        ("tpu7x:2x2x1", "all-gather", range(8), 7 / 8 / 100e9),
+        ("h100:1x1x8", "all-to-all", range(8), 7 / 8 / 450e9),
+        ("h100:1x2x8", "all-reduce", range(16), 2 * 15 / 16 / 50e9),
+        ("h100:1x1x8", "collective-permute", (0, 1), 1 / 450e9),
+        ("h100:1x1x8", "all-reduce", (3,), 0),
+    ],
+)
+def test_time_of_a_collective(topology: str, op: str, group: range, seconds: float) -> None:
+    assert parse_topology(topology).seconds(op, 1e9, tuple(group)) == pytest.approx(1e9 * seconds)
+
+
+def test_device_facts_are_whole_and_sourced() -> None:
+    for facts in families().values():
+        assert facts.source
+        assert 0.9 * facts.memory_bytes < facts.usable_bytes <= facts.memory_bytes
+        assert facts.link_bandwidth < facts.memory_bandwidth < facts.bf16_flops
+    ironwood = families()["tpu7x"]
+    assert (ironwood.memory_bytes, ironwood.memory_bandwidth) == (96 * 2**30, 3690e9)
+
+
+def test_sensible_meshes() -> None:
+    config = ModelConfig.from_file(M20B)
+    meshes = plans.sensible_meshes(plans.Request(config, parse_topology("v5e:8x16"), 64, 8192, 512))
+    assert all(mesh["data"] * mesh["expert"] * mesh["tensor"] == 128 for mesh in meshes)
+    assert all(mesh["expert"] <= 32 and mesh["tensor"] <= 64 and 64 % mesh["data"] == 0 for mesh in meshes)
+    assert {"data": 2, "expert": 8, "tensor": 8} in meshes
+    assert len({tuple(mesh.values()) for mesh in meshes}) == len(meshes)
+
+
+# Its manners
+
+
+def test_help_is_quick() -> None:
+    started = time.perf_counter()
+    run = command("--help")
+    assert run.returncode == 0
+    assert "--topology" in run.stdout
+    assert time.perf_counter() - started < 2  # far under a second, but the machine may be busy
+    loaded = "import sys, gptoss_jax.plan; assert not {'jax', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", loaded], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v9:2x2"], "NAME of v5e, v5p"),
+        (["--topology", "v5e"], "expected NAME:SHAPE"),
+        (["--topology", "v5e:2x2x2"], "2 dimensions"),
+        (["--topology", "h100:8"], "slices x hosts x devices"),
+        (["--topology", "v5e:4x8", "--batch", "0"], "--batch"),
+        (["--topology", "v5e:4x8", "--context", "999999"], "131072"),
+        (["--topology", "v5e:4x8", "--model", "missing.json"], "missing.json"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharding.topologies.prepare_environment", lambda: None)
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", str(M20B)]
+    with pytest.raises((GptOssError, ShardingError), match=message) as caught:
+        plan.main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_exit_code_of_bad_input() -> None:
+    run = command("--model", str(M20B), "--topology", "v5e:zz")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: topology: v5e: ")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x8", "h100:1x1x8"])
+def test_without_the_extra_it_says_what_to_install(topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ShardingError, match=r"pip install 'gptoss-jax\[aot\]'"):
+        parse_topology(topology).devices()
+
+
+# Compiled steps
+
+FEW = dataclasses.replace(
+    ModelConfig.from_file(M120B),
+    num_hidden_layers=2,
+    layer_types=("sliding_attention", "full_attention"),
+    vocab_size=4096,
+)
+
+
+@pytest.fixture(scope="module")
+def few_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120b with two layers and a small vocabulary: the same steps, quick to compile."""
+    path = tmp_path_factory.mktemp("plan") / "config.json"
+    path.write_text(json.dumps(FEW.to_dict()))
+    return path
+
+
+@needs_aot
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v5e:2x4", "expert=2,tensor=4"), ("h100:1x1x8", "data=2,expert=2,tensor=2")]
+)
+def test_compiles_and_fits(topology: str, mesh: str, few_layers: Path, tmp_path: Path) -> None:
+    arguments = ("--mesh", mesh, "--batch", "64", "--context", "8192")
+    found = planned(few_layers, topology, *arguments)
+    (one,) = found["meshes"]
+    assert one["fits"] is True
+    assert one["compiled"] is True
+    for name in ("decode", "prefill"):
+        step = one["steps"][name]
+        memory, held = step["memory"], one["weight_bytes"] + one["cache_bytes"]
+        assert held <= memory["arguments"] < 1.05 * held + 2**22
+        assert one["cache_bytes"] <= memory["reused"] <= 1.05 * one["cache_bytes"] + 2**20
+        assert memory["temporaries"] < 2 * 2**30
+        reductions = {tuple(c["axes"]): c["count"] for c in step["collectives"] if c["op"] == "all-reduce"}
+        assert reductions["tensor",] >= 2  # attention's, one a layer
+        assert reductions["expert", "tensor"] >= 2  # the experts'
+        assert step["least_seconds"] == max(step["bound_seconds"].values())
+    assert one["steps"]["decode"]["bound_by"] == "memory"
+
+
+@needs_aot
+def test_what_does_not_fit(few_layers: Path) -> None:
+    found = planned(few_layers, "v5e:2x2", "--mesh", "tensor=4", "--batch", "512", "--context", "131072")
+    assert found["meshes"][0]["fits"] is False
+
+
+@needs_aot
+def test_search_ranks_and_plots(few_layers: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    run = command(
+        *("--model", str(few_layers), "--topology", "h100:1x1x4", "--search", "--top", "0", "--plot", str(picture))
+    )
+    assert run.returncode == 0, run.stderr
+    assert "tensor=4" in run.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_of_a_plan_that_was_not_compiled() -> None:
+    request = plans.Request(SMALL, parse_topology("h100:1x1x1"), 4, 64, 16)
+    estimated = plans.estimate(request, plans.partition_of(request, "data=1", jax.devices()))
+    shown = report.table(request, [estimated])
+    assert "not compiled" in shown
+    assert json.loads(json.dumps(report.as_json(request, [estimated])))["meshes"][0]["fits"] is True
+    tight = dataclasses.replace(estimated, usable_bytes=1)
+    assert not tight.fits
+    assert plans.compile_plan(request, partition_for(SMALL, "data=1"), tight) is tight
+    assert jnp.dtype(request.dtype) == jnp.bfloat16
+
+
+SLICES = ("v5e:4x8", "v5p:2x2x2", "v6e:4x4", "tpu7x:2x2x1", "h100:1x1x8")
+
+
+@needs_aot
+@pytest.mark.slow
+def test_released_models_fit() -> None:
+    """Every layer of both models, decode and prefill, for each of the slices; two compile at a time."""
+    cases = [(path, topology) for topology in SLICES for path in (M20B, M120B)]
+
+    def one(case: tuple[Path, str]) -> dict[str, Any]:
+        return planned(*case, "--batch", "64", "--context", "8192")
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        for (path, topology), found in zip(cases, pool.map(one, cases), strict=True):
+            (mesh,) = found["meshes"]
+            assert mesh["compiled"], (path, topology, mesh)
+            assert mesh["fits"], (path, topology, mesh)
+    # What should not: one v5e host of four chips has less memory than 120b alone needs.
+    assert planned(M120B, "v5e:2x2", "--batch", "1")["meshes"][0]["fits"] is False
