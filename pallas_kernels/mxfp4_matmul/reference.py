@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mxfp4_matmul.format import MXFP4Tensor, dequantize
+from pallas_kernels.mxfp4_matmul.gpu_layout import GpuExperts
 
-ExpertWeight = jax.Array | MXFP4Tensor
+ExpertWeight = jax.Array | MXFP4Tensor | GpuExperts
 SWIGLU_ALPHA = 1.702
 
 
