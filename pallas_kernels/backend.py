@@ -35,7 +35,7 @@ class Backend:
 
     name: str
     platforms: frozenset[str]
-    function: Callable[..., jax.Array]
+    function: Callable[..., Any]
 
 
 class _Setting:
@@ -86,14 +86,14 @@ def current_platform() -> str:
     return "rocm" if "rocm" in default.client.platform_version else "cuda"
 
 
-def dispatch(
+def dispatch[Result](
     op: str,
     backends: Sequence[Backend],
-    reference: Callable[..., jax.Array],
+    reference: Callable[..., Result],
     *args: Any,
     backend: str | None = None,
     **kwargs: Any,
-) -> jax.Array:
+) -> Result:
     """Compute `op` by the named backend, or by the first one of the platform that covers the arguments.
 
     A named backend whose hardware is absent is interpreted. Falling back to the reference on an accelerator is

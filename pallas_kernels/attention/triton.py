@@ -5,7 +5,8 @@ key/value head, for a block of queries, and goes over blocks of keys with a runn
 the sink (arXiv:2205.14135, algorithm 1, with the sink as the first score). When there are too few programs to fill
 the card, the keys are split among several and their partial results joined afterwards.
 
-Shapes are named by suffix as in the op; R = block of queries times G rows, padded to powers of two; N keys in a block.
+Shapes are named by suffix as in the op; R rows are a block of queries times G, padded to powers of two; N keys in a
+block.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
+State = tuple[jax.Array, jax.Array, jax.Array]
+"""Of each row: the largest score so far, the softmax's denominator and the weighted sum, relative to it."""
 
 LOWEST = -1e30
 """A score below all others whose differences stay finite."""
@@ -163,7 +168,7 @@ def _call(
     config: Config,
     interpret: bool,
 ) -> jax.Array:
-    batch, length, heads, head_dim = q_BTHD.shape
+    batch, length, heads, _ = q_BTHD.shape
     kv_heads = kv_XSKE.shape[2]
     splits = config.splits
     kernel = functools.partial(
@@ -207,13 +212,13 @@ def _joined(sums: jax.Array, largest: jax.Array, denominators: jax.Array) -> jax
 
 
 def _kernel(
-    q_ref,
-    kv_ref,
-    sinks_ref,
-    q_positions_ref,
-    where_ref,
-    bounds_ref,
-    *out_refs,
+    q_ref: Any,
+    kv_ref: Any,
+    sinks_ref: Any,
+    q_positions_ref: Any,
+    where_ref: Any,
+    bounds_ref: Any,
+    *out_refs: Any,
     group: int,
     window: int | None,
     scale: float,
@@ -255,7 +260,7 @@ def _kernel(
         share = pl.cdiv(pl.cdiv(keys, config.keys), config.splits)
         first, last = jnp.maximum(first, split * share), jnp.minimum(last, (split + 1) * share)
 
-    def attend(block: jax.Array, position_N: jax.Array, seen_RN: jax.Array, state):
+    def attend(block: jax.Array, seen_RN: jax.Array, state: State) -> State:
         largest_R, denominator_R, sum_RD = state
         key = block * config.keys + jnp.arange(config.keys)
         if has_positions:
@@ -282,7 +287,7 @@ def _kernel(
         )
         return new_R, denominator_R * shrink_R + jnp.sum(weights_RN, axis=1), sum_RD
 
-    def step(block: jax.Array, state):
+    def step(block: jax.Array, state: State) -> State:
         key = block * config.keys + jnp.arange(config.keys)
         position_N = key
         if has_positions:
@@ -290,7 +295,7 @@ def _kernel(
         seen_RN = (position_N[None, :] <= position_R[:, None]) & ((position_N >= 0) & (key < keys))[None, :]
         if window is not None:
             seen_RN &= position_N[None, :] > position_R[:, None] - window
-        run = functools.partial(attend, block, position_N, seen_RN)
+        run = functools.partial(attend, block, seen_RN)
         if has_bounds or not has_positions:
             return run(state)
         # One query over slots in any order: most of a cache that has just grown is empty.

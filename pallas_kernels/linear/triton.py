@@ -29,7 +29,7 @@ class Config:
     num_warps: int
 
 
-DEFAULT = Config(rows=8, num_warps=4)
+DEFAULT = Config(rows=2, num_warps=1)
 
 
 def linear(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.backend import Backend, dispatch
-from pallas_kernels.mxfp4_matmul import reference, triton
+from pallas_kernels.mxfp4_matmul import reference, triton, triton_vector
 from pallas_kernels.mxfp4_matmul.reference import ExpertWeight
 
 __all__ = ["ExpertWeight", "expert_mlp"]
 
-_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.expert_mlp),)
+_BACKENDS = (
+    Backend("triton_vector", frozenset({"cuda"}), triton_vector.expert_mlp),
+    Backend("triton", frozenset({"cuda"}), triton.expert_mlp),
+)
 
 
 def expert_mlp(
@@ -23,6 +26,7 @@ def expert_mlp(
     down_bias_ED: jax.Array,
     *,
     swiglu_limit: float,
+    residual_TD: jax.Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Each token through its k experts, weighted and summed.
@@ -38,6 +42,7 @@ def expert_mlp(
       down_EDI: [E, D, I].
       down_bias_ED: added before the router's weight.
       swiglu_limit: the clamp of gate and up.
+      residual_TD: if given, added to the sum.
       backend: a name to force; see `pallas_kernels.use_backend`.
 
     Returns:
@@ -55,5 +60,6 @@ def expert_mlp(
         down_EDI,
         down_bias_ED,
         swiglu_limit=swiglu_limit,
+        residual_TD=residual_TD,
         backend=backend,
     )

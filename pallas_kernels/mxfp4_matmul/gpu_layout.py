@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mxfp4_matmul.format import GROUP, MXFP4Tensor
+from pallas_kernels.mxfp4_matmul.format import GROUP, MXFP4Tensor, exp2
 
 BLOCK = 128
 """Values of a row in a block, padded with zeros at the end of the row."""
@@ -84,3 +84,23 @@ def released(experts: GpuExperts) -> MXFP4Tensor:
     scales_EFB = experts.scales.transpose(0, 3, 1, 2).reshape(count, rows * parts, blocks)
     scales_EFG = jax.lax.bitcast_convert_type(scales_EFB, jnp.uint8).reshape(count, rows * parts, 4 * blocks)
     return MXFP4Tensor(bytes_EFG16[:, :, :groups], scales_EFG[:, :, :groups])
+
+
+def unpack(words: jax.Array, scale: jax.Array, j: int) -> jax.Array:
+    """The values, float32, of nibble j of each word times 2^(scale - 127).
+
+    The kernels do it by bits: exponent and mantissa of the nibble go to the low exponent bits and the top mantissa
+    bit of a bfloat16 and its sign to the top, which is the value times 2^-126, subnormal where the nibble is; a
+    multiplication by `group_factor` makes it right.
+    """
+    nibble = (words.astype(jnp.int32) >> (4 * j)) & 15
+    exponent, mantissa = (nibble >> 1) & 3, nibble & 1
+    doubled = jnp.where(exponent == 0, mantissa, (2 + mantissa) << jnp.maximum(exponent - 1, 0))
+    value = jnp.where(nibble >= 8, -doubled, doubled).astype(jnp.float32)
+    half = (scale - 128) >> 1
+    return value * exp2(half) * exp2(scale - 128 - half)
+
+
+def group_factor(scale: jax.Array) -> jax.Array:
+    """2^(scale - 1) in bfloat16, from its bits."""
+    return jax.lax.bitcast_convert_type(((scale + 126) << 7).astype(jnp.uint16), jnp.bfloat16)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 
-from pallas_kernels.mxfp4_matmul.format import exp2
-from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
+from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, group_factor, unpack
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
 from pallas_kernels.mxfp4_matmul.tiles import Tiles, tiles_by_expert, tiles_of_one
 
@@ -41,15 +42,15 @@ class Config:
 def choose(rows: int, num_experts: int) -> tuple[Config, Config]:
     """Configs of the gate_up and the down kernel."""
     if rows <= UNSORTED_ROWS:
-        return Config(32, 16, 2, 5), Config(32, 16, 2, 6)
+        return Config(32, 8, 2, 5), Config(32, 8, 2, 5)
     share = rows / num_experts
     if share <= 12:
-        return Config(64, 16, 4, 4), Config(64, 16, 4, 5)
+        return Config(128, 16, 4, 3), Config(128, 16, 4, 3)
     if share <= 24:
         return Config(64, 32, 4, 4), Config(64, 32, 4, 4)
     if share <= 64:
         return Config(64, 64, 4, 3), Config(64, 64, 4, 3)
-    return Config(64, 128, 4, 3), Config(128, 128, 8, 3)
+    return Config(64, 128, 4, 3), Config(128, 128, 4, 3)
 
 
 def expert_mlp(
@@ -62,6 +63,7 @@ def expert_mlp(
     down_bias_ED: jax.Array,
     *,
     swiglu_limit: float,
+    residual_TD: jax.Array | None,
     interpret: bool,
     configs: tuple[Config, Config] | None = None,
 ) -> jax.Array:
@@ -95,7 +97,8 @@ def expert_mlp(
     out_RD = _matmul(tiles, hidden_RI, 1, down_EDI, down_bias_ED, weights_R, down_config, interpret=interpret)
     out_TkD = out_RD.reshape(num_tokens, k, -1)
     here_Tk1 = (expert_ids_Tk < num_experts)[..., None]
-    return jnp.sum(jnp.where(here_Tk1, out_TkD, 0), axis=1).astype(x_TD.dtype)
+    out_TD = jnp.sum(jnp.where(here_Tk1, out_TkD, 0), axis=1)
+    return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
 
 
 def _matmul(
@@ -122,7 +125,7 @@ def _matmul(
         contracting=experts.contracting,
         rows_of_x=rows_of_x,
         swiglu_limit=swiglu_limit,
-        unpack=_unpack if interpret else _unpack_ptx,
+        unpack_words=_unpack if interpret else _unpack_ptx,
     )
     out_type = jax.ShapeDtypeStruct(
         (tiles.rows_R.shape[0], outputs), x_XK.dtype if weights_R is None else jnp.float32
@@ -149,22 +152,22 @@ def _matmul(
 
 
 def _matmul_kernel(
-    rows_ref,
-    expert_ref,
-    start_ref,
-    count_ref,
-    x_ref,
-    words_ref,
-    scales_ref,
-    bias_ref,
-    weights_ref,
-    out_ref,
+    rows_ref: Any,
+    expert_ref: Any,
+    start_ref: Any,
+    count_ref: Any,
+    x_ref: Any,
+    words_ref: Any,
+    scales_ref: Any,
+    bias_ref: Any,
+    weights_ref: Any,
+    out_ref: Any,
     *,
     config: Config,
     contracting: int,
     rows_of_x: int,
     swiglu_limit: float | None,
-    unpack,
+    unpack_words: Any,
 ) -> None:
     tile, first = pl.program_id(0), pl.program_id(1) * config.weight_rows
     count = count_ref[tile]
@@ -185,7 +188,7 @@ def _matmul_kernel(
             first,
             config,
             contracting,
-            unpack,
+            unpack_words,
         )
         output = first + jnp.arange(config.weight_rows)
         inside = output < out_ref.shape[1]
@@ -209,16 +212,16 @@ def _matmul_kernel(
 
 
 def _contract(
-    x_ref,
-    x_row,
-    x_here,
-    words_ref,
-    scales_ref,
-    expert,
-    first,
+    x_ref: Any,
+    x_row: jax.Array,
+    x_here: jax.Array,
+    words_ref: Any,
+    scales_ref: Any,
+    expert: jax.Array,
+    first: jax.Array,
     config: Config,
     contracting: int,
-    unpack,
+    unpack_words: Any,
 ) -> list[jax.Array]:
     """For each part, weight rows `first`... times the rows of x: float32 [weight_rows, tile_rows]."""
     outputs = words_ref.shape[2]
@@ -239,8 +242,8 @@ def _contract(
         results = []
         for part in range(parts):
             own = words_ref.at[expert, part * blocks + b, pl.ds(first, weight_rows)]
-            mask = jnp.broadcast_to(inside[:, None], (weight_rows, WORDS)) if ragged else None
-            words = plt.load(own, mask=mask, other=0 if ragged else None)
+            here = jnp.broadcast_to(inside[:, None], (weight_rows, WORDS)) if ragged else None
+            words = plt.load(own, mask=here, other=0 if ragged else None)
             scales = plt.load(
                 scales_ref.at[expert, part * blocks + b, pl.ds(first, weight_rows)],
                 mask=inside if ragged else None,
@@ -248,7 +251,7 @@ def _contract(
             )
             accumulator = accumulators[part]
             for j, x in enumerate(xs):
-                weight = unpack(words, (scales >> (8 * j)) & 255, j, x.dtype)
+                weight = unpack_words(words, (scales >> (8 * j)) & 255, j, x.dtype)
                 accumulator += lax.dot_general(
                     weight,
                     x,
@@ -262,22 +265,15 @@ def _contract(
     return lax.fori_loop(0, blocks, block, [zeros] * parts)
 
 
-def _factor(scale: jax.Array) -> jax.Array:
-    """2^(scale - 1) in bfloat16: nibbles are unpacked as values times 2^-126."""
-    return lax.bitcast_convert_type(((scale + 126) << 7).astype(jnp.uint16), jnp.bfloat16)
-
-
-def _unpack_ptx(words: jax.Array, scale: jax.Array, j: int, dtype: jnp.dtype) -> jax.Array:
-    """Nibble j of each 16-bit word, two words at a time; see `_unpack` for what it computes."""
+def _unpack_ptx(words: jax.Array, scale: jax.Array, j: int, dtype: DTypeLike) -> jax.Array:
+    """`_unpack`, two words at a time; see `gpu_layout.unpack` for the bits."""
     magnitude = ("shl.b32 a, $1, 6;", "shl.b32 a, $1, 2;", "shr.u32 a, $1, 2;", "shr.u32 a, $1, 6;")[j]
-    sign = f"shl.b32 b, $1, {12 - 4 * j};"
     [weight] = plt.elementwise_inline_asm(
         "{ .reg .b32 a, b, c;"
         + magnitude
-        + sign
-        + "and.b32 b, b, 0x80008000; lop3.b32 a, a, 0x01C001C0, b, 0xEA;"
+        + f"shl.b32 b, $1, {12 - 4 * j}; and.b32 b, b, 0x80008000; lop3.b32 a, a, 0x01C001C0, b, 0xEA;"
         + "mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, a, $2, c; }",
-        args=[words, jnp.broadcast_to(_factor(scale)[:, None], words.shape)],
+        args=[words, jnp.broadcast_to(group_factor(scale)[:, None], words.shape)],
         constraints="=r,r,r",
         pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)],
@@ -285,14 +281,6 @@ def _unpack_ptx(words: jax.Array, scale: jax.Array, j: int, dtype: jnp.dtype) ->
     return weight.astype(dtype)
 
 
-def _unpack(words: jax.Array, scale: jax.Array, j: int, dtype: jnp.dtype) -> jax.Array:
-    """The values of nibble j of each word [N, 32] times 2^(scale - 127) for each row.
-
-    Exponent and mantissa of the nibble go to the low exponent bits and the top mantissa bit of a bfloat16, and
-    its sign to the top: that is its value times 2^-126, subnormal where the nibble is.
-    """
-    nibble = (words.astype(jnp.int32) >> (4 * j)) & 15
-    doubled = jnp.where(nibble & 6 == 0, nibble & 1, (2 + (nibble & 1)) << jnp.maximum(((nibble & 6) >> 1) - 1, 0))
-    value = jnp.where(nibble >= 8, -doubled, doubled).astype(jnp.float32)
-    half = (scale - 128) >> 1
-    return (value * exp2(half)[:, None] * exp2(scale - 128 - half)[:, None]).astype(dtype)
+def _unpack(words: jax.Array, scale: jax.Array, j: int, dtype: DTypeLike) -> jax.Array:
+    """The values [N, 32] of nibble j of each word times 2^(scale - 127) of each row."""
+    return unpack(words, scale[:, None], j).astype(dtype)
