@@ -1,1 +1,42 @@
 """gpt-oss in JAX: MXFP4 from the file to the multiply, on any mesh of GPUs or TPUs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.engine.params import SamplingParams
+    from gptoss_jax.errors import CheckpointError, GptOssError, UsageError
+    from gptoss_jax.llm import LLM
+    from gptoss_jax.loading import load_model, random_model
+
+_HOMES = {
+    "LLM": "llm",
+    "SamplingParams": "engine.params",
+    "ModelConfig": "config",
+    "load_model": "loading",
+    "random_model": "loading",
+    "CheckpointError": "errors",
+    "GptOssError": "errors",
+    "UsageError": "errors",
+}
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "GptOssError",
+    "ModelConfig",
+    "SamplingParams",
+    "UsageError",
+    "load_model",
+    "random_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: `--help` of a command must not wait for jax.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"gptoss_jax.{_HOMES[name]}"), name)

@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ from gptoss_jax.errors import CheckpointError
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 from gptoss_jax.safetensors_file import (
     DTYPES,
+    THREADS,
     Box,
     SafetensorsFile,
     TensorEntry,
@@ -94,10 +96,14 @@ def resolve(name: str | Path) -> Path:
 
     Progress goes to stderr; without a network the Hub's local cache serves. Raises CheckpointError.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~nobody
+        path = Path(name)
+    # An empty name would be the current directory.
+    if str(name) and path.is_dir():
         return path
-    if path.exists():
+    if str(name) and path.exists():
         raise CheckpointError(f"{path}: expected a checkpoint's directory, found a file")
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", str(name), re.ASCII):
         raise CheckpointError(f"{show(name)}: no such directory")
@@ -170,12 +176,12 @@ class Checkpoint:
     `bytes_read` counts what this process has read of the files, headers included.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, files: Sequence[Path], threads: int = 8) -> None:
+    def __init__(self, path: Path, config: ModelConfig, files: Sequence[Path]) -> None:
         """Open the given files of `path`; use `open_checkpoint` unless you know them. Raises CheckpointError."""
         self.path = path
         self.bytes_read = 0
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint")
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint")
         self.files = [SafetensorsFile(file, self._count) for file in files]
         self.config = config
         self.tensors: dict[str, StoredTensor] = {}
@@ -289,8 +295,8 @@ class Checkpoint:
 
         Plain weights come in `dtype`, packed ones as they are. `sharding` tells where a weight goes (of packed
         ones, blocks and scales alike), and each process reads its own shards only; None is the default device.
-        Host memory holds one tensor at a time. A progress bar goes to stderr if `progress`, or if that is a
-        terminal. The creator raises CheckpointError for a weight that `validate` would refuse.
+        Host memory holds one tensor at a time, and a chunk a thread. A progress bar goes to stderr if `progress`,
+        or if that is a terminal. The creator raises CheckpointError for a weight that `validate` would refuse.
         """
         bar = self._progress_bar(progress)
 
@@ -449,7 +455,9 @@ def _split_qkv(
 
 def stored_tensors(specs: Iterable[WeightSpec], dtype: DTypeLike = "bfloat16") -> list[TensorInfo]:
     """How Hugging Face's layout stores a model's weights, plain ones in `dtype`: what `save_safetensors` takes."""
-    float_name = next(name for name in FLOAT_DTYPES if DTYPES[name] == np.dtype(dtype))
+    float_names = [name for name in FLOAT_DTYPES if DTYPES[name] == np.dtype(dtype)]
+    if not float_names:
+        raise ValueError(f"dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {np.dtype(dtype)}")
     table = []
     for spec in specs:
         if spec.packed:
@@ -459,7 +467,7 @@ def stored_tensors(specs: Iterable[WeightSpec], dtype: DTypeLike = "bfloat16") -
             shape = spec.shape
             if _EXPERT_MATRIX.fullmatch(spec.name):
                 shape = (*shape[:-2], shape[-1], shape[-2])
-            table.append(TensorInfo(spec.name, float_name, shape))
+            table.append(TensorInfo(spec.name, float_names[0], shape))
     return table
 
 
@@ -499,10 +507,10 @@ def save_safetensors(
     must not exist or be empty, and appears only when all of it is written. Raises CheckpointError if it cannot,
     ValueError if `arrays` yields something else than announced.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: expected a new or empty directory, found it in use")
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Protocol, Self
 
 import jax
@@ -10,7 +11,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.placement import partition_for
 from pallas_kernels.attention import attention
+from sharding import Partition, on_shards
+
+QUERIES = ("batch", None, "heads", None)
+KEYS = ("batch", None, "kv_heads", None)
+POSITIONS = ("batch", None)
 
 
 class KeyValues(Protocol):
@@ -44,14 +51,17 @@ class WholeSequence:
         window: int | None,
     ) -> tuple[jax.Array, Self]:
         """See KeyValues."""
-        out = attention(
-            q_BTHD,
-            jnp.concatenate([k_BTKD, v_BTKD], axis=-1),
-            sinks_H,
-            positions_BT,
-            positions_BT,
-            window=window,
-            sm_scale=q_BTHD.shape[-1] ** -0.5,
+        out = on_shards(
+            partial(attention, window=window, sm_scale=q_BTHD.shape[-1] ** -0.5),
+            {
+                "q_BTHD": (q_BTHD, QUERIES),
+                "kv_BSKE": (jnp.concatenate([k_BTKD, v_BTKD], axis=-1), KEYS),
+                "sinks_H": (sinks_H, ("heads",)),
+                "q_positions_BT": (positions_BT, POSITIONS),
+                "kv_positions_BS": (positions_BT, POSITIONS),
+            },
+            QUERIES,
+            batch=len(q_BTHD),
         )
         return out, self
 
@@ -65,6 +75,10 @@ class LayerCache:
     positions: jax.Array
 
 
+LAYER_AXES = LayerCache(KEYS, POSITIONS)  # type: ignore[arg-type]
+"""How a layer's cache is split."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -73,18 +87,26 @@ class KVCache:
     layers: tuple[LayerCache, ...]
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16) -> KVCache:
-        """Room for `batch` sequences of `capacity` tokens."""
+    def empty(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: DTypeLike = jnp.bfloat16,
+        partition: Partition | None = None,
+    ) -> KVCache:
+        """Room for `batch` sequences of `capacity` tokens, with the heads that `partition` has."""
+        kv_heads = len((partition or partition_for(config)).heads.kv_sources)
 
         def layer(index: int) -> LayerCache:
             slots = min(config.window(index) or capacity, capacity)
-            shape = (batch, slots, config.num_key_value_heads, 2 * config.head_dim)
+            shape = (batch, slots, kv_heads, 2 * config.head_dim)
             positions = jnp.full((batch, slots), -1, jnp.int32)
             return LayerCache(jnp.zeros(shape, dtype), positions)
 
         return cls(tuple(layer(i) for i in range(config.num_hidden_layers)))
 
-    def grown(self, config: ModelConfig, capacity: int) -> KVCache:
+    def grown(self, config: ModelConfig, capacity: int, partition: Partition) -> KVCache:
         """A copy whose sequences may have `capacity` tokens; slots keep their place because none has wrapped."""
 
         def pad(layer: LayerCache, empty: LayerCache) -> LayerCache:
@@ -96,7 +118,7 @@ class KVCache:
             )
 
         batch, dtype = self.layers[0].positions.shape[0], self.layers[0].kv.dtype
-        goal = jax.eval_shape(lambda: KVCache.empty(config, batch, capacity, dtype))
+        goal = jax.eval_shape(lambda: KVCache.empty(config, batch, capacity, dtype, partition))
         return KVCache(tuple(pad(old, new) for old, new in zip(self.layers, goal.layers, strict=True)))
 
     def slot(self, index: jax.Array, keep: jax.Array) -> KVCache:
@@ -119,24 +141,47 @@ class KVCache:
         window: int | None,
     ) -> tuple[jax.Array, KVCache]:
         """See KeyValues; tokens of padding have position -1 and are not kept."""
-        held, kv_BTKE = self.layers[layer], jnp.concatenate([k_BTKD, v_BTKD], axis=-1)
-        written = seen = _write(held, kv_BTKE, positions_BT)
-        if window is not None and positions_BT.shape[1] > 1:
-            # The ring loses keys that the first queries of a chunk still see, so they read it as it was.
-            seen = LayerCache(
-                jnp.concatenate([held.kv, kv_BTKE.astype(held.kv.dtype)], axis=1),
-                jnp.concatenate([held.positions, positions_BT], axis=1),
-            )
-        out = attention(
-            q_BTHD,
-            seen.kv,
-            sinks_H,
-            positions_BT,
-            seen.positions,
-            window=window,
-            sm_scale=q_BTHD.shape[-1] ** -0.5,
+        out, written = on_shards(
+            partial(_write_and_attend, window=window),
+            {
+                "held": (self.layers[layer], LAYER_AXES),
+                "q_BTHD": (q_BTHD, QUERIES),
+                "kv_BTKE": (jnp.concatenate([k_BTKD, v_BTKD], axis=-1), KEYS),
+                "sinks_H": (sinks_H, ("heads",)),
+                "positions_BT": (positions_BT, POSITIONS),
+            },
+            (QUERIES, LAYER_AXES),
+            batch=len(q_BTHD),
         )
         return out, KVCache((*self.layers[:layer], written, *self.layers[layer + 1 :]))
+
+
+def _write_and_attend(
+    held: LayerCache,
+    q_BTHD: jax.Array,
+    kv_BTKE: jax.Array,
+    sinks_H: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    window: int | None,
+) -> tuple[jax.Array, LayerCache]:
+    written = seen = _write(held, kv_BTKE, positions_BT)
+    if window is not None and positions_BT.shape[1] > 1:
+        # The ring loses keys that the first queries of a chunk still see, so they read it as it was.
+        seen = LayerCache(
+            jnp.concatenate([held.kv, kv_BTKE.astype(held.kv.dtype)], axis=1),
+            jnp.concatenate([held.positions, positions_BT], axis=1),
+        )
+    out = attention(
+        q_BTHD,
+        seen.kv,
+        sinks_H,
+        positions_BT,
+        seen.positions,
+        window=window,
+        sm_scale=q_BTHD.shape[-1] ** -0.5,
+    )
+    return out, written
 
 
 def _write(held: LayerCache, kv_BTKE: jax.Array, positions_BT: jax.Array) -> LayerCache:

@@ -7,6 +7,7 @@ k experts of a token, V vocabulary.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,13 @@ from jax import lax
 
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.kv_cache import KeyValues, WholeSequence
+from gptoss_jax.placement import partition_for
 from gptoss_jax.weights import Creator, WeightSpec
 from pallas_kernels.mxfp4_matmul import expert_mlp
+from sharding import Partition, constrain, lookup, on_shards, run_experts
+
+RESIDUAL = ("batch", None, "hidden")
+"""Logical axes of the residual stream [B, T, D]."""
 
 
 def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
@@ -60,6 +66,12 @@ def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, rope: RopeConfig) -> jax.
     cos, sin = jnp.cos(angle) * concentration, jnp.sin(angle) * concentration
     first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def choose_experts(router_NE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k likeliest experts int32 [N, k] of each token, and their weights: a softmax over these k alone."""
+    top_Nk, ids_Nk = lax.top_k(router_NE, k)
+    return ids_Nk, jax.nn.softmax(top_Nk, axis=-1)
 
 
 class RMSNorm(nnx.Module):
@@ -159,16 +171,21 @@ class MoE(nnx.Module):
             self.router.weight[...].astype(jnp.float32),
             self.router.bias[...],
         )
-        top_Nk, ids_Nk = lax.top_k(router_NE, self.config.num_experts_per_tok)
-        y_ND = expert_mlp(
+        ids_Nk, weights_Nk = on_shards(
+            partial(choose_experts, k=self.config.num_experts_per_tok),
+            {"router_NE": (router_NE, ("batch", None))},
+            (("batch", None), ("batch", None)),
+            batch=len(x_ND),
+        )
+        y_ND = run_experts(
+            partial(expert_mlp, swiglu_limit=self.config.swiglu_limit),
             x_ND,
             ids_Nk,
-            jax.nn.softmax(top_Nk, axis=-1),
+            weights_Nk,
             self.gate_up_proj.get_value(),
             self.gate_up_proj_bias[...],
             self.down_proj.get_value(),
             self.down_proj_bias[...],
-            swiglu_limit=self.config.swiglu_limit,
         )
         return y_ND.reshape(x_BTD.shape)
 
@@ -186,15 +203,20 @@ class Block(nnx.Module):
     def __call__[KV: KeyValues](self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """[B, T, D] -> [B, T, D], and the keys and values with this layer's added."""
         attended_BTD, kv = self.self_attn(self.input_layernorm(x_BTD), positions_BT, kv)
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), kv
+        x_BTD = constrain(x_BTD + attended_BTD, RESIDUAL)
+        return constrain(x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), RESIDUAL), kv
 
 
 class GptOss(nnx.Module):
-    """The whole model. `create` makes each weight from its definition: see `gptoss_jax.weights`."""
+    """The whole model.
 
-    def __init__(self, config: ModelConfig, create: Creator) -> None:
+    `create` makes each weight from its definition: see `gptoss_jax.weights`. `partition` is the mesh that the weights
+    lie on; None is one device.
+    """
+
+    def __init__(self, config: ModelConfig, create: Creator, partition: Partition | None = None) -> None:
         self.config = config
+        self.partition = partition or partition_for(config)
         table = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nnx.Param(create(WeightSpec("model.embed_tokens.weight", table, ("vocab", "hidden"))))
         self.layers = nnx.List([Block(config, i, create) for i in range(config.num_hidden_layers)])
@@ -209,18 +231,23 @@ class GptOss(nnx.Module):
 
     def hidden[KV: KeyValues](self, tokens_BT: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """The normed last hidden state [B, T, D] of tokens at given positions, and the keys and values after."""
-        x_BTD = self.embed(tokens_BT)
-        for layer in self.layers:
-            x_BTD, kv = layer(x_BTD, positions_BT, kv)
-        return self.norm(x_BTD), kv
+        with self.partition.active():
+            x_BTD = self.embed(tokens_BT)
+            for layer in self.layers:
+                x_BTD, kv = layer(x_BTD, positions_BT, kv)
+            return self.norm(x_BTD), kv
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Tokens int32 [B, T] -> [B, T, D]."""
-        return self.embed_tokens[...][tokens_BT]
+        with self.partition.active():
+            return constrain(lookup(self.embed_tokens[...], tokens_BT), RESIDUAL)
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """Hidden states [..., D] -> logits float32 [..., V]."""
-        return linear(x, self.lm_head[...])
+        """Hidden states [B, ..., D] -> logits float32 [B, ..., V]."""
+        inner = (None,) * (x.ndim - 2)
+        with self.partition.active():
+            x = constrain(x, ("samples", *inner, "hidden"))
+            return constrain(linear(x, self.lm_head[...]), ("samples", *inner, "vocab"))
 
 
 def weight_specs(config: ModelConfig) -> list[WeightSpec]:

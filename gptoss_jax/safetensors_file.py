@@ -15,6 +15,7 @@ import json
 import math
 import os
 import stat
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -52,6 +53,9 @@ MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 16 << 20
 """How much one thread reads at a time."""
 
+THREADS = 8
+"""How many chunks of a tensor are read at once."""
+
 MAX_GAP_BYTES = 64 << 10
 """Reading through a gap of this size costs less than a second call."""
 
@@ -83,7 +87,7 @@ class TensorEntry(TensorInfo):
 def show(name: object) -> str:
     """A name from a file as it may stand in a one-line message."""
     text = str(name)
-    return text if text.isprintable() and len(text) <= 200 else f"{ascii(text)[:200]}"
+    return text if text and text.isprintable() and len(text) <= 200 else ascii(text)[:200]
 
 
 def load_json(path: Path, text: bytes) -> Any:
@@ -177,11 +181,20 @@ class SafetensorsFile:
             _assign(target, scratch[piece.wanted])
 
         pieces = _pieces(shape, dtype.itemsize, box)
-        if pool is None or out.size * dtype.itemsize <= CHUNK_BYTES:
-            for piece in pieces:
+        lock = threading.Lock()
+
+        def work(_: int) -> None:
+            while True:
+                with lock:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
                 read(piece)
+
+        if pool is None or out.size * dtype.itemsize <= CHUNK_BYTES:
+            work(0)
         else:
-            list(pool.map(read, pieces))
+            list(pool.map(work, range(THREADS)))
 
     def _pread(self, buffer: memoryview, offset: int) -> None:
         total, done = len(buffer), 0

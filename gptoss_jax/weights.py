@@ -28,6 +28,10 @@ class WeightSpec:
     `name` is its Hugging Face name (of packed experts, without `_blocks` and `_scales`) and `shape` its unpacked
     shape, the contracting dimension last. `axes` names a logical axis for each dimension, which sharding rules
     map to a mesh. `packed` tells whether it is MXFP4 along the last dimension.
+
+    A weight on a mesh may differ from what a checkpoint stores, whose shape `stored_shape` then is (None: the same).
+    Where a dimension has `sources`, its i-th equal part is the stored part `sources[i]`, or zeros for -1; else what
+    is beyond the stored size is zeros at the end.
     """
 
     name: str
@@ -35,6 +39,8 @@ class WeightSpec:
     axes: tuple[str | None, ...]
     init: Literal["normal", "zeros", "ones"] = "normal"
     packed: bool = False
+    stored_shape: tuple[int, ...] | None = None
+    sources: tuple[tuple[int, ...] | None, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

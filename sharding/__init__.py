@@ -1,1 +1,51 @@
-"""Meshes, logical axes, expert-parallel dispatch and multi-host start."""
+"""Meshes, logical axes to mesh axes, and functions run over them: knows arrays and functions, not models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sharding.errors import ShardingError
+    from sharding.experts import run_experts
+    from sharding.mesh import AXES, make_mesh, parse_mesh
+    from sharding.partition import Partition, constrain, current, on_shards
+    from sharding.rules import BATCH_OVER_EXPERTS, ShardingRules
+    from sharding.vocab import lookup
+
+_HOMES = {
+    "ShardingError": "errors",
+    "run_experts": "experts",
+    "AXES": "mesh",
+    "make_mesh": "mesh",
+    "parse_mesh": "mesh",
+    "Partition": "partition",
+    "constrain": "partition",
+    "current": "partition",
+    "on_shards": "partition",
+    "BATCH_OVER_EXPERTS": "rules",
+    "ShardingRules": "rules",
+    "lookup": "vocab",
+}
+
+__all__ = [
+    "AXES",
+    "BATCH_OVER_EXPERTS",
+    "Partition",
+    "ShardingError",
+    "ShardingRules",
+    "constrain",
+    "current",
+    "lookup",
+    "make_mesh",
+    "on_shards",
+    "parse_mesh",
+    "run_experts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: parsing a command's flags must not wait for jax.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sharding.{_HOMES[name]}"), name)

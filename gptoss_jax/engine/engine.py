@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import jax
@@ -28,10 +28,10 @@ TOP_LOGPROBS = 20
 
 @dataclasses.dataclass
 class TokenEvent:
-    """A request's next token; a finish without a token (cancelled) has `token_id` None."""
+    """A request's next token."""
 
     request_id: str
-    token_id: int | None
+    token_id: int
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -55,10 +55,19 @@ class Engine:
     """Runs requests through a model; one thread at a time.
 
     `max_batch` requests advance together; the cache grows to the longest of them, up to the model's context.
+    `eos_token_ids` end a request; None for the config's.
     """
 
-    def __init__(self, model: GptOss, *, max_batch: int = 8, kv_dtype: DTypeLike | None = None) -> None:
-        self.config = model.config
+    def __init__(
+        self,
+        model: GptOss,
+        *,
+        max_batch: int = 8,
+        kv_dtype: DTypeLike | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+    ) -> None:
+        self.config, self._partition = model.config, model.partition
+        self._eos = frozenset(self.config.eos_token_id if eos_token_ids is None else eos_token_ids)
         graph, self._weights = nnx.split(model)
         self._dtype = kv_dtype or model.embed_tokens[...].dtype
         self._waiting: deque[_Request] = deque()
@@ -88,7 +97,7 @@ class Engine:
                 f"{request_id}: {prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed the "
                 f"model's context of {context}"
             )
-        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.config.eos_token_id))
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         self._waiting.append(
             _Request(
                 request_id,
@@ -96,7 +105,7 @@ class Engine:
                 params,
                 SamplingState.of([params]),
                 params.max_tokens or room,
-                frozenset(stops),
+                stops,
             )
         )
 
@@ -172,10 +181,10 @@ class Engine:
         """The cache, grown by doubling so that a sequence of `length` fits."""
         needed = min(max(256, _power_of_two(length)), self.config.max_position_embeddings)
         if self._cache is None:
-            self._cache = KVCache.empty(self.config, len(self._slots), needed, self._dtype)
+            self._cache = KVCache.empty(self.config, len(self._slots), needed, self._dtype, self._partition)
             self._capacity = needed
         elif needed > self._capacity:
-            self._cache = self._cache.grown(self.config, needed)
+            self._cache = self._cache.grown(self.config, needed, self._partition)
             self._capacity = needed
         return self._cache
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gptoss_jax.errors import UsageError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +83,19 @@ class TokenLogprobs:
 
 @dataclasses.dataclass
 class CompletionOutput:
-    """One generated sequence; `text` is None when there is no tokenizer."""
+    """One generated sequence.
+
+    `text` is all of its text (None without a tokenizer), in a chat the final answer's. `message` is a chat's
+    OpenAI-style assistant message (content, thinking, tool_calls), and `malformed` says where its form is broken.
+    """
 
     index: int
     token_ids: list[int]
     text: str | None
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
+    message: dict[str, Any] | None = None
+    malformed: Sequence[str] = ()
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ Each case is float32 and eager, on weights that are exact in bfloat16 (and in MX
 Sequences are drawn until no router decision and no greedy choice is near a tie, because rounding may flip those.
 """
 
-# ruff: noqa: D103
+# ruff: noqa: D102, D103
 from __future__ import annotations
 
 import argparse
@@ -26,7 +26,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "truncate": False}
 S, F = "sliding_attention", "full_attention"
 CASES: dict[str, dict[str, Any]] = {
-    # Narrow heads, an odd number of experts, a query width over hidden, layer types in no order, newer field names.
+    # Narrow heads, an odd number of experts, queries wider than hidden, unordered layer types, newer field names.
     "narrow": {
         "config": {
             "vocab_size": 96,
@@ -83,7 +83,10 @@ def random_experts(rng: np.random.Generator, shape: tuple[int, int, int], packed
     blocks = rng.integers(0, 256, (experts, rows, columns // 32, 16), dtype=np.uint8)
     scales = rng.integers(122, 125, (experts, rows, columns // 32), dtype=np.uint8)
     nibbles = np.stack([blocks & 0xF, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
-    values = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * np.exp2(scales.astype(np.float32) - 127)[..., None]
+    values = (
+        nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+        * np.exp2(scales.astype(np.float32) - 127)[..., None]
+    )
     return values.reshape(shape), {"_blocks": blocks, "_scales": scales}
 
 
@@ -131,7 +134,9 @@ class Recorder:
         return hook
 
     def router(self, module: Any, inputs: Any, output: Any) -> None:
-        logits = torch.nn.functional.linear(inputs[0].reshape(-1, module.weight.shape[1]), module.weight, module.bias)
+        logits = torch.nn.functional.linear(
+            inputs[0].reshape(-1, module.weight.shape[1]), module.weight, module.bias
+        )
         ordered = logits.sort(dim=-1, descending=True).values
         if ordered.shape[-1] > self.k:
             self.gap = min(self.gap, float((ordered[:, self.k - 1] - ordered[:, self.k]).min()))
@@ -154,9 +159,13 @@ def numbers(model: GptOssForCausalLM, lengths: tuple[int, ...], rng: np.random.G
             if recorder.gap >= ROUTER_GAP / (1 + length // 50):
                 break
         positions = np.arange(length) if length <= 40 else np.arange(length - 8, length)
-        out |= {f"seq{index}_tokens": tokens, f"seq{index}_positions": positions, f"seq{index}_logits": logits[positions]}
+        out |= {
+            f"seq{index}_tokens": tokens,
+            f"seq{index}_positions": positions,
+            f"seq{index}_logits": logits[positions],
+        }
         if length <= 40:
-            out |= {f"inter{length}/{name}": value for name, value in recorder.outs.items()}
+            out |= {f"inter{index}/{name}": value for name, value in recorder.outs.items()}
         out |= greedy(f"greedy{index}", tokens, run)
     rope = model.model.rotary_emb
     return out | {

@@ -1,0 +1,154 @@
+"""python -m gptoss_jax.chat: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax import cli
+from gptoss_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from gptoss_jax.engine.params import SamplingParams
+    from gptoss_jax.llm import LLM
+
+DIM, PLAIN = "\033[2m", "\033[0m"
+HELP = """\
+/reset                   forget the conversation
+/effort low|medium|high  how long to reason
+/tools FILE|off          give the model function tools; it asks, you answer for them
+/analysis on|off         show the reasoning
+/exit                    leave (also Ctrl-D)"""
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = cli.parser("chat", "Chat in the terminal; /help lists what a line can do besides talking.")
+    cli.add_conversation_flags(parser)
+    cli.add_sampling_flags(parser)
+    cli.add_model_flags(parser)
+    parser.add_argument("--hide-analysis", action="store_true", help="do not show the reasoning")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    options = flags().parse_args(arguments)
+    params = cli.sampling_params(options)
+    session = Session(cli.conversation_options(options), options.instructions, not options.hide_analysis)
+    session.start(cli.load_llm(options, max_batch=1), params)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() history and editing)
+    if sys.stdin.isatty():
+        print("/help lists the commands.", file=sys.stderr)
+    while session.turn():
+        pass
+    return 0
+
+
+class Session:
+    """A conversation and what its next turn is asked with."""
+
+    def __init__(self, conversation: dict[str, Any], instructions: str | None, show_analysis: bool) -> None:
+        self._conversation = conversation
+        self._opening = [{"role": "developer", "content": instructions}] if instructions else []
+        self._show_analysis = show_analysis
+        self._tty = sys.stdout.isatty()
+        self.messages: list[dict[str, Any]] = list(self._opening)
+
+    def start(self, llm: LLM, params: SamplingParams) -> None:
+        """Set the model that answers."""
+        self._llm, self._params = llm, params
+
+    def turn(self) -> bool:
+        """One line of the user's and the answer to it; False when the user leaves."""
+        line = _ask("> ")
+        if line is None or line.strip() in ("/exit", "/quit"):
+            return False
+        try:
+            if line.startswith("/"):
+                self._command(*line.split(maxsplit=1))
+            elif line.strip():
+                self._say(line)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+        return True
+
+    def _command(self, name: str, argument: str = "") -> None:
+        argument = argument.strip()
+        if name == "/reset":
+            self.messages = list(self._opening)
+        elif name == "/effort" and argument in ("low", "medium", "high"):
+            self._conversation["reasoning_effort"] = argument
+        elif name == "/tools" and argument:
+            tools = None if argument == "off" else cli.read_json(Path(argument).expanduser(), "/tools", list)
+            self._conversation["tools"] = tools
+        elif name == "/analysis" and argument in ("on", "off"):
+            self._show_analysis = argument == "on"
+        else:
+            print(HELP, file=sys.stderr)
+
+    def _say(self, line: str) -> None:
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": line})
+        try:
+            while (message := self._answer()).get("tool_calls"):
+                self.messages.append(message)
+                for call in message["tool_calls"]:
+                    self.messages.append(_tool_result(call))
+            self.messages.append(message)
+        except (KeyboardInterrupt, UsageError) as reason:
+            # A turn that did not end leaves no trace.
+            self.messages = before
+            if isinstance(reason, UsageError):
+                raise
+            print("\ninterrupted", file=sys.stderr)
+
+    def _answer(self) -> dict[str, Any]:
+        request = self._llm.chat_request("turn", self.messages, self._params, **self._conversation)
+        channel = None
+        for progress in self._llm.stream([request]):
+            for delta in progress.deltas:
+                if delta.recipient is not None or (delta.channel == "analysis" and not self._show_analysis):
+                    continue
+                if channel not in (None, delta.channel):
+                    print()
+                channel = delta.channel
+                dim = self._tty and delta.channel == "analysis"
+                print(f"{DIM}{delta.text}{PLAIN}" if dim else delta.text, end="", flush=True)
+        if channel is not None:
+            print()
+        completion = progress.output.outputs[0]
+        if completion.finish_reason == "length":
+            print("(cut short: --max-new-tokens)", file=sys.stderr)
+        assert completion.message is not None
+        return completion.message
+
+
+def _ask(question: str) -> str | None:
+    try:
+        return input(question if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return ""
+
+
+def _tool_result(call: dict[str, Any]) -> dict[str, Any]:
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    print(f"{name}({arguments})")
+    answer = _ask(f"result of {name}: ")
+    return {
+        "role": "tool",
+        "tool_call_id": call["id"],
+        "content": answer if answer is not None else json.dumps(None),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,18 @@
+"""Compiled programs kept between runs, so that a second start does not compile again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def enable_compile_cache() -> None:
+    """Keep compiled programs in the user's cache directory; JAX_COMPILATION_CACHE_DIR has precedence."""
+    import jax
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(root / "gptoss_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,211 @@
+"""python -m gptoss_jax.generate: a prompt in, an answer out as it is generated."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax import cli
+from gptoss_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from gptoss_jax.llm import LLM, Progress, Request
+
+DIM, PLAIN = "\033[2m", "\033[0m"
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = cli.parser("generate", "Answer a prompt; the answer goes to standard output as it is generated.")
+    parser.add_argument("prompt", nargs="?", help="the prompt (default: standard input)")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
+    parser.add_argument(
+        "--prompt-tokens", metavar="1,2,3", help="continue token ids; with --json no tokenizer is needed"
+    )
+    parser.add_argument("--raw", action="store_true", help="continue the text, without any chat format")
+    cli.add_conversation_flags(parser)
+    cli.add_sampling_flags(parser)
+    cli.add_model_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--show-analysis", action="store_true", help="show the reasoning on standard error")
+    output.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    output.add_argument("--logprobs", type=int, metavar="N", help="report the N likeliest tokens of each position")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument(
+        "--batch",
+        type=Path,
+        metavar="IN.jsonl",
+        help='a request a line: {"id", "prompt"}, {"id", "messages", "tools", ...} or {"id", "prompt_tokens"}',
+    )
+    batch.add_argument(
+        "--output", type=Path, metavar="OUT.jsonl", help="results, a line each; what is there is kept"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    options = flags().parse_args(arguments)
+    _check(options)
+    params = cli.sampling_params(options, logprobs=options.logprobs)
+    if options.batch:
+        from gptoss_jax.batch import run_batch
+
+        return run_batch(options, params)
+    prompt = _prompt(options)
+    conversation = cli.conversation_options(options)
+    started = time.perf_counter()
+    llm = cli.load_llm(options, max_batch=1)
+    loaded = time.perf_counter() - started
+    if options.raw or options.prompt_tokens:
+        request = llm.raw_request("prompt", prompt, params)
+    else:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+        if options.instructions:
+            messages.insert(0, {"role": "developer", "content": options.instructions})
+        request = llm.chat_request("prompt", messages, params, **conversation)
+    return _answer(llm, request, options, loaded)
+
+
+def _check(options: argparse.Namespace) -> None:
+    given = [
+        name for name in ("prompt", "prompt_file", "prompt_tokens", "batch") if getattr(options, name) is not None
+    ]
+    if len(given) > 1:
+        names = [name if name == "prompt" else f"--{name.replace('_', '-')}" for name in given]
+        raise UsageError(f"expected one source of prompts, found {' and '.join(names)}")
+    if bool(options.batch) != bool(options.output):
+        raise UsageError("--batch and --output: expected both or neither")
+    if options.raw or options.prompt_tokens:
+        for name in ("instructions", "tools", "builtin_tools"):
+            if getattr(options, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: only with the chat format, not with --raw or tokens"
+                )
+
+
+def _prompt(options: argparse.Namespace) -> str | list[int]:
+    if options.prompt_tokens is not None:
+        try:
+            return [int(part) for part in options.prompt_tokens.split(",")]
+        except ValueError:
+            raise UsageError(f"--prompt-tokens: expected 1,2,3, found {options.prompt_tokens!r:.60}") from None
+    if options.prompt is not None:
+        text = options.prompt
+    elif options.prompt_file is not None:
+        text = cli.read_text(options.prompt_file, "--prompt-file")
+    else:
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError:
+            raise UsageError("standard input: not UTF-8 text") from None
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text
+
+
+class _Printer:
+    """Shows text as it comes: the answer on standard output, everything else on standard error."""
+
+    def __init__(self, show_analysis: bool) -> None:
+        self._show_analysis = show_analysis
+        self._tty = sys.stderr.isatty()
+        self._thinking = False
+        self._end = ""
+
+    def show(self, progress: Progress) -> None:
+        for delta in progress.deltas:
+            if delta.channel is None or (
+                delta.channel == "final" or (delta.recipient is None and delta.channel != "analysis")
+            ):
+                self._close_analysis()
+                print(delta.text, end="", flush=True)
+                self._end = delta.text
+            elif delta.channel == "analysis" and self._show_analysis:
+                print(
+                    f"{DIM if self._tty else ''}{delta.text}{PLAIN if self._tty else ''}",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._thinking = True
+
+    def _close_analysis(self) -> None:
+        if self._thinking:
+            print(file=sys.stderr)
+            self._thinking = False
+
+    def finish(self, message: dict[str, Any] | None) -> None:
+        self._close_analysis()
+        if self._end and not self._end.endswith("\n"):
+            print()
+        for call in (message or {}).get("tool_calls", []):
+            print(f"{call['function']['name']}({call['function']['arguments']})")
+        sys.stdout.flush()
+
+
+def _answer(llm: LLM, request: Request, options: argparse.Namespace, load_seconds: float) -> int:
+    printer = None if options.json else _Printer(options.show_analysis)
+    started = time.perf_counter()
+    first = last = started
+    progress, interrupted = None, False
+    try:
+        for progress in llm.stream([request]):
+            last = time.perf_counter()
+            if len(progress.output.outputs[0].token_ids) == 1:
+                first = last
+            if printer:
+                printer.show(progress)
+    except KeyboardInterrupt:
+        interrupted = True
+    if progress is None:
+        raise KeyboardInterrupt
+    completion = progress.output.outputs[0]
+    count = len(completion.token_ids)
+    speed = (count - 1) / (last - first) if count > 1 else 0.0
+    if printer:
+        printer.finish(completion.message)
+    elif not interrupted:
+        timings = {
+            "load_seconds": load_seconds,
+            "time_to_first_token_seconds": first - started,
+            "total_seconds": last - started,
+            "tokens_per_second": speed,
+        }
+        print(json.dumps(result(progress.output) | {"timings": timings}, ensure_ascii=False))
+    for problem in completion.malformed:
+        print(f"malformed: {problem}", file=sys.stderr)
+    ended = "interrupted" if interrupted else completion.finish_reason
+    print(
+        f"{count} tokens ({ended}), first after {first - started:.2f} s, {speed:.1f} tok/s",
+        file=sys.stderr,
+    )
+    return 130 if interrupted else 0
+
+
+def result(output: Any) -> dict[str, Any]:
+    """A finished request as the JSON object that `--json` and `--batch` write."""
+    completion = output.outputs[0]
+    prompt, new = len(output.prompt_token_ids), len(completion.token_ids)
+    fields: dict[str, Any] = {
+        "messages": [completion.message] if completion.message else [],
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
+    }
+    if completion.logprobs is not None:
+        fields["logprobs"] = [
+            {"token_id": at.token_id, "logprob": at.logprob, "top": at.top} for at in completion.logprobs
+        ]
+    if completion.malformed:
+        fields["malformed"] = list(completion.malformed)
+    return fields
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,215 @@
+"""The Python interface: prompts or conversations in, results shaped like vLLM's out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptoss_jax import harmony
+from gptoss_jax.checkpoint import resolve
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.params import CompletionOutput, FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from gptoss_jax.errors import UsageError
+from gptoss_jax.loading import EMBEDDED, load_model
+from gptoss_jax.text import ChatTranscript, RawTranscript, TextDelta
+from gptoss_jax.tokenizer import Tokenizer
+from sharding import ShardingRules
+
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class Request:
+    """A prompt as tokens, and how to go on; `chat` reads what comes as harmony."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    chat: bool = False
+    prompt: str | None = None
+
+
+@dataclasses.dataclass
+class Progress:
+    """What one token changed: the text it made certain, and the request's output so far."""
+
+    deltas: list[TextDelta]
+    output: RequestOutput
+
+
+class LLM:
+    """A model with its tokenizer and engine; `path`, `mesh`, `dtype` and `rules` are as for `load_model`.
+
+    Raises CheckpointError or ShardingError if it cannot be loaded so.
+    """
+
+    def __init__(
+        self,
+        path: str | Path = EMBEDDED,
+        mesh: str | jax.sharding.Mesh | None = None,
+        dtype: str = "bfloat16",
+        *,
+        rules: ShardingRules | None = None,
+        max_batch: int = 8,
+        progress: bool | None = None,
+    ) -> None:
+        path = resolve(path)
+        self.tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").exists() else None
+        model = load_model(path, mesh, dtype, rules=rules, progress=progress)
+        self.config = model.config
+        eos = set(self.config.eos_token_id)
+        if self.tokenizer and set(harmony.STOP_TOKENS) <= self.tokenizer.special_tokens.keys():
+            # The released config.json names <|return|> only, OpenAI's original none.
+            eos |= set(harmony.stop_token_ids(self.tokenizer))
+        self.engine = Engine(model, max_batch=max_batch, eos_token_ids=eos)
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue prompts, given as text or as token ids, without any chat format.
+
+        `sampling_params` is one for all or one each. Raises UsageError.
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[assignment]
+        requests = [
+            self.raw_request(str(i), prompt, params)  # type: ignore[arg-type]
+            for i, (prompt, params) in enumerate(zip(prompts, _each(sampling_params, len(prompts)), strict=True))
+        ]
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[harmony.tools.Tool] | None = None,
+        use_tqdm: bool = False,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, given as OpenAI-style messages.
+
+        `tools` are OpenAI tool objects or Python functions; `options` go to `harmony.render`: reasoning_effort,
+        builtin_tools, model_identity, current_date (today unless given), response_format. Each output's `message`
+        is the assistant's next message, tool calls in it. Raises UsageError.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        requests = [
+            self.chat_request(str(i), conversation, params, tools=tools, **options)  # type: ignore[arg-type]
+            for i, (conversation, params) in enumerate(
+                zip(conversations, _each(sampling_params, len(conversations)), strict=True)
+            )
+        ]
+        return self._run(requests, use_tqdm)
+
+    def raw_request(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        """A request that continues text or token ids. Raises UsageError."""
+        if params.stop:
+            self._need_tokenizer("stop strings")
+        if isinstance(prompt, str):
+            return Request(request_id, self._need_tokenizer("text").encode(prompt), params, prompt=prompt)
+        return Request(request_id, list(prompt), params)
+
+    def chat_request(
+        self, request_id: str, messages: Sequence[Message], params: SamplingParams, **options: Any
+    ) -> Request:
+        """A request for the assistant's next message; `options` as for `chat`. Raises UsageError."""
+        tokenizer = self._need_tokenizer("conversations")
+        options.setdefault("current_date", datetime.date.today().isoformat())
+        return Request(request_id, harmony.render(messages, tokenizer, **options), params, chat=True)
+
+    def _need_tokenizer(self, purpose: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UsageError(
+                f"tokenizer.json: the checkpoint has none, so {purpose} cannot be used, only token ids"
+            )
+        return self.tokenizer
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Progress]:
+        """Run requests together and give out each token as it comes, in the order in which they come.
+
+        A request that is still running when the iterator is closed is cancelled. Raises UsageError for a request
+        that can never run, before any has started.
+        """
+        running: dict[str, _Running] = {}
+        try:
+            for request in requests:
+                if request.request_id in running:
+                    raise UsageError(f"request_id: {request.request_id!r} is used twice")
+                self.engine.add(request.request_id, request.prompt_token_ids, request.params)
+                running[request.request_id] = _Running(request, self.tokenizer)
+            while running:
+                for event in self.engine.step():
+                    if (state := running.get(event.request_id)) is None:
+                        continue
+                    progress = state.push(event.token_id, event.logprobs, event.finish_reason)
+                    if progress.output.finished:
+                        self.engine.cancel(event.request_id)
+                        del running[event.request_id]
+                    yield progress
+        finally:
+            for request_id in running:
+                self.engine.cancel(request_id)
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        from tqdm import tqdm
+
+        outputs: dict[str, RequestOutput] = {}
+        with tqdm(total=len(requests), unit="request", file=sys.stderr, disable=not use_tqdm) as bar:
+            for progress in self.stream(requests):
+                outputs[progress.output.request_id] = progress.output
+                bar.update(progress.output.finished)
+        return [outputs[request.request_id] for request in requests]
+
+
+class _Running:
+    """A request's output as it grows."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        stop = request.params.stop
+        self._transcript: ChatTranscript | RawTranscript
+        if request.chat:
+            assert tokenizer is not None
+            self._transcript = ChatTranscript(tokenizer, stop)
+        else:
+            self._transcript = RawTranscript(tokenizer, stop)
+        logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
+        self._completion = CompletionOutput(0, [], self._transcript.text, logprobs, None)
+        self._output = RequestOutput(
+            request.request_id, request.prompt, request.prompt_token_ids, [self._completion], False
+        )
+
+    def push(self, token: int, logprobs: TokenLogprobs | None, finish: FinishReason | None) -> Progress:
+        completion, transcript = self._completion, self._transcript
+        completion.token_ids.append(token)
+        if completion.logprobs is not None and logprobs is not None:
+            completion.logprobs.append(logprobs)
+        deltas = transcript.push(token)
+        if transcript.stopped:
+            finish = "stop"
+        if finish:
+            deltas += transcript.finish()
+            completion.text = transcript.text
+            completion.message, completion.malformed = transcript.message, list(transcript.malformed)
+            called = finish == "stop" and completion.message and completion.message.get("tool_calls")
+            completion.finish_reason = "tool_calls" if called else finish
+            self._output.finished = True
+        return Progress(deltas, self._output)
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise UsageError(f"sampling_params: expected one or {count}, found {len(params)}")
+    return list(params)

@@ -1,0 +1,76 @@
+"""A model from a checkpoint, or with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.checkpoint import open_checkpoint, resolve
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UsageError
+from gptoss_jax.model import GptOss, weight_specs
+from gptoss_jax.placement import partition_for, place, place_whole
+from gptoss_jax.weights import Creator, random_creator
+from sharding import ShardingRules
+
+EMBEDDED = Path(__file__).parent / "embedded"
+"""The small trained model that ships with the project."""
+
+DTYPES = ("bfloat16", "float32")
+
+
+def load_model(
+    path: str | Path = EMBEDDED,
+    mesh: str | jax.sharding.Mesh | None = None,
+    dtype: str = "bfloat16",
+    *,
+    rules: ShardingRules | None = None,
+    progress: bool | None = None,
+) -> GptOss:
+    """Load a checkpoint: a local directory, or a Hub name that is downloaded first.
+
+    Computation and plain weights are in `dtype`; experts stay in MXFP4 where the checkpoint has them so. `mesh` is
+    `expert=4,tensor=2`, a preset's name or a `jax.sharding.Mesh`, over which `rules` split the weights; None is one
+    device. Progress goes to stderr if `progress`, or if that is a terminal. Raises CheckpointError or ShardingError
+    before anything is computed.
+    """
+    with open_checkpoint(resolve(path)) as checkpoint:
+        checkpoint.validate(weight_specs(checkpoint.config))
+        create = checkpoint.creator(check_dtype(dtype), progress=progress)
+        return _build(checkpoint.config, create, mesh, rules)
+
+
+def random_model(
+    config: ModelConfig,
+    mesh: str | jax.sharding.Mesh | None = None,
+    dtype: str = "bfloat16",
+    *,
+    rules: ShardingRules | None = None,
+    seed: int = 0,
+) -> GptOss:
+    """A model of any shape with random weights, for tests and benchmarks; its experts are drawn packed.
+
+    `mesh` and `rules` are as for `load_model`.
+    """
+    # The hardware generator: threefry would take minutes for the released sizes on a CPU.
+    create = random_creator(jax.random.key(seed, impl="rbg"), check_dtype(dtype))
+    return _build(config, create, mesh, rules)
+
+
+def _build(
+    config: ModelConfig, create: Creator, mesh: str | jax.sharding.Mesh | None, rules: ShardingRules | None
+) -> GptOss:
+    partition = partition_for(config, mesh, rules)
+    if partition.mesh is None:
+        return GptOss(config, create, partition)
+    placed = {spec.name: place(spec, partition) for spec in weight_specs(config)}
+    return GptOss(config, lambda spec: place_whole(create(spec), placed[spec.name], partition), partition)
+
+
+def check_dtype(dtype: str) -> jnp.dtype:
+    """The dtype of that name. Raises UsageError."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: expected {' or '.join(DTYPES)}, found {dtype!r}")
+    return jnp.dtype(dtype)

@@ -1,0 +1,75 @@
+"""A model on a mesh: its partition, and each weight's layout there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.mxfp4 import GROUP
+from gptoss_jax.weights import Weight, WeightSpec
+from sharding import Partition, ShardingRules, make_mesh
+
+GRANULARITY = (("experts", 1), ("expert_gate_up", 2 * GROUP), ("expert_intermediate", GROUP))
+"""Axes that may be padded with zeros: an expert never chosen, and rows and columns that meet only zeros.
+
+The intermediate dimension is packed in groups, which are never cut; its rows of gate and up come in pairs.
+"""
+
+
+def partition_for(
+    config: ModelConfig,
+    mesh: str | jax.sharding.Mesh | None = None,
+    rules: ShardingRules | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Partition:
+    """The partition of a model over a mesh (see `sharding.make_mesh`), or of one device. Raises ShardingError."""
+    return Partition(
+        None if mesh is None else make_mesh(mesh, devices),
+        rules or ShardingRules(),
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        GRANULARITY,
+    )
+
+
+def place(spec: WeightSpec, partition: Partition) -> WeightSpec:
+    """A weight as it lies on the mesh: padded where that makes it divide, its heads in the mesh's order.
+
+    Raises ShardingError for a weight that cannot be split as the rules say.
+    """
+    partition.rules.spec(spec.axes, spec.name)
+    heads = {"heads": partition.heads.q_sources, "kv_heads": partition.heads.kv_sources}
+    counts = {"heads": partition.num_heads, "kv_heads": partition.num_kv_heads}
+    shape: list[int] = []
+    sources: list[tuple[int, ...] | None] = []
+    for axis, size in zip(spec.axes, spec.shape, strict=True):
+        if axis is not None and axis in heads:
+            unit = size // counts[axis]
+            shape.append(unit * len(heads[axis]))
+            sources.append(heads[axis])
+        else:
+            shape.append(partition.padded_size(axis, size, spec.name))
+            sources.append(None)
+    return dataclasses.replace(spec, shape=tuple(shape), stored_shape=spec.shape, sources=tuple(sources))
+
+
+def place_whole(weight: Weight, spec: WeightSpec, partition: Partition) -> Weight:
+    """Lay a weight that is whole in memory out as `spec`, a result of `place`, and put it on the mesh."""
+
+    def lay_out(x: jax.Array, groups: int) -> jax.Array:
+        for dim, size in enumerate(spec.shape):
+            sources = spec.sources[dim] if spec.sources else None
+            if sources is not None:
+                parts = jnp.split(x, x.shape[dim] // (size // len(sources)), axis=dim)
+                zeros = jnp.zeros_like(parts[0])
+                x = jnp.concatenate([zeros if i < 0 else parts[i] for i in sources], axis=dim)
+            else:
+                wanted = size // groups if dim == len(spec.shape) - 1 else size
+                x = jnp.pad(x, [(0, wanted - n if d == dim else 0) for d, n in enumerate(x.shape)])
+        return jax.device_put(x, partition.sharding(spec.axes, spec.name))
+
+    return jax.tree.map(lambda x: lay_out(x, GROUP if spec.packed else 1), weight)

@@ -1,0 +1,205 @@
+"""Expert parallelism: tokens meet experts that live on other devices, and none is ever dropped.
+
+Two strategies behind `run_experts`:
+
+- replicated: every device of the `expert` axis has all tokens, computes what its own experts add, and one
+  reduction sums. Nothing to route, so it is the one for small batches.
+- all-to-all: tokens are split over `expert` as well, travel to their experts and back. An exchange has room for
+  slightly more than an even share of tokens a device; what does not fit goes in a further round, so that any
+  routing is exact and an even one takes a single round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from sharding.partition import Partition, current
+
+ExpertFunction = Callable[..., jax.Array]
+
+ROOM = 1.25
+"""Room of an exchange over an even share."""
+
+TOKENS_A_DEVICE = 16
+"""From this many tokens for each device of the expert axis, `auto` prefers the all-to-all."""
+
+
+def run_experts(
+    function: ExpertFunction,
+    x_TD: jax.Array,
+    expert_ids_Tk: jax.Array,
+    expert_weights_Tk: jax.Array,
+    gate_up_EFD: Any,
+    gate_up_bias_EF: jax.Array,
+    down_EDI: Any,
+    down_bias_ED: jax.Array,
+) -> jax.Array:
+    """`function` with these arguments, over the mesh in force; it means what `pallas_kernels.expert_mlp` does.
+
+    It is called with the experts of one device, numbered from 0, and with ids past the last for experts elsewhere.
+    """
+    partition = current()
+    weights = (gate_up_EFD, gate_up_bias_EF, down_EDI, down_bias_ED)
+    if partition.mesh is None:
+        return function(x_TD, expert_ids_Tk, expert_weights_Tk, *weights)
+    rules = partition.rules
+    strategy = _replicated
+    token_axes = tuple(axis for axis in rules.batch if axis not in rules.experts)
+    if _use_all_to_all(partition, x_TD.shape[0]):
+        strategy, token_axes = _all_to_all, (*token_axes, *rules.experts)
+    return _over_mesh(partition, partial(strategy, partition, function), token_axes)(
+        x_TD, expert_ids_Tk, expert_weights_Tk, *weights
+    )
+
+
+def _use_all_to_all(partition: Partition, num_tokens: int) -> bool:
+    rules, degree = partition.rules, partition.degree("experts")
+    if degree == 1 or rules.dispatch == "replicated":
+        return False
+    if rules.dispatch == "all_to_all":
+        return True
+    # Where attention holds every token on every device, spreading them out and back gains nothing.
+    return set(rules.experts) <= set(rules.batch) and num_tokens >= TOKENS_A_DEVICE * degree
+
+
+def _over_mesh(partition: Partition, strategy: Callable[..., jax.Array], token_axes: tuple[str, ...]) -> Any:
+    """`strategy` on every device's part; tokens that do not divide are padded with tokens of no expert."""
+    mesh, rules = partition.mesh, partition.rules
+    assert mesh is not None
+    parts = math.prod(mesh.shape[axis] for axis in token_axes)
+    tokens = PartitionSpec(token_axes or None, None)
+    weight_specs = (
+        rules.spec(("experts", "expert_gate_up", "hidden")),
+        rules.spec(("experts", "expert_gate_up")),
+        rules.spec(("experts", "hidden", "expert_intermediate")),
+        rules.spec(("experts", "hidden")),
+    )
+    mapped = jax.shard_map(
+        strategy, mesh=mesh, in_specs=(tokens, tokens, tokens, *weight_specs), out_specs=tokens, check_vma=False
+    )
+
+    def call(x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, *weights: Any) -> jax.Array:
+        rows = ((0, -len(x_TD) % parts), (0, 0))
+        nowhere = jnp.iinfo(ids_Tk.dtype).max
+        y_TD = mapped(
+            jnp.pad(x_TD, rows),
+            jnp.pad(ids_Tk, rows, constant_values=nowhere),
+            jnp.pad(weights_Tk, rows),
+            *weights,
+        )
+        return y_TD[: len(x_TD)]
+
+    return call
+
+
+def _replicated(
+    partition: Partition,
+    function: ExpertFunction,
+    x_TD: jax.Array,
+    ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    *experts: Any,
+) -> jax.Array:
+    rules = partition.rules
+    here = experts[1].shape[0]
+    local_Tk = ids_Tk - _index(partition, rules.experts) * here
+    local_Tk = jnp.where((local_Tk >= 0) & (local_Tk < here), local_Tk, here)
+    y_TD = function(x_TD, local_Tk, weights_Tk, *_bias_once(partition, experts))
+    return lax.psum(y_TD, (*rules.experts, *rules.expert_intermediate))
+
+
+def _all_to_all(
+    partition: Partition,
+    function: ExpertFunction,
+    x_TD: jax.Array,
+    ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    *experts: Any,
+) -> jax.Array:
+    """Rows (a token and one of its choices) sorted by the device they go to, sent C a device and round."""
+    rules = partition.rules
+    devices, here = partition.degree("experts"), experts[1].shape[0]
+    num_tokens, k = ids_Tk.shape
+    rows = num_tokens * k
+    ids_R = ids_Tk.reshape(rows)
+    device_R = jnp.minimum(ids_R // here, devices)
+    order_R = jnp.argsort(device_R, stable=True)
+    counts_P = jnp.bincount(device_R, length=devices + 1)[:devices]
+    starts_P = jnp.cumsum(counts_P) - counts_P
+    room = min(rows, math.ceil(ROOM * rows / devices))
+    everywhere = partition.mesh.axis_names if partition.mesh else ()
+    rounds = lax.pmax(-(-jnp.max(counts_P) // room), everywhere)
+    exchange = partial(_exchange, rules.experts, _has_ragged_all_to_all(partition.mesh))
+    ours = _bias_once(partition, experts)
+
+    def some_rows(index: jax.Array, out_RD: jax.Array) -> jax.Array:
+        place_PC = index * room + jnp.arange(room)
+        valid_PC = place_PC < counts_P[:, None]
+        row_PC = order_R[jnp.minimum(starts_P[:, None] + place_PC, rows - 1)]
+        sizes_P = jnp.sum(valid_PC, axis=1, dtype=jnp.int32)
+        theirs_P = lax.all_to_all(sizes_P, rules.experts, 0, 0, tiled=True)
+        sent_PCD = jnp.where(valid_PC[..., None], x_TD[row_PC // k], 0)
+        got_PCD = exchange(sent_PCD, sizes_P, theirs_P)
+        # Ids travel as they are: a device that got fewer than C rows sees ids of no expert in the rest.
+        ids_PC = jnp.where(valid_PC, ids_R[row_PC] % here, here)
+        ids_PC = lax.all_to_all(ids_PC, rules.experts, 0, 0, tiled=True)
+        y_ND = function(
+            got_PCD.reshape(devices * room, -1),
+            ids_PC.reshape(-1, 1),
+            jnp.ones((devices * room, 1), jnp.float32),
+            *ours,
+        )
+        y_ND = lax.psum(y_ND, rules.expert_intermediate)
+        back_PCD = exchange(y_ND.reshape(devices, room, -1), theirs_P, sizes_P)
+        return out_RD.at[jnp.where(valid_PC, row_PC, rows)].set(back_PCD, mode="drop")
+
+    out_RD = lax.fori_loop(0, rounds, some_rows, jnp.zeros((rows, x_TD.shape[1]), x_TD.dtype))
+    out_TkD = out_RD.reshape(num_tokens, k, -1).astype(jnp.float32)
+    return jnp.sum(out_TkD * weights_Tk[..., None], axis=1).astype(x_TD.dtype)
+
+
+def _exchange(
+    axes: tuple[str, ...], ragged: bool, x_PCD: jax.Array, sizes_P: jax.Array, theirs_P: jax.Array
+) -> jax.Array:
+    """Send x[p, :sizes[p]] to device p and receive theirs[p] rows from it into the result's p."""
+    if not ragged:
+        return lax.all_to_all(x_PCD, axes, 0, 0, tiled=True)
+    devices, room, _ = x_PCD.shape
+    flat = x_PCD.reshape(devices * room, -1)
+    mine = jnp.full((devices,), lax.axis_index(axes) * room, jnp.int32)
+    received = lax.ragged_all_to_all(
+        flat,
+        jnp.zeros_like(flat),
+        jnp.arange(devices, dtype=jnp.int32) * room,
+        sizes_P,
+        mine,
+        theirs_P,
+        axis_name=axes,
+    )
+    return received.reshape(x_PCD.shape)
+
+
+def _has_ragged_all_to_all(mesh: Mesh | None) -> bool:
+    """CPUs lack it, and so do TPU v5e slices whose interconnect cannot route it."""
+    assert mesh is not None
+    device = mesh.devices.flat[0]
+    return device.platform != "cpu" and device.device_kind != "TPU v5 lite"
+
+
+def _index(partition: Partition, axes: tuple[str, ...]) -> jax.Array | int:
+    return lax.axis_index(axes) if partition.mesh is not None and axes else 0
+
+
+def _bias_once(partition: Partition, experts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of devices that share an expert's intermediate dimension only the first adds the down projection's bias."""
+    *others, down_bias_ED = experts
+    first = _index(partition, partition.rules.expert_intermediate) == 0
+    return (*others, jnp.where(first, down_bias_ED, 0))

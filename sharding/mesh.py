@@ -1,0 +1,77 @@
+"""Meshes by name: `expert=4,tensor=2`, a preset's file, or a mesh as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sharding.errors import ShardingError
+
+AXES = ("data", "expert", "tensor")
+"""The mesh axes, slowest first: neighbours on `tensor`, which communicates most, are neighbours in hardware."""
+
+PRESETS = Path(__file__).parent.parent / "configs" / "meshes"
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of all axes from `axis=size,...` (an axis left out is 1), or from a preset's name.
+
+    Raises ShardingError.
+    """
+    if "=" not in text:
+        return _preset(text)
+    sizes = dict.fromkeys(AXES, 1)
+    seen = set()
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES:
+            raise ShardingError(f"mesh: {part.strip()!r}: expected an axis of {', '.join(AXES)}, found {axis!r}")
+        if axis in seen:
+            raise ShardingError(f"mesh: {axis}: named twice in {text!r}")
+        if not (size.isascii() and size.isdigit() and int(size) > 0):
+            raise ShardingError(f"mesh: {axis}: expected a size of 1 or more, found {size!r}")
+        seen.add(axis)
+        sizes[axis] = int(size)
+    return sizes
+
+
+def _preset(name: str) -> dict[str, int]:
+    path = PRESETS / f"{name}.json"
+    if not name or "/" in name or not path.exists():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
+        raise ShardingError(f"mesh: expected axis=size,... or a preset ({known}), found {name!r}")
+    return dict.fromkeys(AXES, 1) | json.loads(path.read_text(encoding="utf-8"))["mesh"]
+
+
+def make_mesh(
+    mesh: str | Mapping[str, int] | jax.sharding.Mesh, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """A mesh with the three axes over the first devices that it needs.
+
+    A `jax.sharding.Mesh` is taken as it is if its axes are among the three. Raises ShardingError where there are
+    too few devices, or processes whose devices it would not use.
+    """
+    if isinstance(mesh, jax.sharding.Mesh):
+        unknown = [axis for axis in mesh.axis_names if axis not in AXES]
+        if unknown:
+            raise ShardingError(f"mesh: expected axes of {', '.join(AXES)}, found {unknown[0]!r}")
+        missing = [axis for axis in AXES if axis not in mesh.axis_names]
+        grid = mesh.devices.reshape(mesh.devices.shape + (1,) * len(missing))
+        order = [(*mesh.axis_names, *missing).index(axis) for axis in AXES]
+        return jax.sharding.Mesh(grid.transpose(order), AXES)
+    sizes = parse_mesh(mesh) if isinstance(mesh, str) else dict.fromkeys(AXES, 1) | dict(mesh)
+    devices = jax.devices() if devices is None else devices
+    needed = math.prod(sizes.values())
+    shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if needed > len(devices):
+        raise ShardingError(f"mesh: {shown} needs {needed} devices, found {len(devices)}")
+    chosen = devices[:needed]
+    idle = {d.process_index for d in devices} - {d.process_index for d in chosen}
+    if idle:
+        raise ShardingError(f"mesh: {shown} uses {needed} devices, which leaves process {min(idle)} without any")
+    return jax.sharding.Mesh(np.asarray(chosen).reshape([sizes[axis] for axis in AXES]), AXES)

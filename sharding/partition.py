@@ -1,0 +1,132 @@
+"""A mesh and its rules in force: where arrays go, and functions run on each device's part of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.errors import ShardingError
+from sharding.heads import HeadLayout
+from sharding.rules import ShardingRules
+
+LogicalAxes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """A mesh and its rules; without a mesh, everything is on one device and nothing is split.
+
+    `num_heads` and `num_kv_heads` are the attention's, and `granularity` the smallest piece that an axis may be
+    split into (32 for a dimension that is packed in groups of 32).
+    """
+
+    mesh: Mesh | None = None
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+    num_heads: int = 1
+    num_kv_heads: int = 1
+    granularity: tuple[tuple[str, int], ...] = ()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Put in force what `constrain`, `on_shards` and `sharding.experts` follow; entered while tracing."""
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+    def degree(self, logical: str | None) -> int:
+        """Into how many parts an axis is split."""
+        if self.mesh is None:
+            return 1
+        return math.prod(self.mesh.shape[axis] for axis in self.rules.mesh_axes(logical))
+
+    @cached_property
+    def heads(self) -> HeadLayout:
+        """How attention heads are laid out on this mesh."""
+        return HeadLayout.of(self.num_heads, self.num_kv_heads, self.degree("heads"))
+
+    def padded_size(self, logical: str | None, size: int, name: str = "array") -> int:
+        """The size that an axis must have to be split; more than `size` only where zeros at its end are exact.
+
+        Raises ShardingError where they are not.
+        """
+        degree, pieces = self.degree(logical), dict(self.granularity)
+        if degree == 1 or (size % degree == 0 and logical not in pieces):
+            return size
+        if logical not in pieces:
+            axes = " x ".join(f"{a}={self.mesh.shape[a]}" for a in self.rules.mesh_axes(logical) if self.mesh)
+            raise ShardingError(f"{name}: {logical} of {size} does not divide over {axes}")
+        multiple = pieces[logical] * degree
+        return -(-size // multiple) * multiple
+
+    def sharding(self, axes: LogicalAxes, name: str = "array") -> NamedSharding | None:
+        """Where an array with these logical axes goes; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.rules.spec(axes, name))
+
+    def spec(self, axes: LogicalAxes, shape: tuple[int, ...]) -> PartitionSpec:
+        """How an activation is split; a dimension that does not divide is kept whole."""
+        kept = [axis if size % self.degree(axis) == 0 else None for axis, size in zip(axes, shape, strict=False)]
+        return self.rules.spec(tuple(kept))
+
+
+_UNSPLIT = Partition()
+_CURRENT: ContextVar[Partition | None] = ContextVar("partition", default=None)
+
+
+def current() -> Partition:
+    """The partition in force."""
+    return _CURRENT.get() or _UNSPLIT
+
+
+def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Split an activation by its logical axes; a dimension that does not divide is kept whole."""
+    partition = current()
+    if partition.mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(partition.mesh, partition.spec(axes, x.shape)))
+
+
+def on_shards(
+    function: Callable[..., Any],
+    args: Mapping[str, tuple[Any, Any]],
+    out_axes: Any,
+    batch: int,
+) -> Any:
+    """Call `function(**args)` on every device with its part of each argument, without any communication.
+
+    `args` gives each argument with its logical axes and `out_axes` those of the result, as a tuple for an array, or
+    as a pytree of tuples. Where `batch` sequences do not divide over the mesh, every
+    device has them all.
+    """
+    partition = current()
+    values = {name: value for name, (value, _) in args.items()}
+    if partition.mesh is None:
+        return function(**values)
+    whole = batch % partition.degree("batch") != 0
+
+    def spec(axes: LogicalAxes) -> PartitionSpec:
+        return partition.rules.spec(tuple(None if whole and axis == "batch" else axis for axis in axes))
+
+    in_specs = {name: jax.tree.map(spec, axes, is_leaf=_is_axes) for name, (_, axes) in args.items()}
+    out_specs = jax.tree.map(spec, out_axes, is_leaf=_is_axes)
+    mapped = jax.shard_map(
+        lambda kwargs: function(**kwargs),
+        mesh=partition.mesh,
+        in_specs=(in_specs,),
+        out_specs=out_specs,
+        check_vma=False,
+    )
+    return mapped(values)
+
+
+def _is_axes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(axis is None or isinstance(axis, str) for axis in value)

@@ -1,0 +1,66 @@
+"""Logical axes to mesh axes, as one typed object."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jax.sharding import PartitionSpec
+
+from sharding.errors import ShardingError
+
+MeshAxes = tuple[str, ...]
+Dispatch = Literal["auto", "replicated", "all_to_all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """For each logical axis the mesh axes that it is split over; () keeps it whole.
+
+    Weights name `hidden`, `heads`, `kv_heads`, `experts`, `expert_gate_up`, `expert_intermediate` and `vocab`;
+    activations and the cache `batch` (sequences), and `samples` (sequences where logits are made, whose vocabulary
+    is split too). `dispatch` says how tokens meet experts on other devices: see `sharding.experts`.
+    """
+
+    batch: MeshAxes = ("data",)
+    samples: MeshAxes = ("data",)
+    hidden: MeshAxes = ()
+    heads: MeshAxes = ("tensor",)
+    kv_heads: MeshAxes = ("tensor",)
+    experts: MeshAxes = ("expert",)
+    expert_gate_up: MeshAxes = ("tensor",)
+    expert_intermediate: MeshAxes = ("tensor",)
+    vocab: MeshAxes = ("expert", "tensor")
+    dispatch: Dispatch = "auto"
+
+    def __post_init__(self) -> None:
+        for pair in (("heads", "kv_heads"), ("expert_gate_up", "expert_intermediate")):
+            first, second = (getattr(self, name) for name in pair)
+            if first != second:
+                raise ShardingError(
+                    f"rules: {pair[0]} and {pair[1]} must be split alike, found {first} and {second}"
+                )
+
+    def mesh_axes(self, logical: str | None) -> MeshAxes:
+        """The mesh axes of one logical axis. Raises ShardingError for a name that the rules lack."""
+        if logical is None:
+            return ()
+        if logical == "dispatch" or logical not in {field.name for field in dataclasses.fields(self)}:
+            raise ShardingError(f"rules: no logical axis {logical!r}")
+        return getattr(self, logical)
+
+    def spec(self, axes: tuple[str | None, ...], name: str = "array") -> PartitionSpec:
+        """How an array with these logical axes is split. Raises ShardingError if two dimensions collide."""
+        owners: dict[str, str | None] = {}
+        for logical in axes:
+            for axis in self.mesh_axes(logical):
+                if axis in owners:
+                    raise ShardingError(
+                        f"rules: {name}: {owners[axis]} and {logical} are both split over mesh axis {axis!r}"
+                    )
+                owners[axis] = logical
+        return PartitionSpec(*(self.mesh_axes(logical) or None for logical in axes))
+
+
+BATCH_OVER_EXPERTS = ShardingRules(batch=("data", "expert"), dispatch="all_to_all")
+"""For large batches: attention, too, splits its sequences over `expert`, and tokens travel to their experts."""

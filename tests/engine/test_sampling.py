@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.engine.sampling import SamplingState, logprobs_of, sample
+from gptoss_jax.errors import UsageError
+
+VOCAB = 40
+
+
+def draws(logits: np.ndarray, count: int = 4000, **params: object) -> np.ndarray:
+    """How often each token is drawn."""
+    state = SamplingState.of([SamplingParams(seed=seed, **params) for seed in range(count)])
+    tokens = jax.jit(sample)(
+        jnp.broadcast_to(jnp.asarray(logits), (count, len(logits))), state, jnp.zeros(count, jnp.int32)
+    )
+    return np.bincount(tokens, minlength=len(logits)) / count
+
+
+def expected(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
+    """The distribution by definition, in float64."""
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    if top_k:
+        scaled[order[top_k:]] = -np.inf
+    probs = np.exp(scaled - scaled.max())
+    probs /= probs.sum()
+    before = np.cumsum(probs[order]) - probs[order]
+    probs[order[before >= top_p]] = 0
+    probs[probs < min_p * probs.max()] = 0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"temperature": 1.7, "top_k": 12, "top_p": 0.8, "min_p": 0.05},
+    ],
+)
+def test_draws_follow_the_distribution(params: dict) -> None:
+    logits = np.random.default_rng(0).standard_normal(VOCAB).astype(np.float32) * 2
+    probs = expected(logits, **params)
+    got = draws(logits, **params)
+    assert not got[probs == 0].any()
+    np.testing.assert_allclose(got, probs, atol=0.04)
+
+
+def test_temperature_zero_takes_the_likeliest_beside_requests_that_draw() -> None:
+    logits = np.random.default_rng(1).standard_normal((2, VOCAB)).astype(np.float32)
+    state = SamplingState.of([SamplingParams(temperature=0), SamplingParams(temperature=2, seed=3)])
+    tokens = sample(jnp.asarray(logits), state, jnp.asarray([5, 5]))
+    assert tokens[0] == np.argmax(logits[0])
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 100), st.integers(0, 6))
+def test_a_seed_gives_the_same_token_in_any_batch(seed: int, position: int, others: int) -> None:
+    rng = np.random.default_rng(others)
+    logits = rng.standard_normal((others + 1, VOCAB)).astype(np.float32)
+    params = [SamplingParams(seed=seed)] + [
+        SamplingParams(temperature=float(rng.random() * 2)) for _ in range(others)
+    ]
+    positions = jnp.asarray([position, *rng.integers(0, 100, others)], jnp.int32)
+    together = sample(jnp.asarray(logits), SamplingState.of(params), positions)[0]
+    alone = sample(jnp.asarray(logits[:1]), SamplingState.of(params[:1]), positions[:1])[0]
+    assert together == alone
+
+
+def test_logprobs_are_those_of_the_logits() -> None:
+    logits = np.random.default_rng(2).standard_normal((3, VOCAB)).astype(np.float32)
+    chosen, top, ids = logprobs_of(jnp.asarray(logits), jnp.asarray([1, 2, 3]), 5)
+    all_ = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(chosen, all_[[0, 1, 2], [1, 2, 3]], rtol=1e-5)
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=-1)[:, :5])
+    np.testing.assert_allclose(top, np.sort(all_, axis=-1)[:, ::-1][:, :5], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("max_tokens", 0),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("logprobs", 21),
+        ("stop", [""]),
+        ("stop_token_ids", [-1]),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=field):
+        SamplingParams(**{field: value})

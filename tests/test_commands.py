@@ -1,0 +1,175 @@
+"""The commands, run in this process on the embedded model."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptoss_jax import chat, cli, generate
+from gptoss_jax.loading import EMBEDDED
+
+P1 = Path(__file__).parent / "golden" / "P1"
+SUM = "What is 17 + 25?"
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Runs a command's main as `python -m` does: (exit code, standard output, standard error)."""
+
+    def run(main, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(lambda: main([str(argument) for argument in arguments]))
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run
+
+
+def test_an_answer_goes_to_standard_output_and_the_rest_to_standard_error(command) -> None:
+    code, out, err = command(generate.main, SUM)
+    assert (code, out) == (0, "17 + 25 = 42\n")
+    assert "tok/s" in err.splitlines()[-1]
+    assert "Ones" not in err
+    assert "Ones" in command(generate.main, SUM, "--show-analysis")[2]
+
+
+def test_the_prompt_may_come_from_a_file_or_standard_input(command, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text(SUM)
+    assert command(generate.main, "--prompt-file", tmp_path / "prompt")[1] == "17 + 25 = 42\n"
+    assert command(generate.main, stdin=SUM)[1] == "17 + 25 = 42\n"
+
+
+def test_json_holds_everything(command) -> None:
+    code, out, _ = command(generate.main, SUM, "--json", "--logprobs", "2")
+    result = json.loads(out)
+    assert code == 0
+    assert result["messages"][0]["content"] == "17 + 25 = 42"
+    assert "Ones" in result["messages"][0]["thinking"]
+    assert result["finish_reason"] == "stop"
+    assert result["usage"]["completion_tokens"] == len(result["token_ids"]) == len(result["logprobs"])
+    assert set(result["timings"]) > {"time_to_first_token_seconds", "tokens_per_second"}
+    for token, at in zip(result["token_ids"], result["logprobs"], strict=True):
+        assert at["token_id"] == token
+        assert len(at["top"]) == 2
+        assert at["logprob"] == max(at["top"].values()) <= 0
+
+
+def test_token_ids_need_no_tokenizer(command) -> None:
+    code, out, _ = command(
+        generate.main, "--model", P1, "--prompt-tokens", "1,2,3", "--json", "--max-new-tokens", 5
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert len(result["token_ids"]) == 5
+    assert result["text"] is None
+    assert result["finish_reason"] == "length"
+
+
+def test_raw_text_is_continued_without_a_chat_format(command) -> None:
+    raw = json.loads(command(generate.main, SUM, "--raw", "--json", "--max-new-tokens", 3)[1])
+    chat_ = json.loads(command(generate.main, SUM, "--json", "--max-new-tokens", 3)[1])
+    assert raw["usage"]["prompt_tokens"] < chat_["usage"]["prompt_tokens"]
+    assert raw["messages"] == []
+
+
+def test_seed_repeats_and_stop_ends(command) -> None:
+    arguments = (SUM, "--json", "--temperature", 1.5, "--top-p", 0.9, "--top-k", 50, "--min-p", 0.01)
+    first, again = (json.loads(command(generate.main, *arguments, "--seed", 7)[1]) for _ in range(2))
+    assert first["token_ids"] == again["token_ids"]
+    stopped = json.loads(command(generate.main, SUM, "--json", "--stop", "= 4")[1])
+    assert stopped["text"] == stopped["messages"][0]["content"] == "17 + 25 "
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_a_tool_is_called(command, tmp_path: Path) -> None:
+    parameters = {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]}
+    function = {"name": "get_weather", "description": "Gets the current weather.", "parameters": parameters}
+    (tmp_path / "tools.json").write_text(json.dumps([{"type": "function", "function": function}]))
+    arguments = ("What is the weather in Paris?", "--tools", tmp_path / "tools.json")
+    result = json.loads(command(generate.main, *arguments, "--json")[1])
+    assert result["finish_reason"] == "tool_calls"
+    [call] = result["messages"][0]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"location": "Paris"}
+    assert command(generate.main, *arguments)[1].startswith("get_weather({")
+
+
+def test_batch_resumes(command, tmp_path: Path) -> None:
+    requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"id": f"q{i}", "prompt": f"What is {i} + 2?"} for i in range(4)]
+    lines.append({"id": "m", "messages": [{"role": "user", "content": "3 - 5"}], "reasoning_effort": "low"})
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert command(generate.main, "--batch", requests, "--output", results)[0] == 0
+    whole = {line["id"]: line["text"] for line in map(json.loads, results.read_text().splitlines())}
+    assert whole == {f"q{i}": f"{i} + 2 = {i + 2}" for i in range(4)} | {"m": "3 - 5 = -2"}
+    # As if interrupted in the middle of writing the fourth result.
+    kept = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(kept[:3]) + kept[3][:20])
+    code, _, err = command(generate.main, "--batch", requests, "--output", results)
+    assert code == 0
+    assert "3 of 5" in err
+    assert results.read_text().splitlines(keepends=True)[:3] == kept[:3]
+    assert {line["id"]: line["text"] for line in map(json.loads, results.read_text().splitlines())} == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((SUM, "--temperature", "-1"), "--temperature"),
+        ((SUM, "--max-new-tokens", "0"), "--max-new-tokens"),
+        ((SUM, "--top-p", "nan"), "--top-p"),
+        ((SUM, "--model", "/no/such/place"), "/no/such/place"),
+        ((SUM, "--tools", "/no/such/file"), "--tools"),
+        ((SUM, "--mesh", "expert=two"), "expert"),
+        ((SUM, "--mesh", "expert=64"), "64"),
+        ((SUM, "--prompt-tokens", "1"), "prompt"),
+        (("--prompt-tokens", "1,x"), "--prompt-tokens"),
+        (("--prompt-tokens", "1,999999"), "999999"),
+        (("--batch", "/no/such/file", "--output", "x"), "--batch"),
+        (("--batch", "x"), "--output"),
+        (("",), "prompt"),
+    ],
+)
+def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) -> None:
+    code, out, err = command(generate.main, *arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert named in err
+
+
+def test_a_broken_checkpoint_is_one_line(command, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(EMBEDDED, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = command(generate.main, SUM, "--model", broken)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "model.safetensors" in err
+
+
+def test_chat_keeps_history_until_reset(command) -> None:
+    lines = f"{SUM}\n/effort low\nWhat is 3 + 4?\n/nonsense\n/reset\nhello\n/exit\n"
+    code, out, err = command(chat.main, "--hide-analysis", stdin=lines)
+    assert code == 0
+    assert out.startswith("17 + 25 = 42\n3 + 4 = 7\nHello")
+    assert "/effort" in err
+
+
+def test_help_answers_at_once() -> None:
+    for module in ("generate", "chat", "harmony"):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", f"gptoss_jax.{module}", "--help"], check=True, capture_output=True)
+        # Far above what parsing flags takes, far under what importing jax takes on a busy machine.
+        assert time.perf_counter() - started < 2
+
+
+def test_help_does_not_import_jax() -> None:
+    code = "import sys, gptoss_jax.generate, gptoss_jax.chat; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,164 @@
+"""The tokenizer's training, and conversations as tokens: rendered by harmony, then packed into sequences."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gptoss_jax.harmony.messages import Message
+from gptoss_jax.harmony.render import render_conversation
+from gptoss_jax.tokenizer import Tokenizer
+from gptoss_jax.tokenizer_json import O200K_PATTERN
+from tools.train_embedded.conversations import Conversation, random_conversation
+
+SPECIAL_TOKENS = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+)
+# gpt-oss groups up to three digits; alone, a digit is the same token wherever it stands.
+PATTERN = O200K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+class Batch(NamedTuple):
+    """Sequences [B, T]: tokens, positions (from 0 in each conversation), its number in the row (0: padding), and
+    whether the token is one to learn."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    learned: np.ndarray
+
+
+def train_tokenizer(path: Path, vocab_size: int, conversations: int, seed: int) -> None:
+    """Write a tokenizer.json of byte-level BPE trained on made-up conversations, in the released file's form."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Trainee
+
+    trainee = Trainee(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trainee.train_from_iterator(_texts(conversations, seed), trainer)
+    fields = json.loads(trainee.to_str())
+    ordinary = len(fields["model"]["vocab"])
+    fields["added_tokens"] = [
+        {
+            "id": ordinary + index,
+            "content": content,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for index, content in enumerate(SPECIAL_TOKENS)
+    ]
+    path.write_text(json.dumps(fields, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _texts(conversations: int, seed: int) -> Iterator[str]:
+    """The text between special tokens, which bytes as tokens leave as it is."""
+    marks = {name: 256 + index for index, name in enumerate(SPECIAL_TOKENS)}
+    plain = Tokenizer("bytes", PATTERN, {bytes([value]): value for value in range(256)}, marks)
+    rng = random.Random(seed)
+    for _ in range(conversations):
+        tokens, _ = encode(random_conversation(rng), plain)
+        text = bytearray()
+        for token in tokens:
+            if token < 256:
+                text.append(token)
+            elif text:
+                yield text.decode()
+                text.clear()
+
+
+def encode(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """The tokens of a whole conversation, and which of them the model writes itself."""
+    tokens = encode_prompt(conversation.prompt, tokenizer)
+    learned = [False] * len(tokens)
+    header = len(tokens) - len(render_conversation(conversation.prompt, tokenizer, next_role=None))
+    given = header
+    for message in conversation.reply:
+        own = render_conversation((message,), tokenizer, next_role=None, auto_drop_analysis=False)
+        if message.role == "tool":
+            learned += [False] * (len(own) - given)
+            tokens += own[given:]
+            tokens += own[:1] + tokenizer.encode("assistant")
+            learned += [False] * header
+            given = header
+            continue
+        if message.channel == "final":
+            own[-1] = tokenizer.encode_special("<|return|>")
+        tokens += own[given:]
+        learned += [True] * (len(own) - given)
+        given = 0
+    return tokens, learned
+
+
+def encode_prompt(prompt: tuple[Message, ...], tokenizer: Tokenizer) -> list[int]:
+    """The tokens after which the model speaks."""
+    return render_conversation(prompt, tokenizer, auto_drop_analysis=False)
+
+
+def make_batch(tokenizer: Tokenizer, seed: tuple[int, ...], rows: int, length: int) -> Batch:
+    """`rows` sequences of `length` tokens filled with conversations; a seed always gives the same."""
+    rng = random.Random(repr(seed))
+    shape = (rows, length)
+    batch = Batch(
+        np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    )
+    used, count = [0] * rows, [0] * rows
+    misses = 0
+    while misses < 16:
+        tokens, learned = encode(random_conversation(rng), tokenizer)
+        row = _best_row(used, len(tokens), length)
+        if row is None:
+            misses += 1
+            continue
+        count[row] += 1
+        place = (row, slice(used[row], used[row] + len(tokens)))
+        batch.tokens[place], batch.learned[place] = tokens, learned
+        batch.positions[place], batch.segments[place] = np.arange(len(tokens)), count[row]
+        used[row] += len(tokens)
+    return batch
+
+
+def _best_row(used: Iterable[int], size: int, length: int) -> int | None:
+    """The fullest row with room, so that little of a batch is padding."""
+    fitting = [(taken, row) for row, taken in enumerate(used) if taken + size <= length]
+    return max(fitting)[1] if fitting else None
+
+
+_own_tokenizer: Tokenizer | None = None
+
+
+def use_tokenizer(directory: Path) -> None:
+    """Read the tokenizer that `make_own_batch` of this process uses."""
+    global _own_tokenizer
+    _own_tokenizer = Tokenizer.from_dir(directory)
+
+
+def make_own_batch(seed: tuple[int, ...], rows: int, length: int) -> Batch:
+    """`make_batch` in a worker process, which `use_tokenizer` has prepared."""
+    assert _own_tokenizer is not None
+    return make_batch(_own_tokenizer, seed, rows, length)

@@ -1,0 +1,141 @@
+"""The project's model made fit for training: packed rows, every expert at once, weights rounded as they are saved."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model import GptOss, MoE, linear, weight_specs
+from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize, quantize
+from gptoss_jax.weights import Creator, Weight, WeightSpec, random_creator
+from pallas_kernels.mxfp4_matmul.reference import clamped_swiglu
+
+Parameters = dict[str, jax.Array]
+"""Float32 master weights by name; the experts' matrices are unpacked."""
+
+
+class PackedRows(NamedTuple):
+    """Attention within each conversation of a row [B, T]: see gptoss_jax.kv_cache.KeyValues."""
+
+    segments_BT: jax.Array
+
+    def attend(
+        self,
+        layer: int,
+        q_BTHD: jax.Array,
+        k_BTKD: jax.Array,
+        v_BTKD: jax.Array,
+        sinks_H: jax.Array,
+        positions_BT: jax.Array,
+        window: int | None,
+    ) -> tuple[jax.Array, PackedRows]:
+        """What `pallas_kernels.attention` computes, one conversation not seeing another."""
+        batch, length, heads, width = q_BTHD.shape
+        kv_heads = k_BTKD.shape[2]
+        q_BTKGD = (q_BTHD * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
+        scores_BKGTS = jnp.einsum("btkgd,bskd->bkgts", q_BTKGD, k_BTKD, preferred_element_type=jnp.float32)
+        distance = positions_BT[:, :, None] - positions_BT[:, None, :]
+        seen_BTS = (self.segments_BT[:, :, None] == self.segments_BT[:, None, :]) & (distance >= 0)
+        if window is not None:
+            seen_BTS &= distance < window
+        scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -1e9)
+        sinks_KG11 = sinks_H.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        largest = jax.lax.stop_gradient(jnp.maximum(scores_BKGTS.max(-1, keepdims=True), sinks_KG11))
+        weights_BKGTS = jnp.exp(scores_BKGTS - largest)
+        denominator = weights_BKGTS.sum(-1, keepdims=True) + jnp.exp(sinks_KG11 - largest)
+        out_BTKGD = jnp.einsum("bkgts,bskd->btkgd", (weights_BKGTS / denominator).astype(v_BTKD.dtype), v_BTKD)
+        return out_BTKGD.reshape(q_BTHD.shape), self
+
+
+class DenseMoE(MoE):
+    """Every expert on every token, the unchosen ones weighted 0: wasteful, but nothing is gathered or sorted.
+
+    `balance` holds the last call's load-balancing loss (arXiv:2101.03961, equation 4): 1 where the router spreads evenly.
+    """
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        experts, k = self.config.num_local_experts, self.config.num_experts_per_tok
+        weight_ED = self.router.weight[...].astype(jnp.float32)
+        logits_BTE = linear(x_BTD.astype(jnp.float32), weight_ED, self.router.bias[...])
+        top_BTk, ids_BTk = jax.lax.top_k(logits_BTE, k)
+        chosen_BTkE = jax.nn.one_hot(ids_BTk, experts, dtype=jnp.float32)
+        weights_BTE = jnp.einsum("btk,btke->bte", jax.nn.softmax(top_BTk, axis=-1), chosen_BTkE)
+        share_E = chosen_BTkE.mean((0, 1, 2))
+        self.balance = nnx.Variable(experts * jnp.sum(share_E * jax.nn.softmax(logits_BTE).mean((0, 1))))
+
+        gate_up_BTEF = jnp.einsum("btd,efd->btef", x_BTD, self.gate_up_proj[...])
+        gate_up_BTEF = gate_up_BTEF.astype(jnp.float32) + self.gate_up_proj_bias[...].astype(jnp.float32)
+        inner_BTEI = clamped_swiglu(gate_up_BTEF, self.config.swiglu_limit) * weights_BTE[..., None]
+        y_BTD = jnp.einsum(
+            "btei,edi->btd",
+            inner_BTEI.astype(x_BTD.dtype),
+            self.down_proj[...],
+            preferred_element_type=jnp.float32,
+        )
+        bias_ED = self.down_proj_bias[...].astype(jnp.float32)
+        return (y_BTD + weights_BTE @ bias_ED).astype(x_BTD.dtype)
+
+
+class Trainee(GptOss):
+    """GptOss with experts and an embedding whose gradients are matrix products."""
+
+    def __init__(self, config: ModelConfig, create: Creator) -> None:
+        super().__init__(config, create)
+        for index, layer in enumerate(self.layers):
+            layer.mlp = DenseMoE(config, index, create)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """A row's gradient is a float32 sum over its tokens, which bfloat16 additions would lose."""
+        table = self.embed_tokens[...]
+        return jax.nn.one_hot(tokens_BT, table.shape[0], dtype=table.dtype) @ table
+
+    def balance(self) -> jax.Array:
+        """The mean of the layers' load-balancing losses at the last call."""
+        return jnp.mean(jnp.stack([layer.mlp.balance[...] for layer in self.layers]))
+
+
+def packed_names(config: ModelConfig) -> frozenset[str]:
+    """The weights that are stored as MXFP4."""
+    return frozenset(spec.name for spec in weight_specs(config) if spec.packed)
+
+
+def initial_parameters(config: ModelConfig, seed: int) -> Parameters:
+    """Random master weights: small where they add to the residual stream, so that depth does not scale it."""
+    draw = random_creator(jax.random.key(seed), jnp.float32)
+    depth = (2 * config.num_hidden_layers) ** -0.5
+    parameters: Parameters = {}
+    for spec in weight_specs(config):
+        weight = draw(WeightSpec(spec.name, spec.shape, spec.axes, spec.init))
+        assert isinstance(weight, jax.Array)
+        residual = spec.name.endswith(("o_proj.weight", "down_proj"))
+        parameters[spec.name] = weight * depth if residual else weight
+    return parameters
+
+
+def rounding_creator(parameters: Parameters, packed: frozenset[str]) -> Creator:
+    """Weights as they will be saved, in bfloat16; gradients pass the rounding as if it were not there."""
+
+    def create(spec: WeightSpec) -> Weight:
+        weight = parameters[spec.name]
+        if spec.name in packed:
+            rounded = dequantize(quantize(weight))
+            # The difference is exactly 0, and carries the gradient.
+            weight = jax.lax.stop_gradient(rounded) + (weight - jax.lax.stop_gradient(weight))
+        return weight.astype(jnp.bfloat16)
+
+    return create
+
+
+def saving_creator(parameters: Parameters) -> Creator:
+    """Weights to be written: MXFP4 where the definition says so, else bfloat16."""
+
+    def create(spec: WeightSpec) -> jax.Array | MXFP4Tensor:
+        weight = parameters[spec.name]
+        return quantize(weight) if spec.packed else weight.astype(jnp.bfloat16)
+
+    return create
