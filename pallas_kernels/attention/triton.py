@@ -5,8 +5,8 @@ key/value head, for a block of queries, and goes over blocks of keys with a runn
 the sink (arXiv:2205.14135, algorithm 1, with the sink as the first score). When there are too few programs to fill
 the card, the keys are split among several and their partial results joined afterwards.
 
-Shapes are named by suffix as in the op; R rows are a block of queries times G, padded to powers of two; N keys in a
-block.
+Shapes are named by suffix as in the op; R rows are a block of queries times G, padded to powers of two; N keys in
+a block.
 """
 
 from __future__ import annotations
