@@ -47,7 +47,7 @@ def expert_mlp(
     swiglu_limit: float,
     residual_TD: jax.Array | None,
     interpret: bool,
-    configs: tuple[Config, Config] = (Config(2, 1), Config(2, 1)),
+    configs: tuple[Config, Config] = (Config(1, 1), Config(1, 1)),
 ) -> jax.Array:
     """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts as `gpu_layout.prepare` makes them."""
     if not isinstance(gate_up_EFD, GpuExperts) or not isinstance(down_EDI, GpuExperts):
