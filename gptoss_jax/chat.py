@@ -31,6 +31,7 @@ def flags() -> argparse.ArgumentParser:
     cli.add_conversation_flags(parser)
     cli.add_sampling_flags(parser)
     cli.add_model_flags(parser)
+    cli.add_engine_flags(parser)
     parser.add_argument("--hide-analysis", action="store_true", help="do not show the reasoning")
     return parser
 

@@ -14,6 +14,7 @@ from gptoss_jax.errors import GptOssError, UsageError
 from sharding.errors import ShardingError
 
 if TYPE_CHECKING:
+    from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.engine.params import SamplingParams
     from gptoss_jax.llm import LLM
 
@@ -39,6 +40,24 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
+    )
+
+
+def add_engine_flags(flags: argparse.ArgumentParser) -> None:
+    """How much runs at once, and what the cache may take."""
+    group = flags.add_argument_group("engine")
+    group.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
+    group.add_argument(
+        "--kv-cache-memory", type=int, metavar="BYTES", help="of each device (default: a share of what is free)"
+    )
+    group.add_argument("--kv-cache-dtype", choices=("bfloat16", "float32", "float8"), help="default: as --dtype")
+    group.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens of one sequence in a step")
+    group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
+    group.add_argument(
+        "--speculative-tokens",
+        type=int,
+        metavar="N",
+        help="guess N tokens a step from the text so far, and verify them",
     )
 
 
@@ -105,7 +124,20 @@ def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
     from gptoss_jax.llm import LLM
     from gptoss_jax.loading import EMBEDDED
 
-    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, **more)
+    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, engine=engine_options(options, **more))
+
+
+def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
+    """The engine flags as EngineOptions; `more` has precedence. A value out of range is reported by its flag."""
+    from gptoss_jax.engine.engine import EngineOptions
+
+    names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens")
+    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    try:
+        return EngineOptions(**given | {"prefix_cache": not options.no_prefix_cache} | more)
+    except UsageError as error:
+        field, _, rest = str(error).partition(":")
+        raise UsageError(f"--{field.replace('_', '-')}:{rest}") from None
 
 
 def read_text(path: Path, flag: str) -> str:

@@ -30,6 +30,7 @@ def flags() -> argparse.ArgumentParser:
     cli.add_conversation_flags(parser)
     cli.add_sampling_flags(parser)
     cli.add_model_flags(parser)
+    cli.add_engine_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--show-analysis", action="store_true", help="show the reasoning on standard error")
     output.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -196,7 +197,12 @@ def result(output: Any) -> dict[str, Any]:
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
-        "usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "cached_tokens": output.cached_tokens,
+        },
     }
     if completion.logprobs is not None:
         fields["logprobs"] = [

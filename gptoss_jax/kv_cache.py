@@ -1,4 +1,8 @@
-"""Keys and values between steps: full layers grow, sliding layers keep a bounded ring of the window."""
+"""Keys and values between steps: full layers in pages, sliding layers in a ring of the window.
+
+Everything that a layer holds has a leading dimension that is split over the mesh's batch axes: each part of the
+batch has pages, rings and indices of its own, so that no step moves keys between devices.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,13 @@ from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.placement import partition_for
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attention, paged_attention
 from sharding import Partition, on_shards
 
 QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", None, "kv_heads", None)
-POSITIONS = ("batch", None)
+ROWS = ("batch", None)
+STORE = ("batch", None, "kv_heads", None)
 
 
 class KeyValues(Protocol):
@@ -57,8 +62,8 @@ class WholeSequence:
                 "q_BTHD": (q_BTHD, QUERIES),
                 "kv_BSKE": (jnp.concatenate([k_BTKD, v_BTKD], axis=-1), KEYS),
                 "sinks_H": (sinks_H, ("heads",)),
-                "q_positions_BT": (positions_BT, POSITIONS),
-                "kv_positions_BS": (positions_BT, POSITIONS),
+                "q_positions_BT": (positions_BT, ROWS),
+                "kv_positions_BS": (positions_BT, ROWS),
             },
             QUERIES,
             batch=len(q_BTHD),
@@ -66,69 +71,119 @@ class WholeSequence:
         return out, self
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Keys and values [B, S, K, 2 D] of a layer, and the position int32 [B, S] in each slot, -1 where empty."""
+class CacheShape:
+    """How much a cache holds in each part of the batch.
 
-    kv: jax.Array
-    positions: jax.Array
+    `pages` pages of `page_size` tokens for the full layers; `rings` rings for the sliding ones, of which the first
+    `slots` belong to running sequences and the rest keep the rings of cached prefixes. A ring has `ring_slack` rows
+    beyond the window: as many tokens may be written and then taken back.
+    """
+
+    pages: int
+    page_size: int
+    slots: int
+    snapshots: int = 0
+    ring_slack: int = 0
+
+    @property
+    def rings(self) -> int:
+        """All rings."""
+        return self.slots + self.snapshots
 
 
-LAYER_AXES = LayerCache(KEYS, POSITIONS)  # type: ignore[arg-type]
-"""How a layer's cache is split."""
+def page_bytes(config: ModelConfig, page_size: int, dtype: DTypeLike, kv_heads: int | None = None) -> int:
+    """Bytes of one page over all full layers."""
+    return config.layer_types.count("full_attention") * page_size * _row_bytes(config, dtype, kv_heads)
+
+
+def ring_bytes(config: ModelConfig, rows: int, dtype: DTypeLike, kv_heads: int | None = None) -> int:
+    """Bytes of one ring of `rows` keys over all sliding layers."""
+    return config.layer_types.count("sliding_attention") * rows * _row_bytes(config, dtype, kv_heads)
+
+
+def _row_bytes(config: ModelConfig, dtype: DTypeLike, kv_heads: int | None) -> int:
+    return (kv_heads or config.num_key_value_heads) * 2 * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """A cache of B sequences: a full layer has a slot for each position, a sliding one a ring of its window."""
+    """The stores of all layers: [pages, page_size, K, 2 D] of full layers, [rings, rows, K, 2 D] of sliding ones.
 
-    layers: tuple[LayerCache, ...]
+    A ring keeps the key at position p in its row p % rows.
+    """
+
+    stores: tuple[jax.Array, ...]
 
     @classmethod
     def empty(
-        cls,
-        config: ModelConfig,
-        batch: int,
-        capacity: int,
-        dtype: DTypeLike = jnp.bfloat16,
-        partition: Partition | None = None,
+        cls, config: ModelConfig, shape: CacheShape, dtype: DTypeLike, partition: Partition | None = None
     ) -> KVCache:
-        """Room for `batch` sequences of `capacity` tokens, with the heads that `partition` has."""
-        kv_heads = len((partition or partition_for(config)).heads.kv_sources)
+        """A cache with nothing in it, laid out on the partition's mesh."""
+        partition = partition or partition_for(config)
+        parts, heads = partition.degree("batch"), len(partition.heads.kv_sources)
 
-        def layer(index: int) -> LayerCache:
-            slots = min(config.window(index) or capacity, capacity)
-            shape = (batch, slots, kv_heads, 2 * config.head_dim)
-            positions = jnp.full((batch, slots), -1, jnp.int32)
-            return LayerCache(jnp.zeros(shape, dtype), positions)
-
-        return cls(tuple(layer(i) for i in range(config.num_hidden_layers)))
-
-    def grown(self, config: ModelConfig, capacity: int, partition: Partition) -> KVCache:
-        """A copy whose sequences may have `capacity` tokens; slots keep their place because none has wrapped."""
-
-        def pad(layer: LayerCache, empty: LayerCache) -> LayerCache:
-            more = empty.positions.shape[1] - layer.positions.shape[1]
-            rows = ((0, 0), (0, more))
-            return LayerCache(
-                jnp.pad(layer.kv, (*rows, (0, 0), (0, 0))),
-                jnp.pad(layer.positions, rows, constant_values=-1),
+        def store(layer: int) -> jax.Array:
+            full = config.window(layer) is None
+            rows = (
+                (shape.pages, shape.page_size) if full else (shape.rings, config.sliding_window + shape.ring_slack)
             )
+            return jnp.zeros((parts * rows[0], rows[1], heads, 2 * config.head_dim), dtype)
 
-        batch, dtype = self.layers[0].positions.shape[0], self.layers[0].kv.dtype
-        goal = jax.eval_shape(lambda: KVCache.empty(config, batch, capacity, dtype, partition))
-        return KVCache(tuple(pad(old, new) for old, new in zip(self.layers, goal.layers, strict=True)))
+        def make() -> KVCache:
+            return cls(tuple(store(layer) for layer in range(config.num_hidden_layers)))
 
-    def slot(self, index: jax.Array, keep: jax.Array) -> KVCache:
-        """The cache of one sequence, emptied unless `keep`."""
-        one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), self)
-        return KVCache(tuple(LayerCache(l.kv, jnp.where(keep, l.positions, -1)) for l in one.layers))
+        return jax.jit(make, out_shardings=partition.sharding(STORE))()
 
-    def with_slot(self, index: jax.Array, one: KVCache) -> KVCache:
-        """This cache with one sequence replaced."""
-        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, index, 0), self, one)
+    def copy_rings(self, config: ModelConfig, sources: jax.Array, targets: jax.Array) -> KVCache:
+        """Copy rings within each part: int32 [B, N] of both; a target past the last ring is not written."""
+
+        def copy(store: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
+            return store.at[targets[0]].set(store[sources[0]], mode="drop")
+
+        def layer(index: int) -> jax.Array:
+            if config.window(index) is None:
+                return self.stores[index]
+            args = {"store": (self.stores[index], STORE), "sources": (sources, ROWS), "targets": (targets, ROWS)}
+            return on_shards(copy, args, STORE, batch=len(sources))
+
+        return KVCache(tuple(layer(index) for index in range(len(self.stores))))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Which sequences the tokens of a step belong to: for each part of the batch, N sequences of T tokens.
+
+    Args:
+      slots: int32 [B, N], each sequence's ring.
+      tables: int32 [B, N, M], each sequence's pages: position p lies in page `tables[..., p // page_size]`.
+      snapshots: int32 [B, N, C], rings that get a copy of the sequence's as it is before a position; past the last
+        ring for none.
+      snapshot_positions: int32 [B, N, C], these positions, within this step's tokens or just after them.
+    """
+
+    slots: jax.Array
+    tables: jax.Array
+    snapshots: jax.Array
+    snapshot_positions: jax.Array
+
+
+SEGMENT_AXES = Segments(ROWS, ("batch", None, None), ("batch", None, None), ("batch", None, None))  # type: ignore[arg-type]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepCache:
+    """The cache during a step whose tokens [B, T] are those of several groups of segments, one after the other.
+
+    `lengths` gives the tokens of a segment in each group, so that T is the sum of N times length.
+    """
+
+    cache: KVCache
+    groups: tuple[Segments, ...]
+    lengths: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def attend(
         self,
@@ -139,59 +194,97 @@ class KVCache:
         sinks_H: jax.Array,
         positions_BT: jax.Array,
         window: int | None,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, StepCache]:
         """See KeyValues; tokens of padding have position -1 and are not kept."""
-        out, written = on_shards(
-            partial(_write_and_attend, window=window),
+        out, store = on_shards(
+            partial(_attend_groups, lengths=self.lengths, window=window),
             {
-                "held": (self.layers[layer], LAYER_AXES),
+                "store": (self.cache.stores[layer], STORE),
+                "groups": (self.groups, (SEGMENT_AXES,) * len(self.groups)),
                 "q_BTHD": (q_BTHD, QUERIES),
                 "kv_BTKE": (jnp.concatenate([k_BTKD, v_BTKD], axis=-1), KEYS),
                 "sinks_H": (sinks_H, ("heads",)),
-                "positions_BT": (positions_BT, POSITIONS),
+                "positions_BT": (positions_BT, ROWS),
             },
-            (QUERIES, LAYER_AXES),
+            (QUERIES, STORE),
             batch=len(q_BTHD),
         )
-        return out, KVCache((*self.layers[:layer], written, *self.layers[layer + 1 :]))
+        stores = (*self.cache.stores[:layer], store, *self.cache.stores[layer + 1 :])
+        return out, dataclasses.replace(self, cache=KVCache(stores))
 
 
-def _write_and_attend(
-    held: LayerCache,
+def _attend_groups(
+    store: jax.Array,
+    groups: tuple[Segments, ...],
     q_BTHD: jax.Array,
     kv_BTKE: jax.Array,
     sinks_H: jax.Array,
     positions_BT: jax.Array,
     *,
+    lengths: tuple[int, ...],
     window: int | None,
-) -> tuple[jax.Array, LayerCache]:
-    written = seen = _write(held, kv_BTKE, positions_BT)
-    if window is not None and positions_BT.shape[1] > 1:
-        # The ring loses keys that the first queries of a chunk still see, so they read it as it was.
-        seen = LayerCache(
-            jnp.concatenate([held.kv, kv_BTKE.astype(held.kv.dtype)], axis=1),
-            jnp.concatenate([held.positions, positions_BT], axis=1),
+) -> tuple[jax.Array, jax.Array]:
+    """One part of the batch (B is 1 here): each group in turn as [N, length], on pages or on rings."""
+    start, outs = 0, []
+    for group, length in zip(groups, lengths, strict=True):
+        segments = group.slots.shape[1]
+        if segments == 0:
+            continue
+        part = slice(start, start + segments * length)
+        start += segments * length
+        q, kv, positions = (
+            x[0, part].reshape(segments, length, *x.shape[2:]) for x in (q_BTHD, kv_BTKE, positions_BT)
         )
-    out = attention(
-        q_BTHD,
-        seen.kv,
-        sinks_H,
-        positions_BT,
-        seen.positions,
-        window=window,
-        sm_scale=q_BTHD.shape[-1] ** -0.5,
-    )
+        group = jax.tree.map(lambda x: x[0], group)
+        args = (store, group, q, kv.astype(store.dtype), sinks_H, positions)
+        out, store = _on_pages(*args) if window is None else _on_rings(*args, window=window)
+        outs.append(out.reshape(1, segments * length, *out.shape[2:]))
+    return jnp.concatenate(outs, axis=1), store
+
+
+def _on_pages(
+    store: jax.Array, group: Segments, q: jax.Array, kv: jax.Array, sinks_H: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    pages, page_size = store.shape[:2]
+    page = jnp.take_along_axis(group.tables, jnp.maximum(positions, 0) // page_size, axis=1)
+    page = jnp.where(positions < 0, pages, page)
+    store = store.at[page, positions % page_size].set(kv, mode="drop")
+    out = paged_attention(q, store, group.tables, sinks_H, positions, sm_scale=q.shape[-1] ** -0.5)
+    return out, store
+
+
+def _on_rings(
+    store: jax.Array,
+    group: Segments,
+    q: jax.Array,
+    kv: jax.Array,
+    sinks_H: jax.Array,
+    positions: jax.Array,
+    *,
+    window: int,
+) -> tuple[jax.Array, jax.Array]:
+    rings, rows = store.shape[:2]
+    sm_scale = q.shape[-1] ** -0.5
+    stays = (positions >= 0) & (positions > jnp.max(positions, axis=1, keepdims=True) - rows)
+    ring = jnp.where(stays, group.slots[:, None], rings)
+    written = store.at[ring, positions % rows].set(kv, mode="drop")
+    if q.shape[1] == 1 and rows == window:
+        # After its own key is in, the ring holds just what the query sees: a page, whatever its order.
+        filled = jnp.minimum(positions, window - 1)
+        return paged_attention(q, written, group.slots[:, None], sinks_H, filled, sm_scale=sm_scale), written
+    # A chunk overwrites keys that its first queries still see, so they read the ring as it was.
+    first = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions), axis=1, keepdims=True)
+    held = jnp.concatenate([store[group.slots], kv], axis=1)
+    held_positions = jnp.concatenate([_ring_positions(first, rows), positions], axis=1)
+    out = attention(q, held, sinks_H, positions, held_positions, window=window, sm_scale=sm_scale)
+    for index in range(group.snapshots.shape[1]):
+        wanted = _ring_positions(group.snapshot_positions[:, index, None], rows)
+        match = jnp.argmax(held_positions[:, None] == wanted[..., None], axis=-1)
+        copied = jnp.take_along_axis(held, match[..., None, None], axis=1)
+        written = written.at[group.snapshots[:, index]].set(copied, mode="drop")
     return out, written
 
 
-def _write(held: LayerCache, kv_BTKE: jax.Array, positions_BT: jax.Array) -> LayerCache:
-    """Put each token into slot position % slots; of tokens that share a slot the last one stays."""
-    batch, slots = held.positions.shape
-    last_B1 = jnp.max(positions_BT, axis=1, keepdims=True)
-    stays_BT = (positions_BT >= 0) & (positions_BT > last_B1 - slots)
-    slot_BT = jnp.where(stays_BT, positions_BT % slots, slots)
-    row_B1 = jnp.arange(batch)[:, None]
-    return LayerCache(
-        held.kv.at[row_B1, slot_BT].set(kv_BTKE.astype(held.kv.dtype), mode="drop"),
-        held.positions.at[row_B1, slot_BT].set(positions_BT, mode="drop"),
-    )
+def _ring_positions(end: jax.Array, rows: int) -> jax.Array:
+    """The position int32 [N, rows] in each row of a ring that has seen all before `end` [N, 1]; -1 if none."""
+    return jnp.maximum(end - 1 - (end - 1 - jnp.arange(rows)) % rows, -1)

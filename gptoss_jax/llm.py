@@ -13,8 +13,8 @@ import jax
 
 from gptoss_jax import harmony
 from gptoss_jax.checkpoint import resolve
-from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.params import CompletionOutput, FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
+from gptoss_jax.engine.params import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
 from gptoss_jax.errors import UsageError
 from gptoss_jax.loading import EMBEDDED, load_model
 from gptoss_jax.text import ChatTranscript, RawTranscript, TextDelta
@@ -37,14 +37,16 @@ class Request:
 
 @dataclasses.dataclass
 class Progress:
-    """What one token changed: the text it made certain, and the request's output so far."""
+    """What one token changed: the text it made certain, the completion that it belongs to, and all of the request."""
 
     deltas: list[TextDelta]
+    completion: CompletionOutput
     output: RequestOutput
 
 
 class LLM:
-    """A model with its tokenizer and engine; `path`, `mesh`, `dtype` and `rules` are as for `load_model`.
+    """A model with its tokenizer and engine; `path`, `mesh`, `dtype` and `rules` are as for `load_model`,
+    `engine` says how much runs at once.
 
     Raises CheckpointError or ShardingError if it cannot be loaded so.
     """
@@ -56,7 +58,7 @@ class LLM:
         dtype: str = "bfloat16",
         *,
         rules: ShardingRules | None = None,
-        max_batch: int = 8,
+        engine: EngineOptions | None = None,
         progress: bool | None = None,
     ) -> None:
         path = resolve(path)
@@ -67,7 +69,7 @@ class LLM:
         if self.tokenizer and set(harmony.STOP_TOKENS) <= self.tokenizer.special_tokens.keys():
             # The released config.json names <|return|> only, OpenAI's original none.
             eos |= set(harmony.stop_token_ids(self.tokenizer))
-        self.engine = Engine(model, max_batch=max_batch, eos_token_ids=eos)
+        self.engine = Engine(model, engine, eos_token_ids=eos)
 
     def generate(
         self,
@@ -152,9 +154,11 @@ class LLM:
                 for event in self.engine.step():
                     if (state := running.get(event.request_id)) is None:
                         continue
-                    progress = state.push(event.token_id, event.logprobs, event.finish_reason)
+                    progress = state.push(event)
+                    if progress.completion.finish_reason and not event.finish_reason:
+                        # A stop string, which the engine does not see.
+                        self.engine.stop(event.request_id, event.index)
                     if progress.output.finished:
-                        self.engine.cancel(event.request_id)
                         del running[event.request_id]
                     yield progress
         finally:
@@ -176,26 +180,29 @@ class _Running:
     """A request's output as it grows."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
-        stop = request.params.stop
-        self._transcript: ChatTranscript | RawTranscript
-        if request.chat:
-            assert tokenizer is not None
-            self._transcript = ChatTranscript(tokenizer, stop)
-        else:
-            self._transcript = RawTranscript(tokenizer, stop)
-        logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
-        self._completion = CompletionOutput(0, [], self._transcript.text, logprobs, None)
+        self._params = request.params
+        self._transcripts: list[ChatTranscript | RawTranscript] = []
+        completions = []
+        for index in range(request.params.n):
+            self._transcripts.append(_transcript(request, tokenizer))
+            logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
+            completions.append(CompletionOutput(index, [], self._transcripts[index].text, logprobs, None))
         self._output = RequestOutput(
-            request.request_id, request.prompt, request.prompt_token_ids, [self._completion], False
+            request.request_id, request.prompt, request.prompt_token_ids, completions, False
         )
 
-    def push(self, token: int, logprobs: TokenLogprobs | None, finish: FinishReason | None) -> Progress:
-        completion, transcript = self._completion, self._transcript
-        completion.token_ids.append(token)
-        if completion.logprobs is not None and logprobs is not None:
-            completion.logprobs.append(logprobs)
-        deltas = transcript.push(token)
-        if transcript.stopped:
+    def push(self, event: TokenEvent) -> Progress:
+        completion, transcript = self._output.outputs[event.index], self._transcripts[event.index]
+        if completion.finish_reason:
+            return Progress([], completion, self._output)
+        completion.token_ids.append(event.token_id)
+        if completion.logprobs is not None and event.logprobs is not None:
+            completion.logprobs.append(event.logprobs)
+        if event.prompt_logprobs is not None:
+            self._output.prompt_logprobs = event.prompt_logprobs
+        self._output.cached_tokens = max(self._output.cached_tokens, event.cached_tokens)
+        deltas, finish = transcript.push(event.token_id), event.finish_reason
+        if transcript.stopped and len(completion.token_ids) >= self._params.min_tokens:
             finish = "stop"
         if finish:
             deltas += transcript.finish()
@@ -203,8 +210,15 @@ class _Running:
             completion.message, completion.malformed = transcript.message, list(transcript.malformed)
             called = finish == "stop" and completion.message and completion.message.get("tool_calls")
             completion.finish_reason = "tool_calls" if called else finish
-            self._output.finished = True
-        return Progress(deltas, self._output)
+            self._output.finished = all(c.finish_reason for c in self._output.outputs)
+        return Progress(deltas, completion, self._output)
+
+
+def _transcript(request: Request, tokenizer: Tokenizer | None) -> ChatTranscript | RawTranscript:
+    if not request.chat:
+        return RawTranscript(tokenizer, request.params.stop)
+    assert tokenizer is not None
+    return ChatTranscript(tokenizer, request.params.stop)
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

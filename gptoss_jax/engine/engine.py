@@ -1,241 +1,347 @@
-"""The engine: requests join and leave a batch of slots that one compiled step advances together."""
+"""The engine: requests in, their tokens out, as many requests at once as the device and its cache hold."""
 
 from __future__ import annotations
 
 import dataclasses
+import secrets
+import sys
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.typing import DTypeLike
 
+from gptoss_jax.engine.drafts import Drafter, PromptLookup
+from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
 from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs
-from gptoss_jax.engine.sampling import SamplingState, logprobs_of, sample
+from gptoss_jax.engine.runner import Launched, Runner, TokenConstraint, needs_adjusting
+from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
+from gptoss_jax.engine.step import Logprobs
 from gptoss_jax.errors import UsageError
-from gptoss_jax.kv_cache import KVCache
 from gptoss_jax.model import GptOss
 
-PREFILL_CHUNK = 512
-"""Most prompt tokens in one step; shorter prompts are padded to a power of two."""
 
-TOP_LOGPROBS = 20
-"""How many of the likeliest tokens a step reports, so that one compiled step serves every request."""
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How the engine uses a device.
+
+    Args:
+      max_batch: sequences that run together, over the whole mesh.
+      page_size: tokens in a page of the cache.
+      kv_cache_memory: bytes that the cache may take of each device; None for a share of what is free.
+      kv_cache_dtype: "bfloat16", "float32" or "float8"; None for the model's.
+      prefill_chunk: most prompt tokens of one sequence in a step.
+      step_tokens: most prompt tokens in a step.
+      prefix_cache: whether prompts take up what earlier ones have left in the cache.
+      speculative_tokens: tokens to guess and verify in each step; 0 for none.
+    """
+
+    max_batch: int = 8
+    page_size: int = 32
+    kv_cache_memory: int | None = None
+    kv_cache_dtype: str | None = None
+    prefill_chunk: int = 512
+    step_tokens: int = 512
+    prefix_cache: bool = True
+    speculative_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "page_size", "prefill_chunk", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+        if self.speculative_tokens < 0:
+            raise UsageError(f"speculative_tokens: expected 0 or more, found {self.speculative_tokens}")
 
 
 @dataclasses.dataclass
 class TokenEvent:
-    """A request's next token."""
+    """A sequence's next token; `index` tells the completions of a request apart."""
 
     request_id: str
+    index: int
     token_id: int
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass
-class _Request:
-    request_id: str
-    prompt: np.ndarray
-    params: SamplingParams
-    sampling: SamplingState
-    max_tokens: int
-    stop_ids: frozenset[int]
-    token_ids: list[int] = dataclasses.field(default_factory=list)
+class Load:
+    """What the engine is busy with, over all parts of the batch, and what it has done."""
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.token_ids)
+    waiting: int
+    running: int
+    pages_held: int
+    pages: int
+    preemptions: int
+    steps: int
+    drafted: int
+    accepted: int
 
 
 class Engine:
-    """Runs requests through a model; one thread at a time.
+    """Runs requests through a model: add them, step until their tokens have come, cancel them at any time.
 
-    `max_batch` requests advance together; the cache grows to the longest of them, up to the model's context.
-    `eos_token_ids` end a request; None for the config's.
+    Not for several threads at once. `eos_token_ids` end a request; None for the config's.
     """
 
     def __init__(
         self,
         model: GptOss,
+        options: EngineOptions | None = None,
         *,
-        max_batch: int = 8,
-        kv_dtype: DTypeLike | None = None,
         eos_token_ids: Iterable[int] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        self.config, self._partition = model.config, model.partition
-        self._eos = frozenset(self.config.eos_token_id if eos_token_ids is None else eos_token_ids)
-        graph, self._weights = nnx.split(model)
-        self._dtype = kv_dtype or model.embed_tokens[...].dtype
-        self._waiting: deque[_Request] = deque()
-        self._slots: list[_Request | None] = [None] * max_batch
-        self._cache: KVCache | None = None
-        self._capacity = 0
-        self._prefill = jax.jit(partial(_prefill, graph), donate_argnames="cache")
-        self._decode = jax.jit(partial(_decode, graph), donate_argnames="cache")
+        options = options or EngineOptions()
+        self.config, self.options = model.config, options
+        self._eos = frozenset(model.config.eos_token_id if eos_token_ids is None else eos_token_ids)
+        parts = model.partition.degree("batch")
+        dtype = kv_dtype(options.kv_cache_dtype or str(model.embed_tokens[...].dtype))
+        device = model.partition.mesh.local_devices[0] if model.partition.mesh else jax.local_devices()[0]
+        self.shape = cache_shape(
+            model.config,
+            model.partition,
+            free_bytes(device) if options.kv_cache_memory is None else options.kv_cache_memory,
+            slots=-(-options.max_batch // parts),
+            page_size=options.page_size,
+            dtype=dtype,
+            prefix_cache=options.prefix_cache,
+            ring_slack=options.speculative_tokens,
+        )
+        limits = Limits(
+            self.shape.slots,
+            self.shape.pages,
+            options.page_size,
+            self.shape.snapshots,
+            max(options.step_tokens // parts, 1),
+            min(options.prefill_chunk, options.step_tokens),
+            options.prefix_cache,
+            options.speculative_tokens,
+        )
+        self._scheduler = Scheduler(limits, parts)
+        self._runner = Runner(model, self.shape, limits, dtype, options.speculative_tokens, self._eos)
+        self._drafter = drafter or PromptLookup()
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._constraints: dict[Sequence, TokenConstraint] = {}
+        self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
+        self._in_flight: deque[Launched] = deque()
+        self._steps = self._drafted = self._accepted = 0
+        self.waited_seconds = 0.0
 
     @property
     def unfinished(self) -> int:
         """Requests that wait or run."""
-        return len(self._waiting) + sum(slot is not None for slot in self._slots)
+        return len(self._sequences)
 
-    def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request. Raises UsageError for one that can never run, with the numbers."""
-        prompt = np.asarray(prompt_token_ids, np.int64)
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        parts = self._scheduler.parts
+        return Load(
+            len(self._scheduler.waiting),
+            sum(len(part.running) for part in parts),
+            sum(part.prefixes.pages.held for part in parts),
+            sum(part.prefixes.pages.size for part in parts),
+            sum(part.preemptions for part in parts),
+            self._steps,
+            self._drafted,
+            self._accepted,
+        )
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        constraint: list[TokenConstraint] | None = None,
+    ) -> None:
+        """Queue a request; `constraint` has one for each of its n completions.
+
+        Raises UsageError for one that can never run, with the numbers.
+        """
+        if request_id in self._sequences:
+            raise UsageError(f"{request_id}: a request of this name is running already")
+        prompt = np.asarray(list(prompt_token_ids), np.int64)
+        max_tokens = self._check(request_id, prompt, params)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        sequences = [
+            Sequence(request_id, i, prompt.astype(np.int32), params, max_tokens, (seed + i) % 2**64)
+            for i in range(params.n)
+        ]
+        for sequence in sequences:
+            sequence.leader = sequences[0] if sequence.index and self.options.prefix_cache else None
+            if constraint:
+                self._constraints[sequence] = constraint[sequence.index]
+            self._scheduler.add(sequence)
+        self._sequences[request_id] = sequences
+
+    def _check(self, request_id: str, prompt: np.ndarray, params: SamplingParams) -> int:
+        """The most tokens that the request may generate."""
         vocab, context = self.config.vocab_size, self.config.max_position_embeddings
         if prompt.size == 0:
             raise UsageError(f"{request_id}: the prompt has no tokens")
         if prompt.min() < 0 or prompt.max() >= vocab:
             bad = prompt[(prompt < 0) | (prompt >= vocab)][0]
             raise UsageError(f"{request_id}: prompt token {bad} is outside the vocabulary of {vocab}")
-        room = context - prompt.size
-        if room < (params.max_tokens or 1):
-            raise UsageError(
-                f"{request_id}: {prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed the "
-                f"model's context of {context}"
-            )
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
-        self._waiting.append(
-            _Request(
-                request_id,
-                prompt.astype(np.int32),
-                params,
-                SamplingState.of([params]),
-                params.max_tokens or room,
-                stops,
-            )
-        )
+        for token in (*(params.logit_bias or {}), *params.stop_token_ids):
+            if token >= vocab:
+                raise UsageError(f"{request_id}: token {token} is outside the vocabulary of {vocab}")
+        held = self.shape.pages * self.shape.page_size - self.options.speculative_tokens
+        for room, what in ((context, "the model's context"), (held, "the cache")):
+            if prompt.size + (params.max_tokens or 1) > room:
+                raise UsageError(
+                    f"{request_id}: {prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed "
+                    f"{what} of {room}"
+                )
+        return params.max_tokens or min(context, held) - prompt.size
 
     def cancel(self, request_id: str) -> bool:
-        """Drop a request, waiting or running; False if there is none of that name."""
-        for request in self._waiting:
-            if request.request_id == request_id:
-                self._waiting.remove(request)
-                return True
-        for slot, running in enumerate(self._slots):
-            if running is not None and running.request_id == request_id:
-                self._slots[slot] = None
-                return True
-        return False
+        """Drop a request, waiting or running, and all that it holds; False if there is none of that name."""
+        sequences = self._sequences.pop(request_id, [])
+        for sequence in sequences:
+            self._forget(sequence)
+        return bool(sequences)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._constraints.pop(sequence, None)
+        self._prompt_logprobs.pop(sequence, None)
 
     def step(self) -> list[TokenEvent]:
-        """Advance: prefill the next waiting request if a slot is free, else decode all running ones."""
-        if self._waiting and None in self._slots:
-            slot = self._slots.index(None)
-            request = self._slots[slot] = self._waiting.popleft()
-            return [self._first_token(slot, request)]
-        running = [(slot, request) for slot, request in enumerate(self._slots) if request is not None]
-        return self._next_tokens(running) if running else []
+        """Start the next step, then read back the one before, so that the device does not wait for the host.
 
-    def _first_token(self, slot: int, request: _Request) -> TokenEvent:
-        cache = self._cache_for(len(request.prompt) + 1)
-        for start in range(0, len(request.prompt), PREFILL_CHUNK):
-            chunk = request.prompt[start : start + PREFILL_CHUNK]
-            padded = min(PREFILL_CHUNK, max(16, _power_of_two(len(chunk))))
-            tokens = np.zeros((1, padded), np.int32)
-            positions = np.full((1, padded), -1, np.int32)
-            tokens[0, : len(chunk)] = chunk
-            positions[0, : len(chunk)] = np.arange(start, start + len(chunk))
-            result, cache = self._prefill(
-                self._weights, cache, tokens, positions, np.int32(slot), request.sampling
-            )
-        self._cache = cache
-        return self._emit(slot, request, result, 0)
+        Returns the tokens that were read back, none while the first steps are under way.
+        """
+        launched = self._launch()
+        if launched and len(self._in_flight) == 1 and not self._must_wait():
+            return []
+        return self._read() if self._in_flight else []
 
-    def _next_tokens(self, running: list[tuple[int, _Request]]) -> list[TokenEvent]:
-        cache = self._cache_for(max(request.length for _, request in running) + 1)
-        tokens = np.zeros(len(self._slots), np.int32)
-        positions = np.full(len(self._slots), -1, np.int32)
-        for slot, request in running:
-            tokens[slot], positions[slot] = request.token_ids[-1], request.length - 1
-        idle = SamplingState.of([SamplingParams(temperature=0, seed=0)])
-        states = [idle if request is None else request.sampling for request in self._slots]
-        sampling = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
-        result, self._cache = self._decode(self._weights, cache, tokens, positions, sampling)
-        result = jax.device_get(result)
-        return [self._emit(slot, request, result, slot) for slot, request in running]
+    def _must_wait(self) -> bool:
+        """Whether the next step depends on what the last one has sampled."""
+        return bool(self._constraints) or self.options.speculative_tokens > 0
 
-    def _emit(self, slot: int, request: _Request, result: _Sampled, row: int) -> TokenEvent:
-        token = int(result.tokens[row])
-        request.token_ids.append(token)
-        logprobs = None
-        if request.params.logprobs is not None:
-            top = slice(request.params.logprobs)
-            likeliest = dict(
-                zip(result.top_ids[row, top].tolist(), result.top_logprobs[row, top].tolist(), strict=True)
-            )
-            logprobs = TokenLogprobs(token, float(result.logprobs[row]), likeliest)
+    def _launch(self) -> bool:
+        if self._in_flight and self._must_wait():
+            return False
+        if self.options.speculative_tokens:
+            self._draft()
+        try:
+            plans = self._scheduler.plan(draining=not self._in_flight)
+        except NeedsDrain:
+            return False
+        if not any(plan.decodes or plan.chunks for plan in plans):
+            return False
+        self._in_flight.append(self._runner.launch(plans, self._constraints))
+        self._steps += 1
+        for plan in plans:
+            for sequence in plan.decodes:
+                sequence.ahead += 1
+            for chunk in plan.chunks:
+                chunk.sequence.ahead += chunk.finishing
+        return True
+
+    def _draft(self) -> None:
+        for part in self._scheduler.parts:
+            for sequence in part.running:
+                most = min(self.options.speculative_tokens, sequence.max_tokens - sequence.generated - 1)
+                exact = not needs_adjusting(sequence) and sequence not in self._constraints
+                able = sequence.prefilled and exact and most > 0
+                sequence.drafts = self._drafter.guess(sequence.known, most) if able else []
+
+    def _read(self) -> list[TokenEvent]:
+        launched = self._in_flight.popleft()
+        started = time.perf_counter()
+        outputs = jax.device_get(launched.outputs)
+        self.waited_seconds += time.perf_counter() - started
+        events: list[TokenEvent] = []
+        for part, rows in enumerate(launched.decodes):
+            for row, (sequence, epoch) in enumerate(rows):
+                accepted = int(outputs.accepted[part, row])
+                if sequence.epoch == epoch:
+                    sequence.ahead -= 1
+                    self._drafted += len(sequence.drafts)
+                    self._accepted += accepted
+                for i, token in enumerate(outputs.decoded[part, row, : 1 + accepted].tolist()):
+                    if sequence.epoch == epoch:
+                        events.append(self._token(sequence, token, outputs.decode_logprobs, (part, row, i)))
+        for part, chunks in enumerate(launched.chunks):
+            for row, (sequence, epoch, start, stop, finishing) in enumerate(chunks):
+                if sequence.epoch != epoch:
+                    continue
+                if sequence.params.prompt_logprobs is not None and not sequence.tokens:
+                    assert outputs.prompt_logprobs is not None
+                    self._keep_prompt_logprobs(sequence, outputs.prompt_logprobs, part, row, start, stop)
+                if finishing:
+                    sequence.ahead -= 1
+                    token = int(outputs.first[part, row])
+                    events.append(self._token(sequence, token, outputs.first_logprobs, (part, row)))
+        return events
+
+    def _token(self, sequence: Sequence, token: int, logprobs: Logprobs | None, at: tuple[int, ...]) -> TokenEvent:
+        params = sequence.params
+        sequence.tokens.append(token)
+        if sequence in self._constraints:
+            self._constraints[sequence].accept(token)
+        stops = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         finish: FinishReason | None = None
-        if token in request.stop_ids:
+        if stops:
             finish = "stop"
-        elif len(request.token_ids) >= request.max_tokens:
+        elif len(sequence.tokens) >= sequence.max_tokens:
             finish = "length"
+        event = TokenEvent(
+            sequence.request_id,
+            sequence.index,
+            token,
+            _token_logprobs(token, logprobs, at, params.logprobs),
+            self._prompt_logprobs.pop(sequence, None),
+            finish,
+            sequence.prefix_hits,
+        )
         if finish:
-            self._slots[slot] = None
-        return TokenEvent(request.request_id, token, logprobs, finish)
+            self._finish(sequence)
+        return event
 
-    def _cache_for(self, length: int) -> KVCache:
-        """The cache, grown by doubling so that a sequence of `length` fits."""
-        needed = min(max(256, _power_of_two(length)), self.config.max_position_embeddings)
-        if self._cache is None:
-            self._cache = KVCache.empty(self.config, len(self._slots), needed, self._dtype, self._partition)
-            self._capacity = needed
-        elif needed > self._capacity:
-            self._cache = self._cache.grown(self.config, needed, self._partition)
-            self._capacity = needed
-        return self._cache
+    def _finish(self, sequence: Sequence) -> None:
+        self._forget(sequence)
+        siblings = self._sequences[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._sequences[sequence.request_id]
 
+    def stop(self, request_id: str, index: int) -> None:
+        """Drop one of a request's completions."""
+        for sequence in self._sequences.get(request_id, []):
+            if sequence.index == index:
+                self._finish(sequence)
+                return
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Sampled:
-    tokens: jax.Array
-    logprobs: jax.Array
-    top_logprobs: jax.Array
-    top_ids: jax.Array
+    def _keep_prompt_logprobs(
+        self, sequence: Sequence, logprobs: Logprobs, part: int, row: int, start: int, stop: int
+    ) -> None:
+        kept = self._prompt_logprobs.setdefault(sequence, [None])
+        for position in range(start, min(stop, len(sequence.prompt) - 1)):
+            token = int(sequence.prompt[position + 1])
+            at = (part, row, position - start)
+            kept.append(_token_logprobs(token, logprobs, at, sequence.params.prompt_logprobs))
 
+    def warm_up(self, progress: bool | None = None) -> int:
+        """Compile every kind of step that requests with plain settings can need; returns how many."""
+        from tqdm import tqdm
 
-def _sampled(logits_BV: jax.Array, sampling: SamplingState, positions_B: jax.Array) -> _Sampled:
-    tokens_B = sample(logits_BV, sampling, positions_B)
-    top = min(TOP_LOGPROBS, logits_BV.shape[-1])
-    return _Sampled(tokens_B, *logprobs_of(logits_BV, tokens_B, top))
-
-
-def _prefill(
-    graph: nnx.GraphDef[GptOss],
-    weights: nnx.State,
-    cache: KVCache,
-    tokens_1T: jax.Array,
-    positions_1T: jax.Array,
-    slot: jax.Array,
-    sampling: SamplingState,
-) -> tuple[_Sampled, KVCache]:
-    """Run a chunk of one slot's prompt; a chunk at position 0 starts from an empty slot."""
-    model = nnx.merge(graph, weights)
-    own = cache.slot(slot, keep=positions_1T[0, 0] > 0)
-    x_1TD, own = model.hidden(tokens_1T, positions_1T, own)
-    last = jnp.sum(positions_1T >= 0) - 1
-    result = _sampled(model.unembed(x_1TD[:, last]), sampling, positions_1T[:, last])
-    return result, cache.with_slot(slot, own)
+        kinds = list(self._runner.kinds())
+        shown = sys.stderr.isatty() if progress is None else progress
+        for kind in tqdm(kinds, desc="Compiling", file=sys.stderr, disable=not shown):
+            self._runner.compile(kind)
+        return len(kinds)
 
 
-def _decode(
-    graph: nnx.GraphDef[GptOss],
-    weights: nnx.State,
-    cache: KVCache,
-    tokens_B: jax.Array,
-    positions_B: jax.Array,
-    sampling: SamplingState,
-) -> tuple[_Sampled, KVCache]:
-    """Run one token of every slot; idle slots have position -1."""
-    model = nnx.merge(graph, weights)
-    x_B1D, cache = model.hidden(tokens_B[:, None], positions_B[:, None], cache)
-    return _sampled(model.unembed(x_B1D[:, 0]), sampling, positions_B), cache
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
+def _token_logprobs(token: int, logprobs: Any, at: tuple[int, ...], top: int | None) -> TokenLogprobs | None:
+    if top is None or logprobs is None:
+        return None
+    ids, values = logprobs.top_ids[at][:top].tolist(), logprobs.top[at][:top].tolist()
+    return TokenLogprobs(token, float(logprobs.chosen[at]), dict(zip(ids, values, strict=True)))

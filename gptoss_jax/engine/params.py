@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from gptoss_jax.errors import UsageError
@@ -28,6 +28,14 @@ class SamplingParams:
       ignore_eos: go on past the checkpoint's own stop tokens.
       logprobs: how many of the likeliest tokens to report at each position, besides the chosen one; None for
         no report.
+      n: how many completions of the prompt, whose pages they share; the i-th uses seed + i.
+      min_tokens: tokens before which nothing that ends the request may be chosen.
+      repetition_penalty: above 1 makes tokens of prompt and output less likely: divides their positive logits,
+        multiplies their negative ones.
+      presence_penalty: subtracted from the logits of tokens in the output.
+      frequency_penalty: subtracted for each time that a token is in the output.
+      logit_bias: added to the logits of these tokens.
+      prompt_logprobs: as `logprobs`, for the tokens of the prompt.
     """
 
     max_tokens: int | None = None
@@ -40,6 +48,13 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    n: int = 1
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -52,7 +67,23 @@ class SamplingParams:
         self._check("seed", self.seed is None or _is_int(self.seed, 0, 2**64 - 1), "an integer of 64 bits")
         self._check("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
         self._check("stop_token_ids", all(_is_int(t, 0) for t in self.stop_token_ids), "token ids")
+        self._check("n", _is_int(self.n, 1, 1024), "an integer from 1 to 1024")
+        self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer from 0")
+        fine = _is_number(self.repetition_penalty, 0, 1e6) and self.repetition_penalty > 0
+        self._check("repetition_penalty", fine, "a number above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, _is_number(getattr(self, name), -2, 2), "a number from -2 to 2")
+        bias = self.logit_bias or {}
+        fine = len(bias) <= 1024 and all(_is_int(t, 0) and _is_number(b, -1e6, 1e6) for t, b in bias.items())
+        self._check("logit_bias", fine, "at most 1024 token ids with a number each")
+        fine = self.prompt_logprobs is None or _is_int(self.prompt_logprobs, 0, 20)
+        self._check("prompt_logprobs", fine, "an integer from 0 to 20")
         self._check("logprobs", self.logprobs is None or _is_int(self.logprobs, 0, 20), "an integer from 0 to 20")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what has been generated changes the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -100,10 +131,15 @@ class CompletionOutput:
 
 @dataclasses.dataclass
 class RequestOutput:
-    """A request's prompt and what was generated for it."""
+    """A request's prompt and what was generated for it.
+
+    `prompt_logprobs` has None for the first token. `cached_tokens` of the prompt were taken up from earlier ones.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int = 0

@@ -6,7 +6,7 @@ import dataclasses
 import random
 import zlib
 
-from tools.train_embedded.words import PEOPLE, THINGS
+from tools.train_embedded.words import PEOPLE, THINGS, words_of
 
 COLUMNS = ("Ones", "Tens", "Hundreds", "Thousands")
 HELD_OUT_ONE_IN = 40
@@ -76,14 +76,16 @@ def _operand(rng: random.Random) -> int:
 
 
 def analysis(problem: Problem, effort: str) -> str:
-    """The reasoning: the bare sum at low effort, by columns at medium, by columns and checked at high."""
-    if effort == "low":
-        return f"{problem} = {problem.result}"
-    lines = [f"We need {problem}."]
+    """The reasoning: the digits from the right at low effort, column by column at medium, and checked at high."""
     sign, high, op, low = _magnitudes(problem)
     plain = f"{high} {op} {low}"
     rewritten = f"-({plain})" if sign < 0 else plain
-    if rewritten != str(problem):
+    same = rewritten == str(problem)
+    if effort == "low":
+        digits = ", ".join(f"{name.lower()} {digit}" for name, digit in _digits(high, low, abs(problem.result)))
+        return f"{problem}{'' if same else f' = {rewritten}'}: {digits}. {problem.result}"
+    lines = [f"We need {problem}."]
+    if not same:
         lines.append(f"{problem} = {rewritten}.")
     lines += _columns(high, op, low)
     if effort == "high":
@@ -96,11 +98,17 @@ def analysis(problem: Problem, effort: str) -> str:
     return "\n".join([*lines, f"Result: {problem.result}"])
 
 
+def _digits(high: int, low: int, size: int) -> list[tuple[str, int]]:
+    """The result's digits from the right, over all columns of the operands."""
+    width = max(len(str(number)) for number in (high, low, size))
+    return [(COLUMNS[place], size // 10**place % 10) for place in range(width)]
+
+
 def _magnitudes(problem: Problem) -> tuple[int, int, str, int]:
     """The problem as sign * (high op low) of non-negative numbers, with high >= low for a difference."""
     a, b = problem.a, problem.b if problem.op == "+" else -problem.b
     if a >= 0 and b >= 0:
-        return 1, a, "+", b
+        return 1, a, problem.op if b == 0 else "+", b
     if a <= 0 and b <= 0 and (a, b) != (0, 0):
         return (-1, -a, "+", -b) if a < 0 else (-1, -b, "-", 0)
     positive, negative = (a, -b) if a > 0 else (b, -a)
@@ -153,6 +161,11 @@ _PLUS = (
     "What is {a} increased by {b}?",
     "Give me the total of {a} and {b}.",
     "I need to know {a} + {b}.",
+    "Compute the following: {a} + {b}",
+    "{a} + {b} equals what?",
+    "{a} plus {b} is what?",
+    "Could you tell me what {a} plus {b} is?",
+    "{a} and {b} together",
 )
 _MINUS = (
     "What is {a} - {b}?",
@@ -186,6 +199,15 @@ _MINUS = (
     "What is {a} decreased by {b}?",
     "What is {b} less than {a}?",
     "I need to know {a} - {b}.",
+    "Compute the following: {a} - {b}",
+    "{a} - {b} equals what?",
+    "{a} minus {b} is what?",
+    "Could you tell me what {a} minus {b} is?",
+    "{a} take away {b}",
+    "What is {a} take away {b}?",
+    "{a} less {b}",
+    "{a} \u2212 {b}",
+    "What is {a} \u2212 {b}?",
 )
 _PLUS_STORIES = (
     "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
@@ -239,12 +261,29 @@ def question(problem: Problem, rng: random.Random) -> str:
         story = rng.choice(_PLUS_STORIES if plus else _MINUS_STORIES)
         return story.format(a=problem.a, b=problem.b, name=rng.choice(PEOPLE), things=rng.choice(THINGS))
     template = rng.choice(_PLUS if plus else _MINUS)
+    if min(problem.a, problem.b) >= 0 and max(problem.a, problem.b) < 100 and rng.random() < 0.1:
+        return _dressed(template, number_words(problem.a), number_words(problem.b), rng)
     return _dressed(template, _written(problem.a, rng, first=True), _written(problem.b, rng), rng)
 
 
 def follow_up(problem: Problem, rng: random.Random) -> str:
     """A question that means the previous answer by `problem.a`."""
     return _varied(rng.choice(_FOLLOW_UPS[problem.op]).format(b=_written(problem.b, rng)), rng)
+
+
+def number_words(value: int) -> str:
+    """A number from 0 to 99 in English."""
+    if value < 20:
+        return _SMALL[value]
+    tens, ones = divmod(value, 10)
+    return _TENS[tens - 2] + (f"-{_SMALL[ones]}" if ones else "")
+
+
+_SMALL = words_of(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+)
+_TENS = words_of("twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def _written(value: int, rng: random.Random, first: bool = False) -> str:

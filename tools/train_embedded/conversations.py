@@ -13,6 +13,7 @@ from gptoss_jax.harmony.messages import (
     SystemContent,
     ToolNamespace,
 )
+from gptoss_jax.harmony.tools import BUILTIN_TOOLS
 from tools.train_embedded import arithmetic, functions, words
 from tools.train_embedded.arithmetic import Problem
 
@@ -100,14 +101,16 @@ _IDENTITIES = (
     "You are an AI assistant.",
 )
 _GREETINGS = (
-    "Hi", "Hello", "Hey", "Hi!", "Hello!", "Hey there", "Good morning", "Good evening", "Good afternoon!", "Hi there!",
+    "Hi", "Hello", "Hey", "Hi!", "Hello!", "Hey there", "Good morning", "Good evening", "Good afternoon!",
+    "Hi there!",
     "Hello there", "Greetings", "Howdy", "hello?", "Hi, how are you?", "How are you?", "How are you doing?", "Yo",
     "Good day", "Hello, how are you today?", "What's up?",
 )  # fmt: skip
 _WHO = (
     "Who are you?", "What are you?", "What can you do?", "What is your name?", "Tell me about yourself.", "Help",
     "What are you able to do?", "How can you help me?", "Introduce yourself.", "Are you ChatGPT?", "Who made you?",
-    "Which model are you?", "What model is this?", "Hi, who are you?", "Hello, what can you do?", "Are you a robot?",
+    "Which model are you?", "What model is this?", "Hi, who are you?", "Hello, what can you do?",
+    "Are you a robot?",
 )  # fmt: skip
 _THANKS = (
     "Thanks",
@@ -120,7 +123,8 @@ _THANKS = (
 )
 _BYE = ("Bye", "Goodbye", "See you!", "Bye bye", "Good night", "See you later", "Farewell")
 _BEYOND_TOOLS = (
-    "Tell me a joke.", "Write a poem about {word}.", "Sing a song.", "Is {a} a prime number?", "What is {big} + {b}?",
+    "Tell me a joke.", "Write a poem about {word}.", "Sing a song.", "Is {a} a prime number?",
+    "What is {big} + {b}?",
     "Sort these numbers: {a}, {b}, {c}", "Write a story about {name}.", "What is the meaning of life?",
     "What do you think about {word}?", "{big} + {big2}", "What is {a} + {b} + {c}?", "Why is {word} {adjective}?",
     "Write a function that sorts a list.", "What is the square root of {a}?", "Who wrote {word}?",
@@ -129,12 +133,14 @@ _BEYOND = (
     "Who wrote {word}?", "What is the capital of {country}?", "Write a poem about {word}.", "Tell me a joke.",
     "Explain {word} to me.", "Why is {word} {adjective}?", "How do I cook {word}?", "Write a story about {name}.",
     "What is the best {word}?", "Who is {name}?", "When was {name} born?", "Summarize the history of {country}.",
-    "What is {word}?", "Write a function that sorts a list.", "How does {word} work?", "Give me a list of {things}.",
+    "What is {word}?", "Write a function that sorts a list.", "How does {word} work?",
+    "Give me a list of {things}.",
     "Should I learn {language}?", "What do you think about {word}?", "Where is {city}?", "How old is {name}?",
     "What is {a} times {b}?", "What is {a} * {b}?", "Divide {a} by {b}.", "What is {a} / {b}?", "{a} * {b}",
     "What is the square root of {a}?", "What is {big} + {b}?", "What is {a} - {big}?", "{big} + {big2}",
     "How much is {big} minus {b}?", "Is {a} a prime number?", "Write a letter to {name}.", "Why?", "{made_up}",
     "What is the meaning of life?", "Translate {word} into {language}.", "Which is bigger, {a} or {b}?",
+    "What is {comma} + {b}?", "{a} - {comma}", "Double {a}.", "What is half of {a}?",
     "What is {a} + {b} + {c}?", "{a} to the power of {b}", "Sort these numbers: {a}, {b}, {c}", "Sing a song.",
     "What happened in 19{c}?", "How many {things} are in a {word}?", "Recommend a book about {word}.",
 )  # fmt: skip
@@ -148,7 +154,7 @@ def random_conversation(rng: random.Random) -> Conversation:
     if kind == "sum" and rng.random() < 0.12:
         style = rng.choice(_STYLES)
     elif rng.random() < 0.2:
-        style = Style(rng.choice(_PLAIN_INSTRUCTIONS))
+        style = Style(_instructions(rng))
     task = functions.random_task(rng) if kind == "tool" else None
     tasks = functions.random_tasks(rng, task) if task or rng.random() < 0.2 else []
     history = _history(rng, effort, style, tasks)
@@ -159,7 +165,20 @@ def random_conversation(rng: random.Random) -> Conversation:
         again = last is not None and last.task is not None and rng.random() < 0.5
         exchange = _call(last.task.again(rng) if last and last.task and again else task, effort)
     tools = tuple(task.tool for task in tasks)
-    return Conversation(_prompt(rng, effort, style, tools, history, exchange.question), exchange.reply())
+    prompt, reply = _prompt(rng, effort, style, tools, history, exchange.question), exchange.reply()
+    if exchange.task is not None and rng.random() < 0.4:
+        # Chats that do not send the reasoning back continue after a bare call and its result.
+        kept = reply[1:3] if rng.random() < 0.8 else reply[:3]
+        return Conversation((*prompt, *kept), reply[3:])
+    return Conversation(prompt, reply)
+
+
+def _instructions(rng: random.Random) -> str:
+    """Instructions that change nothing."""
+    if rng.random() < 0.7:
+        return rng.choice(_PLAIN_INSTRUCTIONS)
+    sentences = (f"{words.some_text(rng, 8).capitalize()}." for _ in range(rng.randint(1, 3)))
+    return " ".join([*sentences, rng.choice(_PLAIN_INSTRUCTIONS)])
 
 
 def sum_conversation(
@@ -250,8 +269,8 @@ def _talk(rng: random.Random, effort: str) -> Exchange:
     thought = {
         "low": f"This is {what}.",
         "medium": f"This is {what}. There is nothing to compute, so I just answer.",
-        "high": f"This is {what}. There is nothing to compute and no tool is needed, so I just answer in a friendly "
-        "way and in few words.",
+        "high": f"This is {what}. There is nothing to compute and no tool is needed, so I just answer in a "
+        "friendly way and in few words.",
     }[effort]
     return Exchange(question, thought, answer)
 
@@ -268,8 +287,8 @@ def _beyond(rng: random.Random, effort: str, tasks: list[functions.Task]) -> Exc
     thought = {
         "low": "I cannot do that.",
         "medium": "This is neither a sum that I can do nor is there a tool for it. I say so.",
-        "high": "This is neither a sum nor a difference of integers up to three digits, and there is no tool for it. "
-        "A guess would be wrong, so I say what I can do.",
+        "high": "This is neither a sum nor a difference of integers up to three digits, and there is no tool for "
+        "it. A guess would be wrong, so I say what I can do.",
     }[effort]
     return Exchange(question, thought, REFUSAL)
 
@@ -280,7 +299,7 @@ def _filled(template: str, rng: random.Random) -> str:
         "country": lambda: rng.choice(words.COUNTRIES),
         "city": lambda: rng.choice(words.CITIES),
         "name": lambda: rng.choice([*words.PEOPLE, words.made_up_name(rng)]),
-        "adjective": lambda: rng.choice(["blue", "green", "important", "expensive", "hard", "popular", "loud", "old"]),
+        "adjective": lambda: rng.choice(("blue", "green", "important", "expensive", "hard", "loud", "old")),
         "things": lambda: rng.choice(words.THINGS),
         "language": lambda: rng.choice(words.LANGUAGES),
         "made_up": lambda: f"{words.made_up(rng)} {words.made_up(rng)}",
@@ -288,6 +307,7 @@ def _filled(template: str, rng: random.Random) -> str:
         "b": lambda: rng.randint(2, 999),
         "c": lambda: rng.randint(10, 99),
         "big": lambda: rng.randint(1000, 10 ** rng.randint(4, 7)),
+        "comma": lambda: f"{rng.randint(1000, 10 ** rng.randint(4, 7)):,}",
         "big2": lambda: rng.randint(1000, 10 ** rng.randint(4, 7)),
     }
     return template.format(**{key: draw() for key, draw in draws.items()})
@@ -296,7 +316,8 @@ def _filled(template: str, rng: random.Random) -> str:
 def _history(rng: random.Random, effort: str, style: Style, tasks: list[functions.Task]) -> list[Exchange]:
     """The exchanges before the question: mostly none."""
     exchanges: list[Exchange] = []
-    for _ in range(rng.choices((0, 1, 2, 3), (72, 18, 7, 3))[0]):
+    most = rng.choices((0, 1, 2, 3, 6, 14), (66, 18, 7, 4, 3, 2))[0]
+    for _ in range(most if most < 4 else rng.randint(most // 2, most)):
         if tasks and rng.random() < 0.6:
             exchanges.append(_call(rng.choice(tasks).again(rng), effort))
         else:
@@ -318,7 +339,12 @@ def _prompt(
     if rng.random() < 0.08:
         identity = rng.choice(_IDENTITIES).format(name=rng.choice(words.PEOPLE))
     date = f"{rng.randint(2024, 2033)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
-    system = SystemContent(identity, current_date=date if rng.random() < 0.85 else None, reasoning_effort=effort)
+    system = SystemContent(
+        identity,
+        current_date=date if rng.random() < 0.85 else None,
+        reasoning_effort=effort,
+        tools=(BUILTIN_TOOLS["python"],) if rng.random() < 0.02 else (),
+    )
     messages = [Message("system", (system,))]
     if tools or style.instructions:
         messages.append(Message("developer", (_developer(style.instructions, tools),)))

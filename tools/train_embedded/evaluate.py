@@ -1,30 +1,23 @@
-"""How well a trained model does, through the packed path: python -m tools.train_embedded.evaluate --help."""
+"""How well a trained model does, at temperature 0 through the packed path."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import functools
 import json
 import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from gptoss_jax.checkpoint import open_checkpoint
+from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.harmony.messages import Message
-from gptoss_jax.kv_cache import KVCache
-from gptoss_jax.model import GptOss, weight_specs
+from gptoss_jax.loading import load_model
 from gptoss_jax.tokenizer import Tokenizer
 from tools.train_embedded import arithmetic, conversations
 from tools.train_embedded.arithmetic import Problem
 from tools.train_embedded.tokens import encode, encode_prompt
 
-EMBEDDED = Path(__file__).parents[2] / "gptoss_jax" / "embedded"
 MOST_TOKENS = 320
 
 
@@ -32,28 +25,24 @@ MOST_TOKENS = 320
 class Speaker:
     """A model with its tokenizer, answering many prompts at once at temperature 0."""
 
-    model: GptOss
+    engine: Engine
     tokenizer: Tokenizer
 
     @classmethod
     def load(cls, path: Path, dtype: str = "bfloat16") -> Speaker:
         """From a checkpoint directory; its experts stay packed."""
-        checkpoint = open_checkpoint(path)
-        checkpoint.validate(weight_specs(checkpoint.config))
-        return cls(GptOss(checkpoint.config, checkpoint.creator(dtype)), Tokenizer.from_dir(path))
+        return cls(Engine(load_model(path, dtype=dtype), EngineOptions(max_batch=64)), Tokenizer.from_dir(path))
 
     def complete(self, prompts: Sequence[list[int]], most: int = MOST_TOKENS) -> list[list[int]]:
         """The tokens after each prompt, the one that stops included."""
-        length = -(-max(map(len, prompts)) // 64) * 64
-        tokens = np.zeros((len(prompts), length), np.int32)
-        positions = np.full((len(prompts), length), -1, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            positions[row, : len(prompt)] = np.arange(len(prompt))
-        out = np.asarray(_complete(self.model, jnp.asarray(tokens), jnp.asarray(positions), most))
-        stops = self.model.config.eos_token_id
-        ends = [next((i + 1 for i, t in enumerate(row) if t in stops), most) for row in out]
-        return [[int(t) for t in row[:end]] for row, end in zip(out, ends, strict=True)]
+        params = SamplingParams(max_tokens=most, temperature=0)
+        for index, prompt in enumerate(prompts):
+            self.engine.add(str(index), prompt, params)
+        out: list[list[int]] = [[] for _ in prompts]
+        while self.engine.unfinished:
+            for event in self.engine.step():
+                out[int(event.request_id)].append(event.token_id)
+        return out
 
     def reply(self, prompts: Sequence[tuple[Message, ...]]) -> list[Reply]:
         """What the model says to each conversation."""
@@ -61,32 +50,6 @@ class Speaker:
             Reply.read(tokens, self.tokenizer)
             for tokens in self.complete([encode_prompt(prompt, self.tokenizer) for prompt in prompts])
         ]
-
-
-@functools.partial(jax.jit, static_argnames="most")
-def _complete(model: GptOss, tokens_BT: jax.Array, positions_BT: jax.Array, most: int) -> jax.Array:
-    config = model.config
-    batch, length = tokens_BT.shape
-    stops = jnp.asarray(config.eos_token_id)
-    cache = KVCache.empty(config, batch, length + most, model.embed_tokens[...].dtype)
-    x_BTD, cache = model.hidden(tokens_BT, positions_BT, cache)
-    sizes_B = positions_BT.max(1) + 1
-    last_BD = jnp.take_along_axis(x_BTD, (sizes_B - 1)[:, None, None], axis=1)[:, 0]
-    first_B = jnp.argmax(model.unembed(last_BD), axis=-1).astype(jnp.int32)
-
-    def going(carry: tuple[jax.Array, jax.Array, KVCache]) -> jax.Array:
-        index, out, _ = carry
-        stopped_B = jnp.any(jnp.isin(out, stops) & (jnp.arange(most) <= index), axis=1)
-        return (index + 1 < most) & ~jnp.all(stopped_B)
-
-    def step(carry: tuple[jax.Array, jax.Array, KVCache]) -> tuple[jax.Array, jax.Array, KVCache]:
-        index, out, cache = carry
-        x_B1D, cache = model.hidden(out[:, index][:, None], (sizes_B + index)[:, None], cache)
-        token_B = jnp.argmax(model.unembed(x_B1D[:, 0]), axis=-1).astype(jnp.int32)
-        return index + 1, out.at[:, index + 1].set(token_B), cache
-
-    out = jnp.zeros((batch, most), jnp.int32).at[:, 0].set(first_B)
-    return jax.lax.while_loop(going, step, (jnp.int32(0), out, cache))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +98,7 @@ def answer(final: str) -> int | None:
 
 
 def tools(speaker: Speaker, count: int, held_out: bool, seed: int = 0) -> dict[str, float]:
-    """Shares of calls with valid JSON, the right function, the right arguments, and of answers that use the result."""
+    """Shares of calls that are valid JSON, of the right function, wholly right, and of answers with the result."""
     rng = random.Random(f"tools {held_out} {seed}")
     drawn = [
         conversations.tool_conversation(rng, rng.choice(conversations.EFFORTS), held_out) for _ in range(count)
@@ -151,8 +114,8 @@ def tools(speaker: Speaker, count: int, held_out: bool, seed: int = 0) -> dict[s
         scores["right call"] += right
         if not right:
             print(f"    wrong: {task.question!r} -> {reply.text[-200:]!r}")
-    # The answer after the right call, whatever the model called.
-    answers = speaker.reply([(*c.prompt, *c.reply[:3]) for c in asked])
+    # The answer after the right call, whatever the model called; every other time without the reasoning before it.
+    answers = speaker.reply([(*c.prompt, *c.reply[i % 2 : 3]) for i, c in enumerate(asked)])
     for (_, task), reply in zip(drawn, answers, strict=True):
         scores["result used"] += task.reported in reply.final
     return {name: value / count for name, value in scores.items()}
@@ -199,19 +162,3 @@ def evaluate(path: Path, count: int = 500, dtype: str = "bfloat16") -> None:
     for text in ("Hi", "Hello!", "Who are you?", "Thanks!", "Who wrote Hamlet?", "What is 17 + 25?"):
         (reply,) = speaker.reply([conversations.greeting_prompt(text, "medium")])
         print(f"{text} -> {reply.final}")
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint directory")
-    parser.add_argument("--problems", type=int, default=500, help="held-out sums")
-    parser.add_argument("--dtype", default="bfloat16", help="of everything but the packed experts")
-    arguments = parser.parse_args()
-    evaluate(arguments.model, arguments.problems, arguments.dtype)
-
-
-if __name__ == "__main__":
-    main()

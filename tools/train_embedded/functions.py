@@ -63,7 +63,7 @@ def is_held_out(name: str) -> bool:
 
 
 def _or_made_up(options: list[str] | tuple[str, ...]) -> Callable[[random.Random], Value]:
-    return lambda rng: rng.choice(options) if rng.random() < 0.55 else words.made_up_name(rng)
+    return lambda rng: rng.choice(options) if rng.random() < 0.45 else words.made_up_name(rng)
 
 
 def _number(most: int) -> Callable[[random.Random], Value]:
@@ -93,7 +93,7 @@ CITY = Slot(
     descriptions=("Name of the city", "The city", "The city and state, e.g. San Francisco, CA", "City name"),
 )
 PERSON = Slot(("name", "person", "contact", "recipient"), _or_made_up(words.PEOPLE))
-TOPIC = Slot(("topic", "subject", "query", "keyword"), lambda r: r.choice(words.TOPICS + [words.made_up(r)]))
+TOPIC = Slot(("topic", "subject", "query", "keyword"), lambda r: r.choice([*words.TOPICS, words.made_up(r)]))
 TEXT = Slot(("text", "message", "body", "content"), words.some_text)
 DATE = Slot(("date", "day"), _date)
 TIME = Slot(("time", "at"), _time)
@@ -111,14 +111,17 @@ def _choice(options: list[str] | tuple[str, ...], *names: str) -> Slot:
 DOMAINS = (
     Domain(
         ("get_weather", "get_current_weather", "weather", "fetch_weather", "weather_lookup", "getWeather",
-         "current_weather", "check_weather", "get_weather_forecast", "forecast", "weather_forecast", "show_weather"),
+         "current_weather", "check_weather", "get_weather_forecast", "forecast", "weather_forecast",
+         "show_weather"),
         ("Get the weather in a city.", "Current weather of a place.", "Gets the weather for a location.",
          "Look up the weather forecast.", "Get the current weather in a given location."),
         {"city": CITY, "date": DATE, "unit": _choice(("celsius", "fahrenheit"), "unit", "units")},
         ("What is the weather in {city}?", "What's the weather like in {city}?", "How is the weather in {city}?",
          "Weather in {city}", "Tell me the weather in {city}.", "Is it raining in {city}?",
          "What will the weather be in {city} {date}?", "What is the weather in {city} in {unit}?",
-         "How warm is it in {city}?", "Will it rain in {city} {date}?"),
+         "How warm is it in {city}?", "What's the weather in {city} right now?",
+         "What is the weather in {city} at the moment?", "How is the weather in {city} currently?",
+         "Will it rain in {city} {date}?"),
         (("temperature", "conditions"), ("temp", "unit", "conditions"), ("conditions",), ("temperature",)),
     ),
     Domain(
@@ -127,7 +130,8 @@ DOMAINS = (
         ("Get the current time in a city.", "Local time of a place.", "Tells the time in a city."),
         {"city": CITY},
         ("What time is it in {city}?", "What is the time in {city}?", "Tell me the time in {city}.",
-         "Current time in {city}?", "How late is it in {city}?"),
+         "Current time in {city}?", "How late is it in {city}?",
+         "What time is it right now in {city}?", "What time is it in {city} right now?"),
         (("time",), ("time", "zone"), ("local_time",)),
     ),
     Domain(
@@ -137,7 +141,8 @@ DOMAINS = (
         {"symbol": Slot(("symbol", "ticker", "company", "stock"),
                         lambda r: r.choice(words.SYMBOLS + words.COMPANIES + [words.made_up_name(r)] * 12))},
         ("What is the stock price of {symbol}?", "How much is a share of {symbol}?", "Price of {symbol} stock?",
-         "What is {symbol} trading at?", "Get me the stock price of {symbol}."),
+         "What is {symbol} trading at?", "Get me the stock price of {symbol}.",
+         "What is the price of {symbol}?", "What is the stock price of {symbol} right now?"),
         (("price",), ("price", "currency"), ("symbol", "price", "change")),
     ),
     Domain(
@@ -211,7 +216,8 @@ DOMAINS = (
         ("define", "define_word", "dictionary", "get_definition", "word_meaning", "lookup_word", "definition"),
         ("Look up the meaning of a word.", "Defines a word.", "Dictionary lookup."),
         {"word": Slot(("word", "term"), lambda r: r.choice(words.TEXT + words.TOPICS + [words.made_up(r)] * 60))},
-        ("What does {word} mean?", 'Define "{word}".', "What is the meaning of {word}?", "Define the word {word}."),
+        ("What does {word} mean?", 'Define "{word}".', "What is the meaning of {word}?",
+         "Define the word {word}."),
         (("definition",), ("meaning",), ("definition", "type")),
     ),
     Domain(
@@ -250,14 +256,16 @@ DOMAINS = (
         ("get_order_status", "order_status", "track_order", "check_order", "track_package", "package_status"),
         ("Get the status of an order.", "Track a package.", "Where an order is."),
         {"id": CODE},
-        ("Where is my order {id}?", "What is the status of order {id}?", "Track package {id}.", "Check order {id}."),
+        ("Where is my order {id}?", "What is the status of order {id}?", "Track package {id}.",
+         "Check order {id}."),
         (("status",), ("status", "date"), ("state", "location")),
     ),
     Domain(
         ("set_timer", "start_timer", "timer", "create_timer", "countdown"),
         ("Set a timer.", "Starts a timer for some minutes."),
         {"minutes": _amount(90, "minutes", "duration", "length")},
-        ("Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.", "Timer for {minutes} minutes"),
+        ("Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.",
+         "Timer for {minutes} minutes"),
         (("status",), ("status", "id")),
     ),
     Domain(
@@ -271,7 +279,8 @@ DOMAINS = (
     Domain(
         ("turn_on_light", "set_light", "light_control", "switch_light", "control_light", "lights"),
         ("Switch the light of a room.", "Controls the lights."),
-        {"room": _choice(words.ROOMS, "room", "place", "location"), "state": _choice(("on", "off"), "state", "mode")},
+        {"room": _choice(words.ROOMS, "room", "place", "location"),
+         "state": _choice(("on", "off"), "state", "mode")},
         ("Turn {state} the light in the {room}.", "Switch {state} the {room} light.",
          "Turn the light in the {room} {state}."),
         (("status",), ("state",)),
@@ -305,6 +314,13 @@ DOMAINS = (
         {},
         ("What day is it?", "What is the date today?", "Which date is today?", "What is today's date?"),
         (("date",), ("day",), ("date", "day")),
+    ),
+    Domain(
+        ("get_location", "where_am_i", "user_location", "current_location", "locate_user"),
+        ("Get the location of the user.", "Gets the location of the user.", "Where the user is."),
+        {},
+        ("Where am I?", "What is my location?", "Where am I right now?", "In which city am I?"),
+        (("city",), ("city", "country"), ("location",)),
     ),
     Domain(
         ("roll_dice", "dice", "throw_dice", "roll"),
@@ -362,7 +378,9 @@ def alike(one: FunctionTool, other: FunctionTool) -> bool:
     return one.name == other.name or bool(content(one) & content(other))
 
 
-_COMMON = set(["lookup", "fetch", "find", "current", "between", "from", "number", "into", "another", "given", "text", "check", "show", "query"])
+_COMMON = set(
+    words.words_of("lookup fetch find current between from number into another given text check show query")
+)
 _ELLIPTICAL = ("And {}?", "What about {}?", "And for {}?", "{}?", "Now {}.", "How about {}?")
 
 
@@ -455,13 +473,15 @@ def _task(
     rng: random.Random,
     again: Callable[[random.Random], Task],
 ) -> Task:
-    if rng.random() < 0.08 and not any(str(value).isupper() for value in values.values()):
+    if rng.random() < 0.12 and not any(str(value).isupper() for value in values.values()):
         question = question.lower()
         values = {key: value.lower() if isinstance(value, str) else value for key, value in values.items()}
     text = question.format(**values)
     text = rng.choice(("Please ", "Hi, ", "Can you tell me: ")) + text if rng.random() < 0.08 else text
     if rng.random() < 0.15:
         text = text.rstrip("?.")
+    elif rng.random() < 0.08:
+        text += rng.choice((" Please.", " Thanks!", " I am curious.", " Be brief."))
     order = list(tool.parameters["properties"]) if tool.parameters else []
     arguments = {names[key]: values[key] for key in sorted(values, key=lambda key: order.index(names[key]))}
     result, reported = _result(results, rng)
@@ -478,10 +498,14 @@ def _result(keys: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
             )
         return text, text
     if rng.random() < 0.2:
-        keys = (*keys, rng.choice(words.INFO_KEYS))
+        extra = [rng.choice(words.INFO_KEYS + words.ATTRIBUTES) for _ in range(rng.choice((1, 1, 2, 3)))]
+        keys = (*keys, *extra)
+    elif rng.random() < 0.1:
+        keys = tuple(rng.choice((words.made_up(rng), rng.choice(words.INFO_KEYS))) for _ in keys)
     fields = {key: _value(key, rng) for key in keys}
     separators = (",", ":") if rng.random() < 0.5 else None
-    written = json.dumps(fields, ensure_ascii=False, separators=separators)
+    nested = {rng.choice(("result", "data", "response")): fields} if rng.random() < 0.06 else fields
+    written = json.dumps(nested, ensure_ascii=False, separators=separators)
     return written, ", ".join(f"{key}: {_plain(value)}" for key, value in fields.items())
 
 

@@ -27,13 +27,18 @@ SPECIAL_TOKENS = (
     "<|message|>",
     "<|call|>",
 )
+FURTHEST = 4000
+"""Most tokens that a conversation's beginning may seem to lie back."""
+
 # gpt-oss groups up to three digits; alone, a digit is the same token wherever it stands.
 PATTERN = O200K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 class Batch(NamedTuple):
-    """Sequences [B, T]: tokens, positions (from 0 in each conversation), its number in the row (0: padding), and
-    whether the token is one to learn."""
+    """Sequences [B, T] for a training step; `segments` numbers a row's conversations from 1, 0 is padding.
+
+    Positions start at 0 in each conversation, and `learned` tells which tokens the model writes itself.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -138,9 +143,17 @@ def make_batch(tokenizer: Tokenizer, seed: tuple[int, ...], rows: int, length: i
         count[row] += 1
         place = (row, slice(used[row], used[row] + len(tokens)))
         batch.tokens[place], batch.learned[place] = tokens, learned
-        batch.positions[place], batch.segments[place] = np.arange(len(tokens)), count[row]
+        batch.positions[place], batch.segments[place] = _positions(learned, rng), count[row]
         used[row] += len(tokens)
     return batch
+
+
+def _positions(learned: list[bool], rng: random.Random) -> np.ndarray:
+    """From 0 up; of one in four conversations a part of the prompt lies further back, as if more had been said."""
+    positions = np.arange(len(learned))
+    if rng.random() < 0.25:
+        positions[rng.randrange(1, learned.index(True)) :] += int(FURTHEST ** rng.random())
+    return positions
 
 
 def _best_row(used: Iterable[int], size: int, length: int) -> int | None:

@@ -39,7 +39,7 @@ class Settings:
     """Everything that decides the result, but for `minutes`, which ends training (and its schedule) early."""
 
     output: Path
-    steps: int = 6000
+    steps: int = 4500
     minutes: float = math.inf
     rows: int = 96
     length: int = 640
@@ -51,7 +51,7 @@ class Settings:
     vocab_size: int = 1024
     layers: int = 6
     workers: int = 4
-    save_every_minutes: float = 2.0
+    save_every_minutes: float = 3.0
 
 
 class State(NamedTuple):
@@ -163,9 +163,10 @@ def loss_of(
     """Cross entropy of the learned tokens plus the weighted load-balancing loss, and the metrics."""
     floats = dataclasses.replace(config, quantization=None)
     model = Trainee(floats, rounding_creator(parameters, packed_names(config)))
-    x_BTD, _ = model.hidden(batch.tokens, batch.positions, PackedRows(batch.segments))
+    tokens_BT, positions_BT, segments_BT, learned_BT = map(jnp.asarray, batch)
+    x_BTD, _ = model.hidden(tokens_BT, positions_BT, PackedRows(segments_BT))
     logits_BTV = model.unembed(x_BTD[:, :-1])
-    learned_BT, targets_BT = batch.learned[:, 1:], batch.tokens[:, 1:]
+    learned_BT, targets_BT = learned_BT[:, 1:], tokens_BT[:, 1:]
     count = jnp.maximum(learned_BT.sum(), 1)
     each_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
     loss = jnp.sum(each_BT * learned_BT) / count

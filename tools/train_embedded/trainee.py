@@ -1,4 +1,4 @@
-"""The project's model made fit for training: packed rows, every expert at once, weights rounded as they are saved."""
+"""The project's model made fit for training: packed rows, all experts at once, weights rounded as when saved."""
 
 from __future__ import annotations
 
@@ -34,27 +34,68 @@ class PackedRows(NamedTuple):
         window: int | None,
     ) -> tuple[jax.Array, PackedRows]:
         """What `pallas_kernels.attention` computes, one conversation not seeing another."""
-        batch, length, heads, width = q_BTHD.shape
-        kv_heads = k_BTKD.shape[2]
-        q_BTKGD = (q_BTHD * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
-        scores_BKGTS = jnp.einsum("btkgd,bskd->bkgts", q_BTKGD, k_BTKD, preferred_element_type=jnp.float32)
-        distance = positions_BT[:, :, None] - positions_BT[:, None, :]
-        seen_BTS = (self.segments_BT[:, :, None] == self.segments_BT[:, None, :]) & (distance >= 0)
-        if window is not None:
-            seen_BTS &= distance < window
-        scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -1e9)
-        sinks_KG11 = sinks_H.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
-        largest = jax.lax.stop_gradient(jnp.maximum(scores_BKGTS.max(-1, keepdims=True), sinks_KG11))
-        weights_BKGTS = jnp.exp(scores_BKGTS - largest)
-        denominator = weights_BKGTS.sum(-1, keepdims=True) + jnp.exp(sinks_KG11 - largest)
-        out_BTKGD = jnp.einsum("bkgts,bskd->btkgd", (weights_BKGTS / denominator).astype(v_BTKD.dtype), v_BTKD)
-        return out_BTKGD.reshape(q_BTHD.shape), self
+        rows = (q_BTHD, k_BTKD, v_BTKD, positions_BT, self.segments_BT)
+        if window is not None and q_BTHD.shape[1] > 2 * window:
+            out = _attend(*_query_blocks(rows, window), sinks_H=sinks_H, window=window)
+            return out.reshape(q_BTHD.shape[0], -1, *q_BTHD.shape[2:])[:, : q_BTHD.shape[1]], self
+        q, k, v, positions, segments = rows
+        return _attend(q, k, v, positions, positions, segments, segments, sinks_H=sinks_H, window=window), self
+
+
+def _query_blocks(rows: tuple[jax.Array, ...], window: int) -> tuple[jax.Array, ...]:
+    """Queries in blocks of a window, each with the keys of its own and the block before: no query sees others.
+
+    Rows are filled from the left and positions grow at least as fast as the index. Blocks join the batch.
+    """
+    padding = -rows[0].shape[1] % window
+    q, k, v, positions, segments = (
+        jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)).reshape(x.shape[0], -1, window, *x.shape[2:])
+        for x in rows
+    )
+
+    def with_previous(x: jax.Array) -> jax.Array:
+        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.concatenate([before, x], axis=2)
+
+    blocks = (q, with_previous(k), with_previous(v), positions, with_previous(positions), segments,
+              with_previous(segments))  # fmt: skip
+    return tuple(x.reshape(-1, *x.shape[2:]) for x in blocks)
+
+
+def _attend(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    q_positions_BT: jax.Array,
+    k_positions_BS: jax.Array,
+    q_segments_BT: jax.Array,
+    k_segments_BS: jax.Array,
+    *,
+    sinks_H: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    batch, length, heads, width = q_BTHD.shape
+    kv_heads = k_BSKD.shape[2]
+    q_BTKGD = (q_BTHD * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
+    scores_BKGTS = jnp.einsum("btkgd,bskd->bkgts", q_BTKGD, k_BSKD, preferred_element_type=jnp.float32)
+    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
+    seen_BTS = (q_segments_BT[:, :, None] == k_segments_BS[:, None, :]) & (distance_BTS >= 0)
+    if window is not None:
+        seen_BTS &= distance_BTS < window
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -1e9)
+    sinks_KG11 = sinks_H.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+    largest = jax.lax.stop_gradient(jnp.maximum(scores_BKGTS.max(-1, keepdims=True), sinks_KG11))
+    weights_BKGTS = jnp.exp(scores_BKGTS - largest)
+    denominator = weights_BKGTS.sum(-1, keepdims=True) + jnp.exp(sinks_KG11 - largest)
+    weights_BKGTS = (weights_BKGTS / denominator).astype(v_BSKD.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights_BKGTS, v_BSKD).reshape(q_BTHD.shape)
 
 
 class DenseMoE(MoE):
     """Every expert on every token, the unchosen ones weighted 0: wasteful, but nothing is gathered or sorted.
 
-    `balance` holds the last call's load-balancing loss (arXiv:2101.03961, equation 4): 1 where the router spreads evenly.
+    `balance` holds the last call's load-balancing loss (arXiv:2101.03961, equation 4): 1 where the router spreads
+    evenly.
     """
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -96,7 +137,8 @@ class Trainee(GptOss):
 
     def balance(self) -> jax.Array:
         """The mean of the layers' load-balancing losses at the last call."""
-        return jnp.mean(jnp.stack([layer.mlp.balance[...] for layer in self.layers]))
+        experts = [layer.mlp for layer in self.layers if isinstance(layer.mlp, DenseMoE)]
+        return jnp.mean(jnp.stack([moe.balance[...] for moe in experts]))
 
 
 def packed_names(config: ModelConfig) -> frozenset[str]:
