@@ -201,14 +201,37 @@ def _call(
     )(q_BTHD, kv_XSKE, sinks_H, q_positions_BT, where, bounds)
     if splits == 1:
         return outs[0][0]
-    return _joined(*outs).astype(q_BTHD.dtype)
+    return _joined(*outs, q_BTHD.dtype, interpret)
 
 
-def _joined(sums: jax.Array, largest: jax.Array, denominators: jax.Array) -> jax.Array:
+def _joined(
+    sums: jax.Array, largest: jax.Array, denominators: jax.Array, out_dtype: Any, interpret: bool
+) -> jax.Array:
     """Partial softmax sums [splits, B, T, H, D], each relative to its own largest score in base 2."""
-    factor = jnp.exp2(largest - jnp.max(largest, axis=0))
-    total = jnp.sum(factor * denominators, axis=0)
-    return jnp.sum(factor[..., None] * sums, axis=0) / total[..., None]
+    splits, *shape, head_dim = sums.shape
+    rows = math.prod(shape)
+    joined = pl.pallas_call(
+        _join_kernel,
+        grid=(rows,),
+        out_shape=jax.ShapeDtypeStruct((rows, head_dim), out_dtype),
+        compiler_params=plt.CompilerParams(num_warps=1 if splits <= 16 else 4, num_stages=1),
+        interpret=interpret,
+        name="attention_join",
+    )(sums.reshape(splits, rows, head_dim), largest.reshape(splits, rows), denominators.reshape(splits, rows))
+    return joined.reshape(*shape, head_dim)
+
+
+def _join_kernel(sums_ref: Any, largest_ref: Any, denominators_ref: Any, out_ref: Any) -> None:
+    row = pl.program_id(0)
+    splits, _, head_dim = sums_ref.shape
+    part = jnp.arange(pl.next_power_of_2(splits))
+    here, column = part < splits, jnp.arange(head_dim)
+    largest = plt.load(largest_ref.at[part, row], mask=here, other=LOWEST)
+    factor = jnp.where(here, jnp.exp2(largest - jnp.max(largest)), 0.0)
+    total = jnp.sum(factor * plt.load(denominators_ref.at[part, row], mask=here, other=0.0))
+    mask = jnp.broadcast_to(here[:, None], (part.shape[0], head_dim))
+    sums = plt.load(sums_ref.at[part[:, None], row, column[None, :]], mask=mask, other=0.0)
+    out_ref[row, :] = (jnp.sum(factor[:, None] * sums, axis=0) / total).astype(out_ref.dtype)
 
 
 def _kernel(

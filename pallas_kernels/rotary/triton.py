@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from pallas_kernels.rotary import reference
+
 
 def rotate_and_keep(
     q_BTHD: jax.Array,
@@ -29,7 +31,18 @@ def rotate_and_keep(
     batch, length, heads, head_dim = q_BTHD.shape
     kv_heads = k_BTKD.shape[2]
     if length != 1:
-        raise NotImplementedError("more than one token a sequence: plain JAX is as quick")
+        # Of many tokens the fused plain JAX is as quick.
+        return reference.rotate_and_keep(
+            q_BTHD,
+            k_BTKD,
+            v_BTKD,
+            positions_BT,
+            frequencies_F,
+            kv_BSKE,
+            kv_positions_BS,
+            concentration=concentration,
+            out_dtype=out_dtype,
+        )
     if head_dim & (head_dim - 1):
         raise NotImplementedError(f"head_dim {head_dim} is not a power of two")
     q_BHD, kv, kv_positions = pl.pallas_call(

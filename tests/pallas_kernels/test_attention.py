@@ -38,6 +38,7 @@ def as_arrays(q, kv, sinks, q_positions, kv_positions):
     return [*floats, jnp.asarray(q_positions, jnp.int32), jnp.asarray(kv_positions, jnp.int32)]
 
 
+@settings(max_examples=15)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 2),
@@ -92,7 +93,7 @@ def agrees(arguments, window: int | None, **options) -> None:
     np.testing.assert_allclose(got, naive(*arguments, window, 0.3), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 2),
