@@ -1,0 +1,71 @@
+"""How large a cache may be, worked out before the first allocation."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UsageError
+from gptoss_jax.kv_cache import CacheShape, page_bytes, ring_bytes
+from sharding import Partition
+
+SHARE_OF_FREE = 0.85
+"""Of an accelerator's free memory, the rest being for a step's temporaries."""
+
+CPU_BYTES = 1 << 30
+"""Most that a cache takes of a CPU's memory unless told otherwise."""
+
+KV_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float8": jnp.float8_e4m3fn}
+
+
+def kv_dtype(name: str) -> DTypeLike:
+    """The dtype of `--kv-cache-dtype`. Raises UsageError."""
+    if name not in KV_DTYPES:
+        raise UsageError(f"kv_cache_dtype: expected {', '.join(KV_DTYPES)}, found {name!r}")
+    return KV_DTYPES[name]
+
+
+def free_bytes(device: jax.Device) -> int:
+    """What a cache may take of a device: a share of its free memory, or a bounded part of a CPU's."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(SHARE_OF_FREE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(CPU_BYTES, free // 4)
+
+
+def cache_shape(
+    config: ModelConfig,
+    partition: Partition,
+    budget: int,
+    *,
+    slots: int,
+    page_size: int,
+    dtype: DTypeLike,
+    prefix_cache: bool = True,
+    ring_slack: int = 0,
+) -> CacheShape:
+    """The cache of each part of the batch whose share on one device takes at most `budget` bytes.
+
+    Raises UsageError, with the numbers, if not even one page would be left.
+    """
+    heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
+    page = page_bytes(config, page_size, dtype, heads)
+    ring = ring_bytes(config, config.sliding_window + ring_slack, dtype, heads)
+    snapshots = 0
+    if prefix_cache:
+        snapshots = max(2, min(8 * slots, budget // 8 // ring if ring else 64))
+    left = budget - (slots + snapshots) * ring
+    # Twice what all slots could use, so that prefixes have room beside running sequences.
+    most = 2 * slots * (-(-config.max_position_embeddings // page_size) + 1)
+    pages = min(most, left // page if page else most)
+    if pages < 2:
+        raise UsageError(
+            f"kv_cache_memory: {budget} bytes do not hold {slots} sequences' rings of {ring} bytes and 2 pages of "
+            f"{page} bytes"
+        )
+    return CacheShape(pages, page_size, slots, snapshots, ring_slack)

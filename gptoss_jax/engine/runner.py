@@ -1,0 +1,329 @@
+"""Puts the scheduler's plans on the device: fills in a step's inputs, compiles its kind, starts it, reads it back."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from gptoss_jax.engine.sampling import Adjustments, SamplingState
+from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
+from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, StepOutputs, run_step, seed_key
+from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
+from gptoss_jax.model import GptOss
+
+SNAPSHOTS_A_CHUNK = 2
+BIASES = 64
+"""Tokens of a row that may be biased, in steps of this."""
+
+
+class TokenConstraint(Protocol):
+    """What a sequence's next token may be, for structured output."""
+
+    def fill(self, words: np.ndarray) -> None:
+        """Set the bits of the tokens that may come next in uint32 words, which are all ones."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that came."""
+        ...
+
+
+@dataclasses.dataclass
+class Launched:
+    """A step in flight: its outputs, and which sequence each row was for, with its epoch then."""
+
+    kind: StepKind
+    outputs: StepOutputs
+    decodes: list[list[tuple[Sequence, int]]]
+    chunks: list[list[tuple[Sequence, int, int, int, bool]]]
+
+
+class Runner:
+    """The model, the cache and what else stays on the device."""
+
+    def __init__(
+        self, model: GptOss, shape: CacheShape, limits: Limits, dtype: DTypeLike, drafts: int, eos: frozenset[int]
+    ) -> None:
+        self._config, self._partition = model.config, model.partition
+        self._graph, self._weights = nnx.split(model)
+        self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
+        self.parts = model.partition.degree("batch")
+        most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
+        self._most_pages = min(most_pages, shape.pages)
+        self._tables = np.zeros((self.parts, shape.slots, self._most_pages), np.int32)
+        self._filled = np.zeros((self.parts, shape.slots), np.int64)
+        self._settings = _Settings.empty(self.parts, shape.slots)
+        self._steps: dict[StepKind, Callable[..., Any]] = {}
+        self._copy_rings = jax.jit(partial(_copy_rings, model), donate_argnums=0)
+        self._set_counts = jax.jit(_set_counts, donate_argnums=0)
+        last = jnp.zeros((self.parts, shape.slots), jnp.int32, device=self._partition.sharding(("batch", None)))
+        self._state = DeviceState(KVCache.empty(model.config, shape, dtype, self._partition), last)
+
+    def launch(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]) -> Launched:
+        """Start a step; returns at once."""
+        for number, plan in enumerate(plans):
+            for sequence in itertools.chain(plan.decodes, (chunk.sequence for chunk in plan.chunks)):
+                self._note(number, sequence)
+        self._restore(plans)
+        kind = self._kind(plans, constraints)
+        self._prepare_counts(plans, kind)
+        inputs = self._inputs(kind, plans, constraints)
+        outputs, self._state = self._step(kind)(self._weights, self._state, inputs)
+        return Launched(
+            kind,
+            outputs,
+            [[(s, s.epoch) for s in plan.decodes] for plan in plans],
+            [
+                [(c.sequence, c.sequence.epoch, c.start, c.stop, c.finishing) for c in plan.chunks]
+                for plan in plans
+            ],
+        )
+
+    def _note(self, part: int, sequence: Sequence) -> None:
+        """Bring the slot's table and settings up to date."""
+        slot, filled = sequence.slot, self._filled[part, sequence.slot]
+        if self._settings.owner[part][slot] != (sequence, sequence.epoch):
+            self._settings.set(part, slot, sequence)
+            filled = 0
+        pages = sequence.pages
+        if filled < len(pages):
+            self._tables[part, slot, filled : len(pages)] = pages[filled:]
+            self._filled[part, slot] = len(pages)
+
+    def _restore(self, plans: list[Plan]) -> None:
+        count = max(len(plan.restores) for plan in plans)
+        if count:
+            pairs = np.full((2, self.parts, _bucket(count)), self._shape.rings, np.int32)
+            for part, plan in enumerate(plans):
+                for i, (row, slot) in enumerate(plan.restores):
+                    pairs[:, part, i] = row, slot
+            self._state = self._copy_rings(self._state, np.minimum(pairs[0], self._shape.rings - 1), pairs[1])
+
+    def _prepare_counts(self, plans: list[Plan], kind: StepKind) -> None:
+        if not kind.adjusted:
+            return
+        if self._state.counts is None:
+            shape = (self.parts, self._shape.slots, self._config.vocab_size)
+            where = self._partition.sharding(("batch", None, None))
+            counts = jnp.zeros(shape, jnp.int32, device=where)
+            self._state = dataclasses.replace(
+                self._state, counts=counts, in_prompt=jnp.zeros(shape, bool, device=where)
+            )
+        for part, plan in enumerate(plans):
+            for chunk in plan.chunks:
+                sequence = chunk.sequence
+                if sequence.params.penalised and chunk.finishing:
+                    vocab = self._config.vocab_size
+                    used = np.bincount(np.asarray(sequence.tokens, np.int64), minlength=vocab).astype(np.int32)
+                    in_prompt = np.bincount(sequence.prompt, minlength=vocab) > 0
+                    at = np.asarray([part, sequence.slot], np.int32)
+                    self._state = self._set_counts(self._state, at, used, in_prompt)
+
+    def _kind(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]) -> StepKind:
+        sequences = [s for plan in plans for s in plan.decodes]
+        chunks = [c for plan in plans for c in plan.chunks]
+        everyone = sequences + [c.sequence for c in chunks]
+        longest = max((c.stop - c.start for c in chunks), default=0)
+        prefills = max(len(plan.chunks) for plan in plans)
+        return StepKind(
+            decodes=_bucket(max(len(plan.decodes) for plan in plans), 4, self._shape.slots),
+            prefills=_bucket(prefills, 4) if prefills else 0,
+            chunk=_bucket(longest, 4, self._limits.chunk, least=16) if prefills else 1,
+            pages=_bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
+            drafts=self._drafts if any(s.drafts for s in sequences) else 0,
+            logprobs=any(s.params.logprobs is not None for s in everyone),
+            prompt_logprobs=any(c.sequence.params.prompt_logprobs is not None for c in chunks),
+            adjusted=any(needs_adjusting(s) or s in constraints for s in everyone),
+        )
+
+    def _inputs(
+        self, kind: StepKind, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]
+    ) -> StepInputs:
+        parts = self.parts
+        decode_slots = np.zeros((parts, kind.decodes), np.int32)
+        decode_positions = np.full((parts, kind.decodes), -1, np.int32)
+        drafts = np.full((parts, kind.decodes, kind.drafts), -1, np.int32)
+        prefill_slots = np.zeros((parts, kind.prefills), np.int32)
+        chunk_shape = (parts, kind.prefills, kind.chunk)
+        tokens, next_tokens = np.zeros(chunk_shape, np.int32), np.full(chunk_shape, -1, np.int32)
+        positions = np.full(chunk_shape, -1, np.int32)
+        finishing = np.zeros((parts, kind.prefills), bool)
+        snapshots = np.full((parts, kind.prefills, SNAPSHOTS_A_CHUNK), self._shape.rings, np.int32)
+        snapshot_positions = np.zeros_like(snapshots)
+        for part, plan in enumerate(plans):
+            for i, sequence in enumerate(plan.decodes):
+                decode_slots[part, i] = sequence.slot
+                decode_positions[part, i] = len(sequence.prompt) + sequence.generated - 1
+                drafts[part, i, : len(sequence.drafts)] = sequence.drafts
+            for i, chunk in enumerate(plan.chunks):
+                known, count = chunk.sequence.known, chunk.stop - chunk.start
+                prefill_slots[part, i] = chunk.sequence.slot
+                tokens[part, i, :count] = known[chunk.start : chunk.stop]
+                following = known[chunk.start + 1 : chunk.stop + 1]
+                next_tokens[part, i, : len(following)] = following
+                positions[part, i, :count] = np.arange(chunk.start, chunk.stop)
+                finishing[part, i] = chunk.finishing
+                for j, (row, position) in enumerate(chunk.snapshots):
+                    snapshots[part, i, j], snapshot_positions[part, i, j] = row, position
+        empty = np.zeros((parts, kind.decodes, 0), np.int32)
+        slots = np.concatenate([decode_slots, prefill_slots], axis=1)
+        return StepInputs(
+            decode=_of_host(Segments, decode_slots, self._tables_of(decode_slots, kind), empty, empty),
+            decode_positions=decode_positions,
+            drafts=drafts,
+            prefill=_of_host(
+                Segments, prefill_slots, self._tables_of(prefill_slots, kind), snapshots, snapshot_positions
+            ),
+            prefill_tokens=tokens,
+            prefill_positions=positions,
+            next_tokens=next_tokens,
+            finishing=finishing,
+            sampling=self._settings.of(slots),
+            adjustments=self._adjustments(kind, plans, constraints) if kind.adjusted else None,
+        )
+
+    def _tables_of(self, slots: np.ndarray, kind: StepKind) -> np.ndarray:
+        return np.take_along_axis(self._tables[..., : kind.pages], slots[..., None], axis=1)
+
+    def _adjustments(
+        self, kind: StepKind, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]
+    ) -> Adjustments:
+        rows = kind.decodes + kind.prefills
+        at = [
+            (part, row, sequence)
+            for part, plan in enumerate(plans)
+            for row, sequence in itertools.chain(
+                enumerate(plan.decodes), enumerate((c.sequence for c in plan.chunks), kind.decodes)
+            )
+        ]
+        biases = [self._biases(sequence) for *_, sequence in at]
+        width = _bucket(max(map(len, biases)), 2, least=BIASES)
+        shape = (self.parts, rows)
+        penalties = np.zeros((3, *shape), np.float32)
+        penalties[0] = 1
+        ids = np.full((*shape, width), self._config.vocab_size, np.int32)
+        bias = np.zeros((*shape, width), np.float32)
+        allowed = np.full((*shape, -(-self._config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        for (part, row, sequence), own in zip(at, biases, strict=True):
+            params = sequence.params
+            penalties[:, part, row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+            ids[part, row, : len(own)], bias[part, row, : len(own)] = list(own.keys()), list(own.values())
+            if sequence in constraints:
+                constraints[sequence].fill(allowed[part, row])
+        unused = np.zeros((self.parts, 0), np.int32)
+        return _of_host(Adjustments, unused, unused, *penalties, ids, bias, allowed)
+
+    def _biases(self, sequence: Sequence) -> dict[int, float]:
+        params = sequence.params
+        biases = dict(params.logit_bias or {})
+        if sequence.generated < params.min_tokens:
+            ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self._eos)
+            biases |= dict.fromkeys(ends, -np.inf)
+        return biases
+
+    def _step(self, kind: StepKind) -> Callable[..., Any]:
+        if kind not in self._steps:
+            self._steps[kind] = jax.jit(partial(run_step, self._graph, kind), donate_argnums=1)
+        return self._steps[kind]
+
+    def kinds(self) -> Iterator[StepKind]:
+        """The kinds of step that requests with plain settings can need."""
+        sizes = partial(_buckets, 4)
+        chunks = [(0, 1)]
+        most = -(-self._limits.step_tokens // self._limits.chunk)
+        chunks += itertools.product(sizes(1, most), sizes(16, self._limits.chunk))
+        for pages in sizes(4, self._most_pages):
+            for decodes in sizes(1, self._shape.slots):
+                for prefills, chunk in chunks:
+                    yield StepKind(decodes, prefills, chunk, pages, drafts=0)
+
+    def compile(self, kind: StepKind) -> None:
+        """Compile a kind of step without running it."""
+        plans = [Plan() for _ in range(self.parts)]
+        inputs = self._inputs(kind, plans, {})
+        step: Any = self._step(kind)
+        self._steps[kind] = step.lower(self._weights, self._state, inputs).compile()
+
+
+def needs_adjusting(sequence: Sequence) -> bool:
+    """Whether a sequence's logits are changed before sampling."""
+    params = sequence.params
+    return params.penalised or bool(params.logit_bias) or sequence.generated < params.min_tokens
+
+
+@dataclasses.dataclass
+class _Settings:
+    """The sampling settings of every slot, as arrays [B, slots]."""
+
+    state: SamplingState
+    owner: list[list[tuple[Sequence, int] | None]]
+
+    @classmethod
+    def empty(cls, parts: int, slots: int) -> _Settings:
+        shape = (parts, slots)
+        state = _of_host(
+            SamplingState,
+            np.zeros(shape, np.float32),
+            np.ones(shape, np.float32),
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros((*shape, 2), np.uint32),
+        )
+        return cls(state, [[None] * slots for _ in range(parts)])
+
+    def set(self, part: int, slot: int, sequence: Sequence) -> None:
+        params, at, state = sequence.params, (part, slot), self.state
+        values = (params.temperature, params.top_p, params.top_k, params.min_p, seed_key(sequence.seed))
+        arrays: Any = (state.temperature, state.top_p, state.top_k, state.min_p, state.keys)
+        for array, value in zip(arrays, values, strict=True):
+            array[at] = value
+        self.owner[part][slot] = (sequence, sequence.epoch)
+
+    def of(self, slots: np.ndarray) -> SamplingState:
+        """[B, R] of the given slots."""
+        part = np.arange(len(slots))[:, None]
+        return jax.tree.map(lambda x: x[part, slots], self.state)
+
+
+def _of_host[T](make: Callable[..., T], *arrays: np.ndarray) -> T:
+    """A pytree that a step takes, with the host's arrays in it."""
+    return make(*arrays)
+
+
+def _copy_rings(model: GptOss, state: DeviceState, sources: jax.Array, targets: jax.Array) -> DeviceState:
+    with model.partition.active():
+        return dataclasses.replace(state, cache=state.cache.copy_rings(model.config, sources, targets))
+
+
+def _set_counts(state: DeviceState, at: jax.Array, counts_V: jax.Array, in_prompt_V: jax.Array) -> DeviceState:
+    assert state.counts is not None
+    assert state.in_prompt is not None
+    return dataclasses.replace(
+        state,
+        counts=state.counts.at[at[0], at[1]].set(counts_V),
+        in_prompt=state.in_prompt.at[at[0], at[1]].set(in_prompt_V),
+    )
+
+
+def _bucket(n: int, factor: int = 2, most: int | None = None, least: int = 1) -> int:
+    """The smallest of least, least * factor, ... that is at least n; at most `most`."""
+    size = least
+    while size < n:
+        size *= factor
+    return size if most is None else min(size, most)
+
+
+def _buckets(factor: int, least: int, most: int) -> list[int]:
+    sizes = [min(least, most)]
+    while sizes[-1] < most:
+        sizes.append(min(sizes[-1] * factor, most))
+    return sizes

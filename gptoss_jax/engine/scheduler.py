@@ -1,0 +1,297 @@
+"""Which requests run, and what each does in the next step. Plain Python: no arrays, no device.
+
+Each part of the batch (one on a single device) has slots, pages and requests of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+
+import numpy as np
+
+from gptoss_jax.engine.pages import Prefixes, block_keys
+from gptoss_jax.engine.params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much one part of the batch may do at once.
+
+    Args:
+      slots: sequences that run together.
+      pages: pages of the cache, `page_size` tokens each.
+      snapshots: rings kept for prefixes.
+      step_tokens: prompt tokens in a step.
+      chunk: prompt tokens of one sequence in a step.
+      prefix_cache: whether prompts take up what earlier ones left.
+      drafts: guessed tokens that a decoding sequence may bring to a step.
+    """
+
+    slots: int
+    pages: int
+    page_size: int
+    snapshots: int
+    step_tokens: int
+    chunk: int
+    prefix_cache: bool = True
+    drafts: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A request's prompt and what has been generated; `tokens` grows as tokens are read back from the device.
+
+    `ahead` counts tokens that steps in flight are generating, which the host has not seen; `epoch` changes when the
+    sequence leaves its slot, so that what steps in flight still generate for it can be told apart.
+    """
+
+    request_id: str
+    index: int
+    prompt: np.ndarray
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    arrival: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    ahead: int = 0
+    part: int = -1
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    leader: Sequence | None = None
+    keys: list[bytes] = dataclasses.field(default_factory=list)
+    wanted_snapshots: list[int] = dataclasses.field(default_factory=list)
+    prefix_hits: int = 0
+    prefilled: bool = False
+    epoch: int = 0
+    drafts: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def known(self) -> np.ndarray:
+        """Prompt and generated tokens that the host has."""
+        return np.concatenate([self.prompt, np.asarray(self.tokens, np.int32)])
+
+    @property
+    def known_length(self) -> int:
+        """How many those are."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether tokens that the host has still wait to be computed, other than the last generated one."""
+        return not self.prefilled
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated, those in flight included."""
+        return len(self.tokens) + self.ahead
+
+
+@dataclasses.dataclass
+class Chunk:
+    """A piece of a sequence's prompt: positions `start` to `stop`; `snapshots` are (ring row, position) pairs."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    snapshots: list[tuple[int, int]]
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the prompt ends with it."""
+        return self.stop == self.sequence.known_length
+
+
+@dataclasses.dataclass
+class Plan:
+    """What one part of the batch does in a step; `restores` are (ring row, slot) copies that go before it."""
+
+    decodes: list[Sequence] = dataclasses.field(default_factory=list)
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)
+    restores: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+
+class NeedsDrain(Exception):
+    """Pages have run out: what is in flight must be read back before a sequence can be pre-empted."""
+
+
+class Part:
+    """The requests, slots and pages of one part of the batch."""
+
+    def __init__(self, number: int, limits: Limits) -> None:
+        self.number = number
+        self.limits = limits
+        self.prefixes = Prefixes(limits.pages, limits.snapshots, limits.slots)
+        self.running: list[Sequence] = []
+        self._free_slots = list(range(limits.slots - 1, -1, -1))
+        self.preemptions = 0
+
+    @property
+    def load(self) -> int:
+        """Tokens held by what runs here."""
+        return sum(s.known_length for s in self.running)
+
+    def can_admit(self, sequence: Sequence) -> bool:
+        """Whether a slot is free, and pages for all that is known of the sequence and one token more."""
+        needed = -(-(sequence.known_length + 1) // self.limits.page_size)
+        return bool(self._free_slots) and self.prefixes.pages.available >= needed
+
+    def admit(self, sequence: Sequence, plan: Plan) -> None:
+        """Give a sequence a slot and what of its prompt is known already."""
+        sequence.part = self.number
+        self._free_slots.sort(reverse=True)
+        sequence.slot = self._free_slots.pop()
+        sequence.computed, sequence.prefilled = 0, False
+        self.running.append(sequence)
+        if self.limits.prefix_cache and sequence.params.prompt_logprobs is None:
+            self._take_up_prefix(sequence, plan)
+        # All of the prompt's pages now, so that sequences that prefill together cannot starve each other.
+        grown = self.grow(sequence, sequence.known_length + 1)
+        assert grown, "can_admit was not asked"
+
+    def _take_up_prefix(self, sequence: Sequence, plan: Plan) -> None:
+        size, known = self.limits.page_size, sequence.known
+        # The last token is always computed: its logits choose the next one.
+        sequence.keys = block_keys(known, size)
+        usable = sequence.keys[: (len(known) - 1) // size]
+        blocks, ring = self.prefixes.longest(usable)
+        # Where this prompt parts from one seen before, others may; and its end, which a longer one may repeat.
+        ends = {self.prefixes.known_blocks(usable), len(usable)} - {0, blocks}
+        sequence.wanted_snapshots = sorted(end * size for end in ends)
+        if ring is None:
+            return
+        for key in usable[:blocks]:
+            page = self.prefixes.pages.find(key)
+            assert page is not None
+            self.prefixes.pages.hold(page)
+            sequence.pages.append(page)
+        plan.restores.append((ring, sequence.slot))
+        sequence.computed = blocks * size
+        sequence.prefix_hits += sequence.computed
+
+    def grow(self, sequence: Sequence, length: int) -> bool:
+        """Hold pages for `length` tokens; False if they have run out."""
+        while len(sequence.pages) * self.limits.page_size < length:
+            if self.prefixes.pages.available == 0:
+                return False
+            sequence.pages.append(self.prefixes.pages.take())
+        return True
+
+    def remember(self, sequence: Sequence, length: int) -> None:
+        """Make the whole blocks among a sequence's first `length` tokens known to later prompts."""
+        if self.limits.prefix_cache:
+            for key, page in zip(sequence.keys[: length // self.limits.page_size], sequence.pages, strict=False):
+                self.prefixes.pages.name(page, key)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back all that a sequence holds."""
+        self.running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        # Last pages first: the beginning of a prompt is what another is likeliest to share.
+        for page in reversed(sequence.pages):
+            self.prefixes.pages.release(page)
+        sequence.pages, sequence.slot, sequence.part, sequence.prefilled = [], -1, -1, False
+        sequence.ahead, sequence.drafts = 0, []
+        sequence.epoch += 1
+
+
+class Scheduler:
+    """Admits requests in order of arrival, decodes all that run, and fills the rest of a step with prompts."""
+
+    def __init__(self, limits: Limits, parts: int) -> None:
+        self.limits = limits
+        self.parts = [Part(number, limits) for number in range(parts)]
+        self.waiting: deque[Sequence] = deque()
+        self._arrivals = itertools.count()
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that wait or run."""
+        return len(self.waiting) + sum(len(part.running) for part in self.parts)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        sequence.arrival = next(self._arrivals)
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is."""
+        if sequence.part >= 0:
+            self.parts[sequence.part].release(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def plan(self, draining: bool = False) -> list[Plan]:
+        """What each part does next; everything it needs is held when this returns.
+
+        Raises NeedsDrain, without having changed anything that matters, if a sequence must be pre-empted while steps
+        are in flight; call again with `draining` when they have been read back.
+        """
+        plans = [Plan() for _ in self.parts]
+        for part, plan in zip(self.parts, plans, strict=True):
+            self._plan_decodes(part, plan, draining)
+        self._admit(plans)
+        for part, plan in zip(self.parts, plans, strict=True):
+            self._plan_chunks(part, plan)
+            for chunk in plan.chunks:
+                for row, _ in chunk.snapshots:
+                    part.prefixes.release_snapshot(row)
+        return plans
+
+    def _plan_decodes(self, part: Part, plan: Plan, draining: bool) -> None:
+        for sequence in sorted(part.running, key=lambda s: s.arrival):
+            if sequence.part != part.number or sequence.prefilling or sequence.generated >= sequence.max_tokens:
+                continue
+            # The last token's own key goes to the position before its successor's.
+            while not part.grow(sequence, len(sequence.prompt) + sequence.generated + len(sequence.drafts)):
+                if not draining and any(s.ahead for s in part.running):
+                    raise NeedsDrain
+                self._preempt(part, plan)
+                if sequence.part < 0:
+                    break
+            if sequence.part == part.number:
+                plan.decodes.append(sequence)
+
+    def _preempt(self, part: Part, plan: Plan) -> None:
+        """Send the latest arrival back to wait; what it has generated becomes part of its prompt."""
+        victim = max(part.running, key=lambda s: s.arrival)
+        if victim in plan.decodes:
+            plan.decodes.remove(victim)
+        part.release(victim)
+        part.preemptions += 1
+        self.waiting.appendleft(victim)
+
+    def _admit(self, plans: list[Plan]) -> None:
+        while self.waiting:
+            sequence = self.waiting[0]
+            if sequence.leader is not None and not sequence.leader.prefilled and sequence.leader.part >= 0:
+                # Copies of a prompt wait for the first one, whose pages they then share.
+                return
+            able = [part for part in self.parts if part.can_admit(sequence)]
+            if not able:
+                return
+            part = min(able, key=lambda p: (p.load, p.number))
+            if sequence.leader is not None and any(p.number == sequence.leader.part for p in able):
+                part = self.parts[sequence.leader.part]
+            self.waiting.popleft()
+            part.admit(sequence, plans[part.number])
+
+    def _plan_chunks(self, part: Part, plan: Plan) -> None:
+        budget = self.limits.step_tokens
+        for sequence in sorted(part.running, key=lambda s: s.arrival):
+            if not sequence.prefilling or budget <= 0:
+                continue
+            stop = min(sequence.known_length, sequence.computed + self.limits.chunk)
+            snapshots = []
+            for position in sequence.wanted_snapshots:
+                if sequence.computed < position <= stop:
+                    row = part.prefixes.snapshot(sequence.keys[position // self.limits.page_size - 1])
+                    if row is not None:
+                        snapshots.append((row, position))
+            plan.chunks.append(Chunk(sequence, sequence.computed, stop, snapshots))
+            budget -= self.limits.chunk
+            part.remember(sequence, stop)
+            sequence.computed = stop
+            sequence.prefilled = stop == sequence.known_length

@@ -1,0 +1,261 @@
+"""The compiled step: some sequences decode, others prefill a chunk, all in one pass through the model.
+
+A step's tokens are laid out as [B, T]: B parts of the batch, one for each device group that the mesh's batch axes
+make (1 on one device), and in each part first the decoding sequences' tokens, then the prefilling ones'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from gptoss_jax.engine.sampling import Adjustments, SamplingState, adjust, logprobs_of, sample
+from gptoss_jax.kv_cache import KVCache, Segments, StepCache
+from gptoss_jax.model import GptOss
+from sharding import constrain, on_shards
+
+TOP_LOGPROBS = 20
+"""How many of the likeliest tokens a step that reports log-probabilities reports."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepKind:
+    """What is compiled: sizes in each part of the batch, and what is computed besides the next tokens.
+
+    Args:
+      decodes: sequences that decode, each with its last token and `drafts` guesses of those after it.
+      prefills: sequences that prefill, each a chunk of `chunk` tokens.
+      pages: pages in a sequence's table.
+      logprobs: report log-probabilities of new tokens.
+      prompt_logprobs: report those of the chunks' tokens.
+      adjusted: apply penalties, biases and masks to the logits.
+    """
+
+    decodes: int
+    prefills: int
+    chunk: int
+    pages: int
+    drafts: int = 0
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+    adjusted: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeviceState:
+    """What stays on the device between steps; `last` int32 [B, slots] is each running sequence's last token.
+
+    `counts` int32 and `in_prompt` bool [B, slots, V] exist once a request has penalties.
+    """
+
+    cache: KVCache
+    last: jax.Array
+    counts: jax.Array | None = None
+    in_prompt: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """What the host says of a step; everything of padding has position -1.
+
+    Args:
+      decode: the decoding sequences' segments [B, S, ...].
+      decode_positions: int32 [B, S], of their last tokens.
+      drafts: int32 [B, S, drafts], -1 where there is no guess.
+      prefill: the prefilling sequences' segments [B, N, ...].
+      prefill_tokens, prefill_positions: int32 [B, N, chunk].
+      next_tokens: int32 [B, N, chunk], what follows each prompt token, for its log-probability; -1 for none.
+      finishing: bool [B, N], whether the chunk ends its prompt, so that a token is sampled after it.
+      sampling: the settings of the S + N sequences.
+      adjustments: for `adjusted` steps: `counts` and `in_prompt` are left to the device's state.
+    """
+
+    decode: Segments
+    decode_positions: ArrayLike
+    drafts: ArrayLike
+    prefill: Segments
+    prefill_tokens: ArrayLike
+    prefill_positions: ArrayLike
+    next_tokens: ArrayLike
+    finishing: ArrayLike
+    sampling: SamplingState
+    adjustments: Adjustments | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities [...] of some tokens, and those and ids [..., TOP_LOGPROBS] of the likeliest instead."""
+
+    chosen: jax.Array
+    top: jax.Array
+    top_ids: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutputs:
+    """New tokens int32: `first` [B, N], and `decoded` [B, S, 1 + drafts], whose first 1 + `accepted` [B, S] count."""
+
+    decoded: jax.Array
+    accepted: jax.Array
+    first: jax.Array
+    decode_logprobs: Logprobs | None
+    first_logprobs: Logprobs | None
+    prompt_logprobs: Logprobs | None
+
+
+def run_step(
+    graph: nnx.GraphDef[GptOss],
+    kind: StepKind,
+    weights: nnx.State,
+    state: DeviceState,
+    inputs: StepInputs,
+) -> tuple[StepOutputs, DeviceState]:
+    """One step. Its outputs are whole on every device, its state stays where it is."""
+    model = nnx.merge(graph, weights)
+    with model.partition.active():
+        tokens_BT, positions_BT = _tokens(state, inputs, kind)
+        kv = StepCache(state.cache, (inputs.decode, inputs.prefill), (1 + kind.drafts, kind.chunk))
+        x_BTD, kv = model.hidden(tokens_BT, positions_BT, kv)
+        x_BRD, positions_BR = _rows_to_sample(x_BTD, positions_BT, kind)
+        logits_BRV = model.unembed(x_BRD)
+        sampling = jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), inputs.sampling)
+        adjusted_BRV = logits_BRV
+        if kind.adjusted:
+            adjusted_BRV = adjust(logits_BRV, _adjustments(state, inputs, kind))
+        sampled_BR = sample(adjusted_BRV, sampling, positions_BR)
+        outputs = _outputs(kind, inputs, sampled_BR, logits_BRV)
+        if kind.prompt_logprobs:
+            outputs = dataclasses.replace(outputs, prompt_logprobs=_prompt_logprobs(model, x_BTD, inputs, kind))
+        state = _next_state(dataclasses.replace(state, cache=kv.cache), inputs, outputs, kind)
+        return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), outputs), state
+
+
+def _tokens(state: DeviceState, inputs: StepInputs, kind: StepKind) -> tuple[jax.Array, jax.Array]:
+    """Tokens and positions int32 [B, T] of the whole step."""
+    last_BS1 = _take(state.last, jnp.asarray(inputs.decode.slots))[..., None]
+    drafts_BSd = jnp.asarray(inputs.drafts)
+    decoded_BSd = jnp.concatenate([last_BS1, jnp.maximum(drafts_BSd, 0)], axis=-1)
+    start_BS1 = jnp.asarray(inputs.decode_positions)[..., None]
+    later_BSd = jnp.where(drafts_BSd >= 0, start_BS1 + 1 + jnp.arange(kind.drafts), -1)
+    positions_BSd = jnp.concatenate([start_BS1, later_BSd], axis=-1)
+    parts = len(start_BS1)
+    join = partial(jnp.concatenate, axis=1)
+    return (
+        join([decoded_BSd.reshape(parts, -1), jnp.asarray(inputs.prefill_tokens).reshape(parts, -1)]),
+        join([positions_BSd.reshape(parts, -1), jnp.asarray(inputs.prefill_positions).reshape(parts, -1)]),
+    )
+
+
+def _take(values_BN: jax.Array, index_BR: jax.Array) -> jax.Array:
+    """values[b, index[b]], each part of the batch by itself."""
+
+    def take(values: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.vmap(lambda v, i: v[i])(values, index)
+
+    axes: tuple[str | None, ...] = ("batch", *(None,) * (values_BN.ndim - 1))
+    args = {"values": (values_BN, axes), "index": (index_BR, ("batch", None))}
+    return on_shards(take, args, axes, batch=len(values_BN))
+
+
+def _rows_to_sample(x_BTD: jax.Array, positions_BT: jax.Array, kind: StepKind) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and positions of all decoding tokens, then of each chunk's last."""
+    decodes = kind.decodes * (1 + kind.drafts)
+    chunks_BNC = positions_BT[:, decodes:].reshape(len(positions_BT), kind.prefills, kind.chunk)
+    last_BN = jnp.argmax(chunks_BNC, axis=-1) + decodes + jnp.arange(kind.prefills) * kind.chunk
+    index_BR = jnp.concatenate([jnp.broadcast_to(jnp.arange(decodes), (len(last_BN), decodes)), last_BN], axis=1)
+    return _take(x_BTD, index_BR), _take(positions_BT, index_BR)
+
+
+def _by_row(per_sequence: jax.Array, kind: StepKind) -> jax.Array:
+    """[B, S + N, ...] of the sequences -> [B, R, ...] of the rows that are sampled."""
+    decodes = jnp.repeat(per_sequence[:, : kind.decodes], 1 + kind.drafts, axis=1)
+    return jnp.concatenate([decodes, per_sequence[:, kind.decodes :]], axis=1)
+
+
+def _adjustments(state: DeviceState, inputs: StepInputs, kind: StepKind) -> Adjustments:
+    assert inputs.adjustments is not None
+    assert state.counts is not None
+    assert state.in_prompt is not None
+    slots_BN = jnp.concatenate([inputs.decode.slots, inputs.prefill.slots], axis=1)
+    own = dataclasses.replace(
+        inputs.adjustments, counts=_take(state.counts, slots_BN), in_prompt=_take(state.in_prompt, slots_BN)
+    )
+    return jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), own)
+
+
+def _outputs(kind: StepKind, inputs: StepInputs, sampled_BR: jax.Array, logits_BRV: jax.Array) -> StepOutputs:
+    parts, decodes = len(sampled_BR), kind.decodes * (1 + kind.drafts)
+
+    def decode_part(x: jax.Array) -> jax.Array:
+        return x[:, :decodes].reshape(parts, kind.decodes, 1 + kind.drafts, *x.shape[2:])
+
+    decoded_BSd, first_BN = decode_part(sampled_BR), sampled_BR[:, decodes:]
+    # A guess stands while all before it stand and it is what was sampled after them: exact for any sampling.
+    stands_BSd = decoded_BSd[..., :-1] == jnp.asarray(inputs.drafts)
+    accepted_BS = jnp.sum(jnp.cumprod(stands_BSd.astype(jnp.int32), axis=-1), axis=-1)
+    if not kind.logprobs:
+        return StepOutputs(decoded_BSd, accepted_BS, first_BN, None, None, None)
+    logprobs = Logprobs(*logprobs_of(logits_BRV, sampled_BR, min(TOP_LOGPROBS, logits_BRV.shape[-1])))
+    decode_logprobs = jax.tree.map(decode_part, logprobs)
+    first_logprobs = jax.tree.map(lambda x: x[:, decodes:], logprobs)
+    return StepOutputs(decoded_BSd, accepted_BS, first_BN, decode_logprobs, first_logprobs, None)
+
+
+def _prompt_logprobs(model: GptOss, x_BTD: jax.Array, inputs: StepInputs, kind: StepKind) -> Logprobs:
+    """Of the token after each of the chunks' tokens, a few positions at a time: logits are large."""
+    x_BND = x_BTD[:, kind.decodes * (1 + kind.drafts) :]
+    next_BN = jnp.asarray(inputs.next_tokens).reshape(len(x_BND), -1)
+    some = next(n for n in (64, 32, 16, 8, 4, 2, 1) if x_BND.shape[1] % n == 0)
+
+    def positions(args: tuple[jax.Array, jax.Array]) -> Logprobs:
+        x, tokens = args
+        logits = model.unembed(x)
+        return Logprobs(*logprobs_of(logits, jnp.maximum(tokens, 0), min(TOP_LOGPROBS, logits.shape[-1])))
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(len(x), -1, some, *x.shape[2:]).swapaxes(0, 1)
+
+    parts = jax.lax.map(positions, (split(x_BND), split(next_BN)))
+    return jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(len(x_BND), kind.prefills, kind.chunk, *x.shape[3:]), parts
+    )
+
+
+def _next_state(state: DeviceState, inputs: StepInputs, outputs: StepOutputs, kind: StepKind) -> DeviceState:
+    """Remember each sequence's last token, and count what it generated."""
+    newest_BS = jnp.take_along_axis(outputs.decoded, outputs.accepted[..., None], axis=-1)[..., 0]
+    slots_BN = jnp.concatenate([inputs.decode.slots, inputs.prefill.slots], axis=1)
+    tokens_BN = jnp.concatenate([newest_BS, outputs.first], axis=1)
+    valid_BN = jnp.concatenate([jnp.asarray(inputs.decode_positions) >= 0, inputs.finishing], axis=1)
+    # A chunk's sequence and an idle row may name the same slot, so what is not valid must not be written.
+    slots_BN = jnp.where(valid_BN, slots_BN, state.last.shape[1])
+
+    def put(last: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jax.vmap(lambda l, s, t: l.at[s].set(t, mode="drop"))(last, slots, tokens)
+
+    def count(last: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jax.vmap(lambda l, s, t: l.at[s, t].add(1, mode="drop"))(last, slots, tokens)
+
+    index = {"slots": (slots_BN, ("batch", None)), "tokens": (tokens_BN, ("batch", None))}
+    last = on_shards(put, {"last": (state.last, ("batch", None)), **index}, ("batch", None), batch=len(slots_BN))
+    state = dataclasses.replace(state, last=last)
+    if kind.adjusted and state.counts is not None:
+        axes = ("batch", None, None)
+        counts = on_shards(count, {"last": (state.counts, axes), **index}, axes, batch=len(slots_BN))
+        state = dataclasses.replace(state, counts=counts)
+    return state
+
+
+def seed_key(seed: int) -> np.ndarray:
+    """uint32 [2] for a seed of 64 bits."""
+    return np.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
