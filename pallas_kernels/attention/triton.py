@@ -201,7 +201,8 @@ def _call(
     )(q_BTHD, kv_XSKE, sinks_H, q_positions_BT, where, bounds)
     if splits == 1:
         return outs[0][0]
-    return _joined(*outs, q_BTHD.dtype, interpret)
+    sums, largest, denominators = outs
+    return _joined(sums, largest, denominators, q_BTHD.dtype, interpret)
 
 
 def _joined(

@@ -19,29 +19,32 @@ def rotate_and_keep(
     v_BTKD: jax.Array,
     positions_BT: jax.Array,
     frequencies_F: jax.Array,
-    kv_BSKE: jax.Array,
-    kv_positions_BS: jax.Array,
+    kv_pages_PSKE: jax.Array,
+    pages_BT: jax.Array,
+    slots_BT: jax.Array,
     *,
     concentration: float,
     out_dtype: DTypeLike,
     backend: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotate by position, half-split, and write each token into slot position % S of its sequence.
+) -> tuple[jax.Array, jax.Array]:
+    """Rotate by position, half-split, and write each token's key and value where the caller says.
 
     Args:
       q_BTHD: queries before rotation, any float dtype; so are keys and values.
       k_BTKD: keys before rotation.
       v_BTKD: values, which are only kept.
-      positions_BT: int32; tokens of padding have -1 and are not kept. Of tokens that share a slot the last stays.
+      positions_BT: int32.
       frequencies_F: float32 [D / 2], radians a position.
-      kv_BSKE: the cache, a key and a value side by side in each slot (E = 2 D); updated in place when donated.
-      kv_positions_BS: int32, the position in each slot.
+      kv_pages_PSKE: the cache, P pages (or rings) of S slots, each with a key and a value side by side (E = 2 D);
+        updated in place when donated.
+      pages_BT: int32, the page of each token; one of P or more keeps the token out of the cache.
+      slots_BT: int32, its slot there. No two tokens may share one.
       concentration: multiplies cos and sin.
       out_dtype: of the rotated queries.
       backend: a name to force; see `pallas_kernels.use_backend`.
 
     Returns:
-      Rotated queries [B, T, H, D], the cache and its positions.
+      Rotated queries [B, T, H, D], and the cache.
     """
     return dispatch(
         "rotate_and_keep",
@@ -52,8 +55,9 @@ def rotate_and_keep(
         v_BTKD,
         positions_BT,
         frequencies_F,
-        kv_BSKE,
-        kv_positions_BS,
+        kv_pages_PSKE,
+        pages_BT,
+        slots_BT,
         concentration=concentration,
         out_dtype=out_dtype,
         backend=backend,

@@ -13,12 +13,13 @@ def rotate_and_keep(
     v_BTKD: jax.Array,
     positions_BT: jax.Array,
     frequencies_F: jax.Array,
-    kv_BSKE: jax.Array,
-    kv_positions_BS: jax.Array,
+    kv_pages_PSKE: jax.Array,
+    pages_BT: jax.Array,
+    slots_BT: jax.Array,
     *,
     concentration: float,
     out_dtype: DTypeLike,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.rotary.rotate_and_keep`, whose meaning this is."""
     angle = positions_BT.astype(jnp.float32)[..., None, None] * frequencies_F
     cos, sin = jnp.cos(angle) * concentration, jnp.sin(angle) * concentration
@@ -27,14 +28,6 @@ def rotate_and_keep(
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype)
 
-    batch, slots = kv_positions_BS.shape
-    last_B1 = jnp.max(positions_BT, axis=1, keepdims=True)
-    stays_BT = (positions_BT >= 0) & (positions_BT > last_B1 - slots)
-    slot_BT = jnp.where(stays_BT, positions_BT % slots, slots)
-    row_B1 = jnp.arange(batch)[:, None]
-    kv_BTKE = jnp.concatenate([rotate(k_BTKD, kv_BSKE.dtype), v_BTKD.astype(kv_BSKE.dtype)], axis=-1)
-    return (
-        rotate(q_BTHD, out_dtype),
-        kv_BSKE.at[row_B1, slot_BT].set(kv_BTKE, mode="drop"),
-        kv_positions_BS.at[row_B1, slot_BT].set(positions_BT, mode="drop"),
-    )
+    dtype = kv_pages_PSKE.dtype
+    kv_BTKE = jnp.concatenate([rotate(k_BTKD, dtype), v_BTKD.astype(dtype)], axis=-1)
+    return rotate(q_BTHD, out_dtype), kv_pages_PSKE.at[pages_BT, slots_BT].set(kv_BTKE, mode="drop")

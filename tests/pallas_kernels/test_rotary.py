@@ -20,8 +20,9 @@ def test_the_kernel_equals_the_reference(batch: int, kv_heads: int, group: int, 
         .at[batch // 2]
         .set(-1 if batch > 1 else 131071),
         jnp.asarray(150000.0 ** -(np.arange(head_dim // 2) / (head_dim // 2)), jnp.float32),
-        draw(batch, slots, kv_heads, 2 * head_dim),
-        jnp.full((batch, slots), -1, jnp.int32),
+        draw(4, slots, kv_heads, 2 * head_dim),
+        jnp.asarray(rng.permutation(4)[:batch, None] + (np.arange(batch)[:, None] == 1) * 4, jnp.int32),
+        jnp.asarray(rng.integers(0, slots, (batch, 1)), jnp.int32),
     )
     options = {"concentration": 1.3, "out_dtype": jnp.float32}
     got = rotate_and_keep(*arguments, **options, backend="triton")
@@ -30,12 +31,19 @@ def test_the_kernel_equals_the_reference(batch: int, kv_heads: int, group: int, 
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_of_tokens_that_share_a_slot_the_last_one_stays() -> None:
-    x = jnp.arange(6, dtype=jnp.float32).reshape(1, 6, 1, 1) * jnp.ones((1, 6, 1, 16))
-    empty = jnp.zeros((1, 4, 1, 32)), jnp.full((1, 4), -1, jnp.int32)
-    positions = jnp.asarray([[0, 1, 2, 3, 4, -1]], jnp.int32)
-    _, kv, kept = rotate_and_keep(
-        x, x, x, positions, jnp.zeros(8), *empty, concentration=1.0, out_dtype=jnp.float32
+def test_a_page_past_the_last_keeps_a_token_out() -> None:
+    x = jnp.ones((1, 2, 1, 16))
+    pages, slots = jnp.asarray([[1, 2]], jnp.int32), jnp.asarray([[3, 0]], jnp.int32)
+    _, kv = rotate_and_keep(
+        x,
+        x,
+        x,
+        slots,
+        jnp.zeros(8),
+        jnp.zeros((2, 4, 1, 32)),
+        pages,
+        slots,
+        concentration=1.0,
+        out_dtype=jnp.float32,
     )
-    np.testing.assert_array_equal(kept, [[4, 1, 2, 3]])
-    np.testing.assert_array_equal(kv[0, :, 0, 20], [4, 1, 2, 3])
+    assert float(kv[1, 3].sum()) == float(kv.sum()) == 32
