@@ -38,7 +38,7 @@ def as_arrays(q, kv, sinks, q_positions, kv_positions):
     return [*floats, jnp.asarray(q_positions, jnp.int32), jnp.asarray(kv_positions, jnp.int32)]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 2),
@@ -70,6 +70,7 @@ def test_padding_gives_zero() -> None:
     assert not np.asarray(got).any()
 
 
+@settings(max_examples=10)
 @given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 9), st.sampled_from([2, 8]), st.integers(1, 4))
 def test_pages_are_the_sequence_in_pieces(seed, batch, length, page_size, pages) -> None:
     q, kv, sinks, _, _ = case(seed, batch, length, pages * page_size, 2, 2, 16)
@@ -93,7 +94,7 @@ def agrees(arguments, window: int | None, **options) -> None:
     np.testing.assert_allclose(got, naive(*arguments, window, 0.3), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 2),

@@ -64,7 +64,7 @@ def expected(arguments: dict) -> np.ndarray:
     return dense_mlp(*(np.asarray(v, np.float64 if v.dtype != jnp.int32 else np.int64) for v in values))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.integers(0, 2**32), st.integers(1, 70), st.integers(1, 9), st.integers(1, 4))
 def test_equals_a_dense_computation(seed: int, tokens: int, experts: int, k: int) -> None:
     arguments = case(seed, tokens, experts, min(k, experts))
@@ -109,6 +109,7 @@ def test_no_unpacked_copy_of_all_experts_exists() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * one_expert
 
 
+@settings(max_examples=6)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 3),
@@ -149,7 +150,7 @@ def test_backends_equal_a_dense_computation(
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=2e-3)
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 9), st.integers(1, 4))
 def test_sorted_tiles_equal_a_dense_computation(seed: int, tokens: int, experts: int, k: int) -> None:
     arguments = case(seed, tokens, experts, min(k, experts))
