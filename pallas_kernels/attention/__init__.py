@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import reference, triton
+from pallas_kernels.backend import Backend, dispatch
 
 __all__ = ["attention", "paged_attention"]
+
+_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.attention),)
+_PAGED_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.paged_attention),)
 
 
 def attention(
@@ -18,6 +22,7 @@ def attention(
     *,
     window: int | None,
     sm_scale: float,
+    backend: str | None = None,
 ) -> jax.Array:
     """Causal attention by position, with a learned sink in each head's softmax.
 
@@ -30,11 +35,15 @@ def attention(
       kv_positions_BS: int32; -1 marks an empty slot. A query at p sees keys at positions p - window + 1 ... p.
       window: how many keys a query sees, itself included; None for all.
       sm_scale: multiplies the scores.
+      backend: a name to force; see `pallas_kernels.use_backend`.
 
     Returns:
       [B, T, H, D] of q's dtype; scores, softmax and sums are float32.
     """
-    return reference.attention(
+    return dispatch(
+        "attention",
+        _BACKENDS,
+        reference.attention,
         q_BTHD,
         kv_BSKE,
         sinks_H,
@@ -42,6 +51,7 @@ def attention(
         kv_positions_BS,
         window=window,
         sm_scale=sm_scale,
+        backend=backend,
     )
 
 
@@ -53,6 +63,7 @@ def paged_attention(
     q_positions_BT: jax.Array,
     *,
     sm_scale: float,
+    backend: str | None = None,
 ) -> jax.Array:
     """Causal attention, without a window, over keys and values that lie in pages.
 
@@ -64,10 +75,20 @@ def paged_attention(
       sinks_H: as in `attention`.
       q_positions_BT: int32, below M S; -1 for padding. A query at p sees positions 0 ... p.
       sm_scale: multiplies the scores.
+      backend: as in `attention`.
 
     Returns:
       [B, T, H, D] of q's dtype.
     """
-    return reference.paged_attention(
-        q_BTHD, kv_pages_PSKE, page_table_BM, sinks_H, q_positions_BT, sm_scale=sm_scale
+    return dispatch(
+        "paged_attention",
+        _PAGED_BACKENDS,
+        reference.paged_attention,
+        q_BTHD,
+        kv_pages_PSKE,
+        page_table_BM,
+        sinks_H,
+        q_positions_BT,
+        sm_scale=sm_scale,
+        backend=backend,
     )

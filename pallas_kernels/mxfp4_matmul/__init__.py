@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.mxfp4_matmul import reference
+from pallas_kernels.backend import Backend, dispatch
+from pallas_kernels.mxfp4_matmul import reference, triton, triton_vector
 from pallas_kernels.mxfp4_matmul.reference import ExpertWeight
 
 __all__ = ["ExpertWeight", "expert_mlp"]
+
+_BACKENDS = (
+    Backend("triton_vector", frozenset({"cuda"}), triton_vector.expert_mlp),
+    Backend("triton", frozenset({"cuda"}), triton.expert_mlp),
+)
 
 
 def expert_mlp(
@@ -20,6 +26,8 @@ def expert_mlp(
     down_bias_ED: jax.Array,
     *,
     swiglu_limit: float,
+    residual_TD: jax.Array | None = None,
+    backend: str | None = None,
 ) -> jax.Array:
     """Each token through its k experts, weighted and summed.
 
@@ -28,16 +36,22 @@ def expert_mlp(
       expert_ids_Tk: int32, the experts of each token; an id of E or more means an expert that is not here and
         adds nothing.
       expert_weights_Tk: float32, the router's weight of each.
-      gate_up_EFD: [E, F = 2I, D] with the gate in even and the up projection in odd rows; MXFP4Tensor, or floats.
+      gate_up_EFD: [E, F = 2I, D] with the gate in even and the up projection in odd rows; MXFP4Tensor,
+        floats, or packed in a backend's own layout (`gpu_layout.prepare`), which every backend's result agrees on.
       gate_up_bias_EF: added before the clamped SwiGLU.
       down_EDI: [E, D, I].
       down_bias_ED: added before the router's weight.
       swiglu_limit: the clamp of gate and up.
+      residual_TD: if given, added to the sum.
+      backend: a name to force; see `pallas_kernels.use_backend`.
 
     Returns:
       [T, D] of x's dtype; products are summed in float32.
     """
-    return reference.expert_mlp(
+    return dispatch(
+        "expert_mlp",
+        _BACKENDS,
+        reference.expert_mlp,
         x_TD,
         expert_ids_Tk,
         expert_weights_Tk,
@@ -46,4 +60,6 @@ def expert_mlp(
         down_EDI,
         down_bias_ED,
         swiglu_limit=swiglu_limit,
+        residual_TD=residual_TD,
+        backend=backend,
     )

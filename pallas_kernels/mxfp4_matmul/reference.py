@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mxfp4_matmul.format import MXFP4Tensor, dequantize
+from pallas_kernels.mxfp4_matmul.gpu_layout import GpuExperts
 
-ExpertWeight = jax.Array | MXFP4Tensor
+ExpertWeight = jax.Array | MXFP4Tensor | GpuExperts
 SWIGLU_ALPHA = 1.702
 
 
@@ -22,6 +23,7 @@ def expert_mlp(
     down_bias_ED: jax.Array,
     *,
     swiglu_limit: float,
+    residual_TD: jax.Array | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.mxfp4_matmul.expert_mlp`, whose meaning this is.
 
@@ -62,7 +64,8 @@ def expert_mlp(
     slot_R = first_tile_E[expert_R] * tile_rows + rank_R - starts_E[expert_R]
     out_RD = out_NBD.reshape(num_tiles * tile_rows, -1)[jnp.where(here_R, slot_R, 0)]
     out_TkD = jnp.where(here_R[:, None], out_RD, 0).reshape(num_tokens, k, -1)
-    return jnp.sum(out_TkD * expert_weights_Tk[..., None].astype(jnp.float32), axis=1).astype(x_TD.dtype)
+    out_TD = jnp.sum(out_TkD * expert_weights_Tk[..., None].astype(jnp.float32), axis=1)
+    return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
 
 
 def tiling(rows: int, num_experts: int) -> tuple[int, int]:

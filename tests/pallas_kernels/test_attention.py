@@ -1,10 +1,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.attention import attention, paged_attention, reference
+from pallas_kernels.attention import attention, paged_attention, reference, triton
 
 
 def naive(q, kv, sinks, q_positions, kv_positions, window, sm_scale):
@@ -38,6 +38,7 @@ def as_arrays(q, kv, sinks, q_positions, kv_positions):
     return [*floats, jnp.asarray(q_positions, jnp.int32), jnp.asarray(kv_positions, jnp.int32)]
 
 
+@settings(max_examples=10)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 2),
@@ -69,6 +70,7 @@ def test_padding_gives_zero() -> None:
     assert not np.asarray(got).any()
 
 
+@settings(max_examples=10)
 @given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 9), st.sampled_from([2, 8]), st.integers(1, 4))
 def test_pages_are_the_sequence_in_pieces(seed, batch, length, page_size, pages) -> None:
     q, kv, sinks, _, _ = case(seed, batch, length, pages * page_size, 2, 2, 16)
@@ -85,3 +87,80 @@ def test_pages_are_the_sequence_in_pieces(seed, batch, length, page_size, pages)
     np.testing.assert_allclose(
         got, naive(q, kv, sinks, q_positions, kv_positions, None, 0.3), rtol=1e-4, atol=1e-5
     )
+
+
+def agrees(arguments, window: int | None, **options) -> None:
+    got = triton.attention(*as_arrays(*arguments), window=window, sm_scale=0.3, interpret=True, **options)
+    np.testing.assert_allclose(got, naive(*arguments, window, 0.3), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=5)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 2),
+    st.integers(1, 20),
+    st.integers(1, 90),
+    st.integers(1, 2),
+    st.integers(1, 4),
+    st.sampled_from([16, 32, 64]),
+    st.sampled_from([None, 1, 7, 128]),
+)
+def test_the_kernel_equals_a_naive_computation(
+    seed, batch, length, keys, kv_heads, group, head_dim, window
+) -> None:
+    agrees(case(seed, batch, length, keys, kv_heads, group, head_dim), window)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("splits", [1, 3, 5])
+def test_decode_split_over_the_keys(splits: int, window: int | None) -> None:
+    arguments = case(splits, 2, 1, 75, 2, 3, 16)
+    agrees(arguments, window, config=triton.Config(1, 16, splits, 4, 1))
+
+
+@pytest.mark.parametrize("window", [None, 9, 40])
+def test_a_chunk_over_an_existing_cache_skips_what_it_cannot_see(window: int | None) -> None:
+    q, kv, sinks, _, _ = case(1, 2, 37, 90, 2, 2, 16)
+    q_positions = np.stack([np.arange(37) + 53, np.where(np.arange(37) < 30, np.arange(37) + 10, -1)])
+    kv_positions = np.stack([np.arange(90), np.where(np.arange(90) < 40, np.arange(90), -1)])
+    agrees((q, kv, sinks, q_positions, kv_positions), window, config=triton.Config(8, 16, 1, 4, 1))
+    blocks = triton._visible_blocks(
+        jnp.asarray(q_positions), jnp.asarray(kv_positions), window, triton.Config(8, 16, 1, 4, 1)
+    )
+    if window == 9:
+        assert int(jnp.max(blocks[..., 1] - blocks[..., 0])) <= 3
+
+
+@pytest.mark.parametrize(("length", "page_size", "pages"), [(1, 4, 9), (1, 16, 3), (12, 8, 5), (33, 16, 4)])
+def test_the_kernel_over_pages(length: int, page_size: int, pages: int) -> None:
+    keys, batch = page_size * pages, 2
+    q, kv, sinks, _, _ = case(length, batch, length, keys, 2, 3, 16)
+    rng = np.random.default_rng(length)
+    starts = rng.integers(0, keys - length + 1, (batch, 1))
+    q_positions = starts + np.arange(length)
+    q_positions[1, length // 2 + 1 :] = -1
+    table = rng.permutation(batch * pages + 2)[: batch * pages].reshape(batch, pages)
+    kv_pages = np.full((batch * pages + 2, page_size, 2, 32), 1e3)
+    kv_pages[table.reshape(-1)] = kv.reshape(batch * pages, page_size, 2, 32)
+    arrays = as_arrays(q, kv_pages, sinks, q_positions, table)
+    got = paged_attention(arrays[0], arrays[1], arrays[4], arrays[2], arrays[3], sm_scale=0.3, backend="triton")
+    want = naive(q, kv, sinks, q_positions, np.tile(np.arange(keys), (batch, 1)), None, 0.3)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_in_bfloat16_is_no_worse_than_the_reference() -> None:
+    arguments = case(7, 2, 5, 60, 2, 4, 64)
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in arguments[:3]]
+    exact = naive(*(np.asarray(x, np.float64) for x in halves), *arguments[3:], None, 0.125)
+    positions = [jnp.asarray(x, jnp.int32) for x in arguments[3:]]
+
+    def error(backend: str) -> float:
+        got = attention(*halves, *positions, window=None, sm_scale=0.125, backend=backend)
+        return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
+
+    assert error("triton") < 1.1 * error("reference")
+
+
+def test_a_head_size_that_is_no_power_of_two_is_left_to_the_reference() -> None:
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        agrees(case(0, 1, 2, 3, 1, 1, 24), None)

@@ -1,0 +1,1 @@
+"""Measurements: of kernels alone, and of whole steps."""

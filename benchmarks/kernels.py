@@ -1,0 +1,195 @@
+"""Time each op's backends at the released shapes, beside the floor that the memory or the multipliers set.
+
+python -m benchmarks.kernels --ops expert_mlp attention --tokens 1 64 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import chained_seconds, read_bandwidth
+from gptoss_jax.config import ModelConfig
+from pallas_kernels.attention import attention
+from pallas_kernels.linear import linear
+from pallas_kernels.mxfp4_matmul import expert_mlp
+from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
+from pallas_kernels.routing import route
+
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12}
+"""Dense bf16, from the maker's data sheets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op at one shape: `step(carry, set)` runs it, and the two counts bound its time."""
+
+    name: str
+    step: Callable[[jax.Array, Any], jax.Array]
+    carry: jax.Array
+    sets: list[Any]
+    bytes: float
+    flops: float
+
+
+def random_experts(key: jax.Array, experts: int, parts: int, rows: int, contracting: int) -> GpuExperts:
+    """Random packed weights of rows of norm near 1, made in the kernels' layout."""
+    blocks = -(-contracting // BLOCK)
+    words = jax.random.bits(key, (experts, parts, blocks, rows, WORDS), jnp.uint16)
+    return GpuExperts(words, jnp.full((experts, parts, blocks, rows), 0x78787878, jnp.uint32), contracting)
+
+
+def expert_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
+    """The expert op: routing drawn uniformly."""
+    experts, k = config.num_local_experts, config.num_experts_per_tok
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = jax.random.split(jax.random.key(0), 4)
+    up, down = (
+        random_experts(keys[0], experts, 2, inner, hidden),
+        random_experts(keys[1], experts, 1, hidden, inner),
+    )
+    biases = jnp.zeros((experts, 2 * inner), jnp.bfloat16), jnp.zeros((experts, hidden), jnp.bfloat16)
+    one_expert = sum(x.nbytes for x in jax.tree.leaves((up, down))) / experts
+    for count in tokens:
+        sets, touched = [], 0.0
+        for i in range(8):
+            draw = jax.random.uniform(jax.random.fold_in(keys[2], i), (count, experts))
+            ids = jax.lax.top_k(draw, k)[1]
+            touched += len(set(ids.reshape(-1).tolist())) / 8
+            sets.append((ids, jnp.full((count, k), 1 / k), up, down, *biases))
+
+        def step(x: jax.Array, own: Any) -> jax.Array:
+            ids, weights, up, down, up_bias, down_bias = own
+            return expert_mlp(x, ids, weights, up, up_bias, down, down_bias, swiglu_limit=config.swiglu_limit)
+
+        x = jax.random.normal(keys[3], (count, hidden), jnp.bfloat16)
+        flops = 2 * count * k * 3 * hidden * inner
+        yield Case(f"expert_mlp T={count}", step, x, sets, touched * one_expert, flops)
+
+
+def attention_cases(config: ModelConfig, batches: list[int], contexts: list[int]) -> Iterator[Case]:
+    """Decode of one token a sequence over a full and a sliding layer, then prefill of one whole prompt."""
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    sinks = jnp.zeros(heads, jnp.bfloat16)
+
+    def case(batch: int, length: int, keys: int, window: int | None) -> Case:
+        def one(i: int) -> Any:
+            kv = jax.random.normal(jax.random.key(i), (batch, keys, kv_heads, 2 * width), jnp.bfloat16)
+            kv_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
+            return kv, kv_positions[:, keys - length :], kv_positions
+
+        def step(q: jax.Array, own: Any) -> jax.Array:
+            kv, q_positions, kv_positions = own
+            return attention(q, kv, sinks, q_positions, kv_positions, window=window, sm_scale=width**-0.5)
+
+        first = one(0)
+        sets = [first] + [one(i) for i in range(1, max(1, min(8, int(2e8 // first[0].nbytes))))]
+        q = jax.random.normal(jax.random.key(9), (batch, length, heads, width), jnp.bfloat16)
+        pairs = sum(min(p + 1, window or p + 1) for p in range(keys - length, keys))
+        flops = 4 * batch * heads * width * pairs
+        name = f"attention B={batch} T={length} S={keys} window={window}"
+        return Case(name, step, q, sets, first[0].nbytes + 2 * q.nbytes, flops)
+
+    for batch in batches:
+        yield case(batch, 1, config.sliding_window, config.sliding_window)
+        for context in contexts:
+            if batch * context <= 1 << 20:
+                yield case(batch, 1, context, None)
+    for length in (512, 2048, 8192):
+        yield case(1, length, length, None)
+        yield case(1, length, length, config.sliding_window)
+
+
+def linear_cases(config: ModelConfig) -> Iterator[Case]:
+    """The dense projections of a single token, each between two reductions that tie the chain."""
+    hidden = config.hidden_size
+    heads = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+
+    def weights(i: int, rows: tuple[int, ...], columns: int) -> list[jax.Array]:
+        key = jax.random.key(i)
+        return [jax.random.normal(key, (r, columns), jnp.bfloat16) * columns**-0.5 for r in rows]
+
+    def case(name: str, rows: tuple[int, ...], columns: int, norm: bool, count: int) -> Case:
+        def step(x: jax.Array, own: Any) -> jax.Array:
+            outs = linear(x, own, [None] * len(rows), norm_I=jnp.ones(columns, x.dtype) if norm else None)
+            return x + outs[0][:, :1].astype(x.dtype)
+
+        sets = [weights(i, rows, columns) for i in range(count)]
+        x = jax.random.normal(jax.random.key(9), (1, columns), jnp.bfloat16)
+        size = sum(w.nbytes for w in sets[0])
+        return Case(name, step, x, sets, size, size)
+
+    yield case("linear q,k,v with norm", (heads, kv, kv), hidden, True, 6)
+    yield case("linear o", (hidden,), heads, False, 6)
+    yield case("linear unembedding with norm", (config.vocab_size,), hidden, True, 1)
+
+
+def route_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
+    """Norm, router and top k."""
+    experts, hidden = config.num_local_experts, config.hidden_size
+
+    def step(x: jax.Array, own: Any) -> jax.Array:
+        normed, _, weights = route(x, own[0], own[1], own[2], k=config.num_experts_per_tok, eps=1e-5)
+        return normed + weights[:, :1].astype(x.dtype)
+
+    for count in tokens:
+        keys = [jax.random.key(i) for i in range(8)]
+        sets = [
+            (
+                jnp.ones(hidden, jnp.bfloat16),
+                jax.random.normal(key, (experts, hidden), jnp.bfloat16) * hidden**-0.5,
+                jnp.zeros(experts, jnp.bfloat16),
+            )
+            for key in keys
+        ]
+        x = jax.random.normal(keys[0], (count, hidden), jnp.bfloat16)
+        size = sets[0][1].nbytes
+        yield Case(f"route T={count}", step, x, sets, size, 2 * count * experts * hidden)
+
+
+def main() -> None:
+    """Run the cases that the flags choose and print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", default=["expert_mlp", "attention", "linear", "route"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256, 2048, 8192])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 131072])
+    parser.add_argument("--experts", type=int, default=32, help="32 for gpt-oss-20b, 128 for gpt-oss-120b")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    flags = parser.parse_args()
+    config = dataclasses.replace(ModelConfig(), num_local_experts=flags.experts)
+    few = [t for t in flags.tokens if t <= 256]
+    makers: dict[str, Callable[[], Iterator[Case]]] = {
+        "expert_mlp": lambda: expert_cases(config, flags.tokens),
+        "attention": lambda: attention_cases(config, few, flags.contexts),
+        "linear": lambda: linear_cases(config),
+        "route": lambda: route_cases(config, few),
+    }
+    bandwidth = read_bandwidth()
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind, float("inf"))
+    print(f"# {jax.devices()[0].device_kind}: reads {bandwidth / 1e12:.2f} TB/s", file=sys.stderr)
+    for op in flags.ops:
+        for case in makers[op]():
+            calls = 24 if case.flops < 1e12 else 4
+            took = chained_seconds(case.step, case.carry, case.sets, calls)
+            floor = max(case.bytes / bandwidth, case.flops / peak)
+            row = {"case": case.name, "us": took * 1e6, "floor_us": floor * 1e6, "share": floor / took}
+            if flags.json:
+                print(json.dumps(row), flush=True)
+            else:
+                print(
+                    f"{case.name:48} {took * 1e6:10.1f} us  floor {floor * 1e6:9.1f} us  {floor / took:5.0%}"
+                    f"  {case.bytes / took / 1e12:5.2f} TB/s  {case.flops / took / 1e12:6.1f} TFLOP/s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The linear op: projections of one input, with the norm before and the residual after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.backend import Backend, dispatch
+from pallas_kernels.linear import reference, triton
+
+__all__ = ["linear"]
+
+_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.linear),)
+
+
+def linear(
+    x_TI: jax.Array,
+    weights_OI: Sequence[jax.Array],
+    biases_O: Sequence[jax.Array | None],
+    *,
+    norm_I: jax.Array | None = None,
+    eps: float = 1e-5,
+    residual_TO: jax.Array | None = None,
+    out_dtype: DTypeLike = jnp.float32,
+    backend: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """One input times several weights, each plus its bias; in one pass where a single token makes that pay.
+
+    Args:
+      x_TI: tokens, bfloat16 or float32.
+      weights_OI: matrices of x's dtype, each with its own number of rows.
+      biases_O: one for each weight, or None.
+      norm_I: if given, x is RMS-normalised first, and multiplied by this.
+      eps: added to the mean square.
+      residual_TO: if given, added to each product.
+      out_dtype: of the results; sums are float32 throughout.
+      backend: a name to force; see `pallas_kernels.use_backend`.
+
+    Returns:
+      For each weight [T, O].
+    """
+    return dispatch(
+        "linear",
+        _BACKENDS,
+        reference.linear,
+        x_TI,
+        tuple(weights_OI),
+        tuple(biases_O),
+        norm_I=norm_I,
+        eps=eps,
+        residual_TO=residual_TO,
+        out_dtype=out_dtype,
+        backend=backend,
+    )

@@ -1,0 +1,42 @@
+"""The routing op: the norm before a mixture of experts, and which experts each token goes to."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.backend import Backend, dispatch
+from pallas_kernels.routing import reference, triton
+
+__all__ = ["route"]
+
+_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.route),)
+
+
+def route(
+    x_TD: jax.Array,
+    norm_D: jax.Array,
+    weight_ED: jax.Array,
+    bias_E: jax.Array,
+    *,
+    k: int,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalise tokens and pick the k experts with the largest router logits.
+
+    Args:
+      x_TD: the residual stream, bfloat16 or float32.
+      norm_D: the weight of the RMS norm.
+      weight_ED: the router, with `bias_E`; its product and softmax are float32.
+      bias_E: added to the logits.
+      k: experts of a token.
+      eps: of the norm.
+      backend: a name to force; see `pallas_kernels.use_backend`.
+
+    Returns:
+      The normed tokens [T, D] of x's dtype, int32 [T, k] experts by falling logit (of equal ones the first), and
+      float32 [T, k], the softmax over those k logits.
+    """
+    return dispatch(
+        "route", _BACKENDS, reference.route, x_TD, norm_D, weight_ED, bias_E, k=k, eps=eps, backend=backend
+    )
