@@ -1,0 +1,183 @@
+"""Any mesh of 8 virtual devices gives the single device's logits, with the collectives that a layer needs."""
+
+import collections
+import dataclasses
+import itertools
+import re
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.loading import EMBEDDED, load_model
+from gptoss_jax.model import GptOss
+from gptoss_jax.placement import partition_for, place
+from gptoss_jax.weights import WeightSpec
+from pallas_kernels.mxfp4_matmul import reference
+from sharding import (
+    BATCH_OVER_EXPERTS,
+    Partition,
+    ShardingError,
+    ShardingRules,
+    make_mesh,
+    parse_mesh,
+    run_experts,
+)
+from sharding.heads import ZERO, HeadLayout
+
+P1 = Path(__file__).parents[1] / "golden" / "P1"
+MESHES = [
+    f"data={d},expert={e},tensor={8 // d // e}"
+    for d, e in itertools.product((1, 2, 4, 8), repeat=2)
+    if 8 % (d * e) == 0
+]
+COLLECTIVES = r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+
+
+@cache
+def tokens(vocab: int, batch: int = 8, length: int = 20) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocab, (batch, length), dtype=np.int32)
+
+
+@cache
+def expected(path: Path, batch: int = 8) -> np.ndarray:
+    model = load_model(path, dtype="float32")
+    return np.asarray(nnx.jit(lambda m, t: m(t))(model, tokens(model.config.vocab_size, batch)))
+
+
+def compiled(model: GptOss, batch: int = 8):
+    graph, state = nnx.split(model)
+    step = jax.jit(lambda s, t: nnx.merge(graph, s)(t))
+    inputs = tokens(model.config.vocab_size, batch)
+    program = step.lower(state, inputs).compile()
+    return program.as_text(), np.asarray(program(state, inputs))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_factorisation_gives_the_same_logits_and_no_more_collectives(mesh: str) -> None:
+    model = load_model(P1, mesh, "float32")
+    text, logits = compiled(model)
+    np.testing.assert_allclose(logits, expected(P1), rtol=0, atol=1e-4)
+    counts = collections.Counter(re.findall(COLLECTIVES, text))
+    sizes, layers = parse_mesh(mesh), model.config.num_hidden_layers
+    # One reduction a layer for attention's output, one for the experts', and one for the embedding.
+    attention = layers if sizes["tensor"] > 1 else 0
+    experts = layers if sizes["tensor"] * sizes["expert"] > 1 else 0
+    assert counts["all-reduce"] <= attention + experts + 1
+    assert set(counts) <= {"all-reduce"}
+
+
+@pytest.mark.parametrize("mesh", [m for m in MESHES if "expert=1" not in m])
+def test_tokens_that_travel_give_the_same_logits(mesh: str) -> None:
+    model = load_model(P1, mesh, "float32", rules=BATCH_OVER_EXPERTS)
+    text, logits = compiled(model)
+    np.testing.assert_allclose(logits, expected(P1), rtol=0, atol=1e-4)
+    counts = collections.Counter(re.findall(COLLECTIVES, text))
+    # Rows, their ids, and the results; and the last hidden states for the vocabulary.
+    assert counts["all-to-all"] == 3 * model.config.num_hidden_layers
+    assert counts["all-gather"] <= 1
+
+
+@pytest.mark.parametrize("rules", [ShardingRules(), BATCH_OVER_EXPERTS], ids=["replicated", "all-to-all"])
+def test_batches_that_do_not_divide(rules: ShardingRules) -> None:
+    _, logits = compiled(load_model(P1, "data=2,expert=4", "float32", rules=rules), batch=3)
+    np.testing.assert_allclose(logits, expected(P1, 3), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "tensor=8"])
+def test_the_embedded_model(mesh: str) -> None:
+    _, logits = compiled(load_model(EMBEDDED, mesh, "float32"))
+    np.testing.assert_allclose(logits, expected(EMBEDDED), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "data=8", "expert=8", "tensor=8"])
+def test_decoding_gives_the_golden_tokens(mesh: str) -> None:
+    with np.load(P1 / "golden.npz") as golden:
+        prompt, wanted = golden["greedy1_prompt"].tolist(), golden["greedy1_tokens"].tolist()
+    engine = Engine(load_model(P1, mesh, "float32"), EngineOptions(max_batch=8, page_size=8))
+    engine.add("a", prompt, SamplingParams(max_tokens=len(wanted), temperature=0, ignore_eos=True))
+    got = []
+    while engine.unfinished:
+        got += [event.token_id for event in engine.step()]
+    assert got == wanted
+
+
+@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
+@pytest.mark.parametrize("routing", ["one", "random"])
+@pytest.mark.parametrize("experts", [8, 5])
+def test_no_token_is_dropped_whatever_the_routing(dispatch: str, routing: str, experts: int) -> None:
+    rng = np.random.default_rng(1)
+    hidden, inner, count = 32, 64, 33
+    x = jnp.asarray(rng.standard_normal((count, hidden)), jnp.float32)
+    ids = (
+        np.zeros((count, 2), np.int32)
+        if routing == "one"
+        else rng.integers(0, experts, (count, 2), dtype=np.int32)
+    )
+    weights = jnp.asarray(rng.random((count, 2)), jnp.float32)
+    shapes = [(experts, 2 * inner, hidden), (experts, 2 * inner), (experts, hidden, inner), (experts, hidden)]
+    arrays = [jnp.asarray(rng.standard_normal(shape) / 8, jnp.float32) for shape in shapes]
+    padded = [jnp.pad(a, [(0, -experts % 4)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+
+    def function(*args: jax.Array) -> jax.Array:
+        return reference.expert_mlp(*args, swiglu_limit=7.0)
+
+    alone = function(x, ids, weights, *arrays)
+    rules = ShardingRules(batch=("data", "expert"), dispatch=dispatch)
+    with Partition(make_mesh("expert=4,tensor=2"), rules).active():
+        together = jax.jit(lambda *args: run_experts(function, *args))(x, ids, weights, *padded)
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
+
+
+@given(st.integers(1, 9), st.integers(1, 8), st.integers(1, 16))
+def test_heads_divide_over_any_degree(num_kv: int, group: int, degree: int) -> None:
+    layout = HeadLayout.of(num_kv * group, num_kv, degree)
+    q, kv = layout.q_sources, layout.kv_sources
+    assert len(q) % degree == len(kv) % degree == len(q) % len(kv) == 0
+    assert sorted(head for head in q if head != ZERO) == list(range(num_kv * group))
+    share = len(q) // len(kv)
+    for place_, head in enumerate(q):
+        assert head == ZERO or kv[place_ // share] == head // group
+
+
+def test_collisions_and_indivisible_sizes_are_refused_by_name() -> None:
+    with pytest.raises(ShardingError, match=r"w: experts and expert_gate_up .* 'tensor'"):
+        ShardingRules(experts=("tensor",)).spec(("experts", "expert_gate_up", "hidden"), "w")
+    config = ModelConfig.from_file(P1)
+    partition = partition_for(dataclasses.replace(config, vocab_size=510), "tensor=8")
+    with pytest.raises(ShardingError, match="lm_head: vocab of 510 does not divide over expert=1 x tensor=8"):
+        place(WeightSpec("lm_head", (510, 64), ("vocab", "hidden")), partition)
+    with pytest.raises(ShardingError, match="no logical axis"):
+        ShardingRules().mesh_axes("headz")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("expert=0", "expert"),
+        ("pipe=2", "pipe"),
+        ("expert=2,expert=2", "twice"),
+        ("nowhere", "nowhere"),
+        ("", "preset"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(text: str, named: str) -> None:
+    with pytest.raises(ShardingError, match=named):
+        parse_mesh(text)
+
+
+def test_presets_and_meshes_are_taken() -> None:
+    assert parse_mesh("8-experts") == {"data": 1, "expert": 8, "tensor": 1}
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(4, 2), ("tensor", "data"))
+    assert dict(make_mesh(mesh).shape) == {"data": 2, "expert": 1, "tensor": 4}
+    with pytest.raises(ShardingError, match="needs 16 devices, found 8"):
+        make_mesh("expert=16")
