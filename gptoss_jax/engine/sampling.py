@@ -75,16 +75,16 @@ def _keep_until(logits_RV: jax.Array, mass_RV: jax.Array, wanted_R: jax.Array) -
     The threshold is the largest float whose logits at or above it have the mass, found bit by bit.
     """
     order_RV = _ordered_bits(logits_RV)
-    threshold_R = jnp.zeros(logits_RV.shape[:-1], jnp.uint32)
-    for shift in range(32 - BITS_A_PASS, -1, -BITS_A_PASS):
-        steps = jnp.arange(1, 1 << BITS_A_PASS, dtype=jnp.uint32) << shift
-        tried_RS = threshold_R[..., None] + steps
+    steps = jnp.arange(1, 1 << BITS_A_PASS, dtype=jnp.uint32)
+
+    def narrow(index: jax.Array, threshold_R: jax.Array) -> jax.Array:
+        shift = (32 - BITS_A_PASS * (index + 1)).astype(jnp.uint32)
+        tried_SR = threshold_R + (steps << shift).reshape(-1, *(1,) * threshold_R.ndim)
         # One fused pass: a compare and a sum for each step.
-        masses = [
-            jnp.sum(jnp.where(order_RV >= tried_RS[..., i, None], mass_RV, 0), -1) for i in range(len(steps))
-        ]
-        enough_RS = jnp.stack(masses, axis=-1) >= wanted_R[..., None]
-        threshold_R += jnp.sum(enough_RS, axis=-1, dtype=jnp.uint32) << shift
+        mass_SR = jnp.sum(jnp.where(order_RV >= tried_SR[..., None], mass_RV, 0), axis=-1)
+        return threshold_R + (jnp.sum(mass_SR >= wanted_R, axis=0, dtype=jnp.uint32) << shift)
+
+    threshold_R = lax.fori_loop(0, 32 // BITS_A_PASS, narrow, jnp.zeros(logits_RV.shape[:-1], jnp.uint32))
     return jnp.where(order_RV >= threshold_R[..., None], logits_RV, -jnp.inf)
 
 
