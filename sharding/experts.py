@@ -113,7 +113,7 @@ def _replicated(
     local_Tk = ids_Tk - _index(partition, rules.experts) * here
     local_Tk = jnp.where((local_Tk >= 0) & (local_Tk < here), local_Tk, here)
     y_TD = function(x_TD, local_Tk, weights_Tk, *_bias_once(partition, experts))
-    return lax.psum(y_TD, (*rules.experts, *rules.expert_intermediate))
+    return partition.reduce(y_TD, "experts", "expert_intermediate")
 
 
 def _all_to_all(
@@ -157,7 +157,7 @@ def _all_to_all(
             jnp.ones((devices * room, 1), jnp.float32),
             *ours,
         )
-        y_ND = lax.psum(y_ND, rules.expert_intermediate)
+        y_ND = partition.reduce(y_ND, "expert_intermediate")
         back_PCD = exchange(y_ND.reshape(devices, room, -1), theirs_P, sizes_P)
         return out_RD.at[jnp.where(valid_PC, row_PC, rows)].set(back_PCD, mode="drop")
 

@@ -49,6 +49,12 @@ class Partition:
             return 1
         return math.prod(self.mesh.shape[axis] for axis in self.rules.mesh_axes(logical))
 
+    def reduce(self, x: jax.Array, *logical: str) -> jax.Array:
+        """Within a function on shards: the sum over the devices that split these axes."""
+        assert self.mesh is not None
+        axes = [a for name in logical for a in self.rules.mesh_axes(name) if self.mesh.shape[a] > 1]
+        return jax.lax.psum(x, axes) if axes else x
+
     @cached_property
     def heads(self) -> HeadLayout:
         """How attention heads are laid out on this mesh."""

@@ -21,7 +21,7 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         local_BT = ids_BT - lax.axis_index(axes) * table_VD.shape[0] if axes else ids_BT
         here_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
         rows_BTD = table_VD[jnp.where(here_BT, local_BT, 0)]
-        return lax.psum(jnp.where(here_BT[..., None], rows_BTD, 0), axes)
+        return partition.reduce(jnp.where(here_BT[..., None], rows_BTD, 0), "vocab")
 
     batch = partition.spec(("samples", None), ids_BT.shape)
     mapped = jax.shard_map(

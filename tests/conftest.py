@@ -1,8 +1,13 @@
 import os
+import tempfile
 
 # Before jax is imported: tests run on the CPU, whatever else the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# Engines of the same shape compile the same programs, in every worker: one of them is enough.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="gptoss-jax-tests-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest
 from hypothesis import HealthCheck, settings
