@@ -195,7 +195,7 @@ def test_orbax_itself_restores_into_shardings(packed: dict[str, Path]) -> None:
     import orbax.checkpoint as ocp
 
     expected = load(packed["hf"])
-    mesh = Mesh(np.array(jax.devices()), ("x",))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     args = {
         name: ocp.ArrayRestoreArgs(sharding=NamedSharding(mesh, PartitionSpec("x")), dtype=array.dtype)
         for name, array in expected.items()

@@ -13,6 +13,7 @@ from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.harmony.messages import Message
 from gptoss_jax.loading import load_model
+from gptoss_jax.model import GptOss
 from gptoss_jax.tokenizer import Tokenizer
 from tools.train_embedded import arithmetic, conversations
 from tools.train_embedded.arithmetic import Problem
@@ -25,13 +26,15 @@ MOST_TOKENS = 320
 class Speaker:
     """A model with its tokenizer, answering many prompts at once at temperature 0."""
 
+    model: GptOss
     engine: Engine
     tokenizer: Tokenizer
 
     @classmethod
     def load(cls, path: Path, dtype: str = "bfloat16") -> Speaker:
         """From a checkpoint directory; its experts stay packed."""
-        return cls(Engine(load_model(path, dtype=dtype), EngineOptions(max_batch=64)), Tokenizer.from_dir(path))
+        model = load_model(path, dtype=dtype)
+        return cls(model, Engine(model, EngineOptions(max_batch=64)), Tokenizer.from_dir(path))
 
     def complete(self, prompts: Sequence[list[int]], most: int = MOST_TOKENS) -> list[list[int]]:
         """The tokens after each prompt, the one that stops included."""
