@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
-    """Run `--batch` into `--output`. Raises UsageError for a bad line before the model is loaded."""
+    """Run `--batch` into `--output`. Raises UsageError for a bad line before any request runs."""
     lines = _read_requests(options.batch)
     with _open_output(options.output) as output:
         done = _finished_ids(options.output)
@@ -47,8 +48,11 @@ def _write_results(llm: LLM, requests: list[Request], ids: list[Any], output: An
     from gptoss_jax.generate import result
 
     names = {request.request_id: name for request, name in zip(requests, ids, strict=True)}
+    # A request that can never run is reported by the first step, before there is a bar for it to tear.
+    stream = llm.stream(requests)
+    first = next(stream)
     with tqdm(total=len(requests), unit="request", file=sys.stderr) as bar:
-        for progress in llm.stream(requests):
+        for progress in itertools.chain([first], stream):
             if progress.output.finished:
                 line = {"id": names[progress.output.request_id], **result(progress.output)}
                 output.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -75,7 +79,7 @@ def _read_requests(path: Path) -> list[dict[str, Any]]:
         if unknown:
             raise UsageError(f"{where}: {unknown[0]}: not a field of a request")
         line.setdefault("id", number)
-        if not isinstance(line["id"], str | int):
+        if not isinstance(line["id"], str | int) or isinstance(line["id"], bool):
             raise UsageError(f"{where}: id: expected a string or an integer, found {type(line['id']).__name__}")
         if line["id"] in seen:
             raise UsageError(f"{where}: id: {line['id']!r} is used in line {seen[line['id']]} already")
@@ -98,6 +102,8 @@ def _request(llm: LLM, line: dict[str, Any], params: SamplingParams, options: ar
             raise UsageError(f"prompt: expected a string, found {type(line['prompt']).__name__}")
         if "prompt" in line and line.get("raw", options.raw):
             return llm.raw_request(request_id, line["prompt"], params)
+        if "raw" in line and "messages" in line:
+            raise UsageError("raw: only with a prompt, not with messages")
         messages = line.get("messages", [{"role": "user", "content": line.get("prompt")}])
         if options.instructions:
             messages = [{"role": "developer", "content": options.instructions}, *messages]

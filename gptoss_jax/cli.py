@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gptoss_jax.errors import GptOssError, UsageError
 from sharding.errors import ClusterError, ShardingError
@@ -21,9 +22,32 @@ if TYPE_CHECKING:
     from gptoss_jax.llm import LLM
 
 
+BUILTIN_TOOLS = ("browser", "python")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line, as every other wrong input is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """The type of a flag that takes some of these names, with commas between."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {name!r}")
+        return names
+
+    return parse
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """An argument parser for `python -m gptoss_jax.<command>`."""
-    return argparse.ArgumentParser(prog=f"python -m gptoss_jax.{command}", description=description)
+    return _Parser(prog=f"python -m gptoss_jax.{command}", description=description)
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
@@ -101,9 +125,9 @@ def add_conversation_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--tools", type=Path, metavar="FILE", help="a JSON list of OpenAI-style function tools")
     group.add_argument(
         "--builtin-tools",
-        nargs="+",
-        choices=("browser", "python"),
+        type=_names(BUILTIN_TOOLS),
         default=[],
+        metavar=",".join(BUILTIN_TOOLS),
         help="tools that gpt-oss was trained on",
     )
     group.add_argument("--reasoning-effort", choices=("low", "medium", "high"), default="medium")
@@ -147,9 +171,7 @@ def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
         from gptoss_jax import multihost
 
         return multihost.lead(cluster, options, more)
-    from gptoss_jax.compile_cache import enable_compile_cache
 
-    enable_compile_cache()
     from gptoss_jax.llm import LLM
     from gptoss_jax.loading import EMBEDDED
 
@@ -163,7 +185,7 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
     names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens")
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     try:
-        return EngineOptions(**given | {"prefix_cache": not options.no_prefix_cache} | more)
+        return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
     except UsageError as error:
         field, _, rest = str(error).partition(":")
         raise UsageError(f"--{field.replace('_', '-')}:{rest}") from None

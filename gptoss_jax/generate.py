@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from gptoss_jax import cli
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
+    from gptoss_jax.engine.params import CompletionOutput, RequestOutput
     from gptoss_jax.llm import LLM, Progress, Request
 
 DIM, PLAIN = "\033[2m", "\033[0m"
@@ -82,6 +84,8 @@ def _check(options: argparse.Namespace) -> None:
     if len(given) > 1:
         names = [name if name == "prompt" else f"--{name.replace('_', '-')}" for name in given]
         raise UsageError(f"expected one source of prompts, found {' and '.join(names)}")
+    if options.logprobs is not None and not (options.json or options.batch):
+        raise UsageError("--logprobs: only with --json or --batch")
     if bool(options.batch) != bool(options.output):
         raise UsageError("--batch and --output: expected both or neither")
     if options.raw or options.prompt_tokens:
@@ -191,26 +195,34 @@ def _answer(llm: LLM, request: Request, options: argparse.Namespace, load_second
     return 130 if interrupted else 0
 
 
-def result(output: Any) -> dict[str, Any]:
-    """A finished request as the JSON object that `--json` and `--batch` write."""
-    completion = output.outputs[0]
-    prompt, new = len(output.prompt_token_ids), len(completion.token_ids)
-    fields: dict[str, Any] = {
-        "messages": [completion.message] if completion.message else [],
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
+def result(output: RequestOutput) -> dict[str, Any]:
+    """A finished request as the JSON object that `--json` and `--batch` write; `completions` if there are several."""
+    first, *others = [_completion(completion) for completion in output.outputs]
+    prompt, new = len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs)
+    fields = first | {
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
             "cached_tokens": output.cached_tokens,
-        },
+        }
+    }
+    if others:
+        fields["completions"] = [first, *others]
+    if output.prompt_logprobs is not None:
+        fields["prompt_logprobs"] = [at and dataclasses.asdict(at) for at in output.prompt_logprobs]
+    return fields
+
+
+def _completion(completion: CompletionOutput) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "messages": [completion.message] if completion.message else [],
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
     }
     if completion.logprobs is not None:
-        fields["logprobs"] = [
-            {"token_id": at.token_id, "logprob": at.logprob, "top": at.top} for at in completion.logprobs
-        ]
+        fields["logprobs"] = [dataclasses.asdict(at) for at in completion.logprobs]
     if completion.malformed:
         fields["malformed"] = list(completion.malformed)
     return fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import numbers
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import jax
 
 from gptoss_jax import harmony
 from gptoss_jax.checkpoint import resolve
+from gptoss_jax.compile_cache import enable_compile_cache
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
-from gptoss_jax.errors import UsageError
+from gptoss_jax.errors import CheckpointError, UsageError
 from gptoss_jax.loading import EMBEDDED, load_model
 from gptoss_jax.text import ChatTranscript, RawTranscript, TextDelta
 from gptoss_jax.tokenizer import Tokenizer
@@ -63,8 +65,14 @@ class LLM:
     ) -> None:
         path = resolve(path)
         self.tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").exists() else None
+        enable_compile_cache()
         model = load_model(path, mesh, dtype, rules=rules, progress=progress)
         self.config = model.config
+        if self.tokenizer and self.tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{path / 'tokenizer.json'}: expected ids below config.json's vocab_size {self.config.vocab_size}, "
+                f"found {self.tokenizer.vocab_size - 1}"
+            )
         eos = set(self.config.eos_token_id)
         if self.tokenizer and set(harmony.STOP_TOKENS) <= self.tokenizer.special_tokens.keys():
             # The released config.json names <|return|> only, OpenAI's original none.
@@ -82,7 +90,7 @@ class LLM:
 
         `sampling_params` is one for all or one each. Raises UsageError.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], numbers.Integral)):
             prompts = [prompts]  # type: ignore[assignment]
         requests = [
             self.raw_request(str(i), prompt, params)  # type: ignore[arg-type]
@@ -127,6 +135,8 @@ class LLM:
     ) -> Request:
         """A request for the assistant's next message; `options` as for `chat`. Raises UsageError."""
         tokenizer = self._need_tokenizer("conversations")
+        if not messages:
+            raise UsageError("messages: expected at least one")
         options.setdefault("current_date", datetime.date.today().isoformat())
         return Request(request_id, harmony.render(messages, tokenizer, **options), params, chat=True)
 

@@ -55,8 +55,10 @@ def random_model(
 ) -> GptOss:
     """A model of any shape with random weights, for tests and benchmarks; its experts are drawn packed.
 
-    `mesh` and `rules` are as for `load_model`.
+    `mesh` and `rules` are as for `load_model`. Raises CheckpointError for a config that no checkpoint could have.
     """
+    # A config made in Python is checked as one that is read.
+    config = ModelConfig.from_dict(config.to_dict())
     # The hardware generator: threefry would take minutes for the released sizes on a CPU.
     create = partial(random_creator, jax.random.key(seed, impl="rbg"), check_dtype(dtype))
     return _build(config, create, partition_for(config, mesh, rules))

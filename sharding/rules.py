@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from jax.sharding import PartitionSpec
 
 from sharding.errors import ShardingError
+from sharding.mesh import AXES
 
 MeshAxes = tuple[str, ...]
 Dispatch = Literal["auto", "replicated", "all_to_all"]
@@ -34,6 +35,15 @@ class ShardingRules:
     dispatch: Dispatch = "auto"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "dispatch":
+                if value not in get_args(Dispatch):
+                    raise ShardingError(
+                        f"rules: dispatch: expected {', '.join(get_args(Dispatch))}, found {value!r}"
+                    )
+            elif not isinstance(value, tuple) or not set(value) <= set(AXES):
+                raise ShardingError(f"rules: {field.name}: expected a tuple of {', '.join(AXES)}, found {value!r}")
         for pair in (("heads", "kv_heads"), ("expert_gate_up", "expert_intermediate")):
             first, second = (getattr(self, name) for name in pair)
             if first != second:

@@ -130,6 +130,13 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
         ((SUM, "--mesh", "expert=64"), "64"),
         ((SUM, "--prompt-tokens", "1"), "prompt"),
         (("--prompt-tokens", "1,x"), "--prompt-tokens"),
+        (("--prompt-tokens", "99999999999999999999999"), "vocabulary"),
+        ((SUM, "--max-batch", "0"), "--max-batch"),
+        ((SUM, "--max-batch", "x"), "--max-batch"),
+        ((SUM, "--kv-cache-memory", "250000"), "expected at least"),
+        ((SUM, "--speculative-tokens", "100000"), "--speculative-tokens"),
+        ((SUM, "--builtin-tools", "python,shell"), "shell"),
+        ((SUM, "--logprobs", "3"), "--logprobs"),
         (("--prompt-tokens", "1,999999"), "999999"),
         (("--batch", "/no/such/file", "--output", "x"), "--batch"),
         (("--batch", "x"), "--output"),
@@ -141,6 +148,38 @@ def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) 
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert named in err
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"prompt": "hi", "stop": 5}', "stop"),
+        ('{"prompt": "hi", "stop_token_ids": 3}', "stop_token_ids"),
+        ('{"prompt_tokens": [1, 3000000000000000000000]}', "vocabulary"),
+        ('{"prompt_tokens": [1.5]}', "prompt_tokens"),
+        ('{"messages": []}', "messages"),
+        ('{"messages": [{"role": "user", "content": "hi"}], "raw": true}', "raw"),
+        ('{"prompt": "hi", "id": true}', "id"),
+        ('{"prompt": "hi", "temprature": 1}', "temprature"),
+        ("{", "JSON"),
+    ],
+)
+def test_a_bad_line_of_a_batch_is_named(command, tmp_path: Path, line: str, named: str) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "fine", "id": 7}\n' + line)
+    code, _, err = command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert named in err
+
+
+def test_a_batch_writes_all_that_was_asked_for(command, tmp_path: Path) -> None:
+    line = {"prompt": "hi", "n": 2, "prompt_logprobs": 2, "max_tokens": 3, "stop": None, "logit_bias": {"5": 1}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    assert command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")[0] == 0
+    result = json.loads((tmp_path / "out.jsonl").read_text())
+    assert [len(completion["token_ids"]) for completion in result["completions"]] == [3, 3]
+    assert result["usage"]["completion_tokens"] == 6
+    assert len(result["prompt_logprobs"]) == result["usage"]["prompt_tokens"]
 
 
 def test_a_broken_checkpoint_is_one_line(command, tmp_path: Path) -> None:

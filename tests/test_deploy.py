@@ -45,8 +45,8 @@ def parser(command: str) -> argparse.ArgumentParser:
 def check(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> argparse.Namespace:
     try:
         options = parser(command).parse_args(words)
-    except SystemExit:
-        pytest.fail(f"{command} {words}: {capsys.readouterr().err}")
+    except (SystemExit, UsageError) as error:
+        pytest.fail(f"{command} {words}: {capsys.readouterr().err or error}")
     if options.mesh:
         parse_mesh(options.mesh)
     return options

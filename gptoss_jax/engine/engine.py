@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import secrets
 import sys
 import time
@@ -51,8 +52,8 @@ class EngineOptions:
         for name in ("max_batch", "page_size", "prefill_chunk", "step_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        if self.speculative_tokens < 0:
-            raise UsageError(f"speculative_tokens: expected 0 or more, found {self.speculative_tokens}")
+        if not 0 <= self.speculative_tokens <= 64:
+            raise UsageError(f"speculative_tokens: expected 0 to 64, found {self.speculative_tokens}")
 
 
 @dataclasses.dataclass
@@ -165,7 +166,7 @@ class Engine:
         """
         if request_id in self._sequences:
             raise UsageError(f"{request_id}: a request of this name is running already")
-        prompt = np.asarray(list(prompt_token_ids), np.int64)
+        prompt = self._read_prompt(request_id, prompt_token_ids)
         max_tokens = self._check(request_id, prompt, params)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
@@ -179,22 +180,28 @@ class Engine:
             self._scheduler.add(sequence)
         self._sequences[request_id] = sequences
 
+    def _read_prompt(self, request_id: str, tokens: Iterable[int]) -> np.ndarray:
+        tokens, vocab = list(tokens), self.config.vocab_size
+        if not tokens:
+            raise UsageError(f"request {request_id}: the prompt has no tokens")
+        for token in tokens:
+            if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+                raise UsageError(f"request {request_id}: expected token ids, found {token!r:.60}")
+            if not 0 <= int(token) < vocab:
+                raise UsageError(f"request {request_id}: token {token!s:.30} is outside the vocabulary of {vocab}")
+        return np.asarray(tokens, np.int64)
+
     def _check(self, request_id: str, prompt: np.ndarray, params: SamplingParams) -> int:
         """The most tokens that the request may generate."""
         vocab, context = self.config.vocab_size, self.config.max_position_embeddings
-        if prompt.size == 0:
-            raise UsageError(f"{request_id}: the prompt has no tokens")
-        if prompt.min() < 0 or prompt.max() >= vocab:
-            bad = prompt[(prompt < 0) | (prompt >= vocab)][0]
-            raise UsageError(f"{request_id}: prompt token {bad} is outside the vocabulary of {vocab}")
         for token in (*(params.logit_bias or {}), *params.stop_token_ids):
             if token >= vocab:
-                raise UsageError(f"{request_id}: token {token} is outside the vocabulary of {vocab}")
+                raise UsageError(f"request {request_id}: token {token} is outside the vocabulary of {vocab}")
         held = self.shape.pages * self.shape.page_size - self.options.speculative_tokens
         for room, what in ((context, "the model's context"), (held, "the cache")):
             if prompt.size + (params.max_tokens or 1) > room:
                 raise UsageError(
-                    f"{request_id}: {prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed "
+                    f"request {request_id}: {prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed "
                     f"{what} of {room}"
                 )
         return params.max_tokens or min(context, held) - prompt.size

@@ -72,7 +72,7 @@ def cache_shape(
     pages = min(most, left // page if page else most)
     if pages < 2:
         raise UsageError(
-            f"kv_cache_memory: {budget} bytes do not hold {slots} sequences' rings of {ring} bytes and 2 pages of "
-            f"{page} bytes"
+            f"kv_cache_memory: {budget} bytes do not hold rings of {ring} bytes for {slots} sequences and {snapshots} "
+            f"prefixes and 2 pages of {page} bytes: expected at least {(slots + snapshots) * ring + 2 * page}"
         )
     return CacheShape(pages, page_size, slots, snapshots, ring_slack)

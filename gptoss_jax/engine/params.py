@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from gptoss_jax.errors import UsageError
@@ -20,7 +22,7 @@ class SamplingParams:
       max_tokens: most tokens to generate; None for as many as the context holds.
       temperature: 0 takes the likeliest token; otherwise divides the logits.
       top_p: keeps the smallest set of likeliest tokens whose probability reaches it.
-      top_k: keeps this many of the likeliest tokens; 0 for all.
+      top_k: keeps this many of the likeliest tokens; 0 or -1 for all.
       min_p: keeps tokens at least this likely relative to the likeliest.
       seed: makes a request's tokens repeatable, whatever else is in the batch; None draws one.
       stop: strings that end the text, and are left out of it.
@@ -57,10 +59,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        self._normalise()
         self._check("max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 1), "an integer from 1")
-        self._check("temperature", _is_number(self.temperature, 0, 1e6), "a number from 0")
+        self._check("temperature", _is_number(self.temperature, 0, 1e6), "a number from 0 to 1e6")
         self._check("top_p", _is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1")
         self._check("top_k", _is_int(self.top_k, 0), "an integer from 0")
         self._check("min_p", _is_number(self.min_p, 0, 1), "a number from 0 to 1")
@@ -80,6 +81,21 @@ class SamplingParams:
         self._check("prompt_logprobs", fine, "an integer from 0 to 20")
         self._check("logprobs", self.logprobs is None or _is_int(self.logprobs, 0, 20), "an integer from 0 to 20")
 
+    def _normalise(self) -> None:
+        """Take what JSON and other libraries make of a value: null, a lone string, keys as text, -1 for all."""
+        put = partial(object.__setattr__, self)
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            value = () if value is None else (value,) if isinstance(value, str) else value
+            self._check(name, isinstance(value, Sequence) and not isinstance(value, str), "a list")
+            put(name, tuple(value))
+        if self.top_k == -1:
+            put("top_k", 0)
+        if self.logit_bias is not None:
+            self._check("logit_bias", isinstance(self.logit_bias, Mapping), "token ids with a number each")
+            keys = [int(key) if isinstance(key, str) and key.isdecimal() else key for key in self.logit_bias]
+            put("logit_bias", dict(zip(keys, self.logit_bias.values(), strict=True)))
+
     @property
     def penalised(self) -> bool:
         """Whether what has been generated changes the logits."""
@@ -91,15 +107,15 @@ class SamplingParams:
 
 
 def _is_int(value: Any, least: int, most: int = 2**31 - 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
 def _is_number(value: Any, least: float, most: float) -> bool:
     return (
-        isinstance(value, int | float)
+        isinstance(value, numbers.Real)
         and not isinstance(value, bool)
         and math.isfinite(value)
-        and least <= value <= most
+        and least <= float(value) <= most
     )
 
 

@@ -129,7 +129,7 @@ def test_penalties_biases_and_masks_by_definition() -> None:
         ("temperature", -1.0),
         ("temperature", float("inf")),
         ("top_p", 0.0),
-        ("top_k", -1),
+        ("top_k", -2),
         ("min_p", 2.0),
         ("max_tokens", 0),
         ("seed", -1),

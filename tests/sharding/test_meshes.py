@@ -156,6 +156,9 @@ def test_collisions_and_indivisible_sizes_are_refused_by_name() -> None:
     partition = partition_for(dataclasses.replace(config, vocab_size=510), "tensor=8")
     with pytest.raises(ShardingError, match="lm_head: vocab of 510 does not divide over expert=1 x tensor=8"):
         place(WeightSpec("lm_head", (510, 64), ("vocab", "hidden")), partition)
+    for fields in ({"vocab": ("pipeline",)}, {"vocab": "expert"}, {"dispatch": "sometimes"}):
+        with pytest.raises(ShardingError, match=f"rules: {next(iter(fields))}: expected"):
+            ShardingRules(**fields)
     with pytest.raises(ShardingError, match="no logical axis"):
         ShardingRules().mesh_axes("headz")
 
