@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gptoss_jax.errors import UsageError
 from sharding import parse_mesh
 
 ROOT = Path(__file__).parent.parent
