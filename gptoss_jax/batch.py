@@ -37,7 +37,8 @@ def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
         if not todo:
             return 0
         llm = cli.load_llm(options)
-        requests = [_request(llm, line, params, options) for line in todo]
+        conversation = cli.conversation_options(options)
+        requests = [_request(llm, line, params, options, conversation) for line in todo]
         _write_results(llm, requests, [line["id"] for line in todo], output)
     return 0
 
@@ -67,12 +68,7 @@ def _read_requests(path: Path) -> list[dict[str, Any]]:
         if not text.strip():
             continue
         where = f"--batch: {path}: line {number}"
-        try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UsageError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(line, dict):
-            raise UsageError(f"{where}: expected an object, found {type(line).__name__}")
+        line = cli.parse_json(text, where, dict)
         if sum(key in line for key in _PROMPTS) != 1:
             raise UsageError(f"{where}: expected one of {', '.join(_PROMPTS)}")
         unknown = sorted(line.keys() - {"id", "raw", *_PROMPTS, *_CONVERSATION, *_SAMPLING})
@@ -88,7 +84,13 @@ def _read_requests(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _request(llm: LLM, line: dict[str, Any], params: SamplingParams, options: argparse.Namespace) -> Request:
+def _request(
+    llm: LLM,
+    line: dict[str, Any],
+    params: SamplingParams,
+    options: argparse.Namespace,
+    conversation: dict[str, Any],
+) -> Request:
     """A line's request: its own settings before the flags'."""
     where, request_id = line["where"], json.dumps(line["id"])
     try:
@@ -107,7 +109,7 @@ def _request(llm: LLM, line: dict[str, Any], params: SamplingParams, options: ar
         messages = line.get("messages", [{"role": "user", "content": line.get("prompt")}])
         if options.instructions:
             messages = [{"role": "developer", "content": options.instructions}, *messages]
-        conversation = cli.conversation_options(options) | {key: line[key] for key in _CONVERSATION if key in line}
+        conversation = conversation | {key: line[key] for key in _CONVERSATION if key in line}
         return llm.chat_request(request_id, messages, params, **conversation)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None

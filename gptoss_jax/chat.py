@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gptoss_jax.engine.params import SamplingParams
     from gptoss_jax.llm import LLM
 
-DIM, PLAIN = "\033[2m", "\033[0m"
 HELP = """\
 /reset                   forget the conversation
 /effort low|medium|high  how long to reason
@@ -61,7 +60,6 @@ class Session:
         self._conversation = conversation
         self._opening = [{"role": "developer", "content": instructions}] if instructions else []
         self._show_analysis = show_analysis
-        self._tty = sys.stdout.isatty()
         self.messages: list[dict[str, Any]] = list(self._opening)
 
     def start(self, llm: LLM, params: SamplingParams) -> None:
@@ -122,8 +120,8 @@ class Session:
                 if channel not in (None, delta.channel):
                     print()
                 channel = delta.channel
-                dim = self._tty and delta.channel == "analysis"
-                print(f"{DIM}{delta.text}{PLAIN}" if dim else delta.text, end="", flush=True)
+                text = cli.dimmed(delta.text, sys.stdout) if delta.channel == "analysis" else delta.text
+                print(text, end="", flush=True)
         if channel is not None:
             print()
         completion = progress.output.outputs[0]

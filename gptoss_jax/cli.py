@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gptoss_jax.errors import GptOssError, UsageError
 from sharding.errors import ClusterError, ShardingError
@@ -138,14 +139,10 @@ def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
     from gptoss_jax.engine.params import SamplingParams
 
     names = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
-    try:
+    with _by_flag():
         return SamplingParams(
             max_tokens=options.max_new_tokens, **{name: getattr(options, name) for name in names}, **more
         )
-    except UsageError as error:
-        field, _, rest = str(error).partition(":")
-        flag = "max_new_tokens" if field == "max_tokens" else field
-        raise UsageError(f"--{flag.replace('_', '-')}:{rest}") from None
 
 
 def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -166,7 +163,7 @@ def join(command: str, options: argparse.Namespace) -> Callable[[], int] | None:
 
 
 def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
-    """The model of the flags, with the compile cache on; in all processes where there are several."""
+    """The model of the flags; in all processes where there are several."""
     if cluster := current():
         from gptoss_jax import multihost
 
@@ -184,11 +181,19 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
 
     names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens")
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-    try:
+    with _by_flag():
         return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
+
+
+@contextlib.contextmanager
+def _by_flag() -> Iterator[None]:
+    """Report a field that cannot be used by the flag that sets it."""
+    try:
+        yield
     except UsageError as error:
         field, _, rest = str(error).partition(":")
-        raise UsageError(f"--{field.replace('_', '-')}:{rest}") from None
+        flag = "max_new_tokens" if field == "max_tokens" else field
+        raise UsageError(f"--{flag.replace('_', '-')}:{rest}") from None
 
 
 def read_text(path: Path, flag: str) -> str:
@@ -201,15 +206,25 @@ def read_text(path: Path, flag: str) -> str:
         raise UsageError(f"{flag}: {path}: {error.strerror}") from None
 
 
+def parse_json(text: str, where: str, kind: type) -> Any:
+    """JSON whose outermost value is a `kind`. Raises UsageError."""
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise UsageError(f"{where}: expected a JSON {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
 def read_json(path: Path, flag: str, kind: type) -> Any:
     """A JSON file named by a flag, whose outermost value is a `kind`. Raises UsageError."""
-    try:
-        value = json.loads(read_text(path, flag))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{flag}: {path}: not valid JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise UsageError(f"{flag}: {path}: expected a JSON {kind.__name__}, found {type(value).__name__}")
-    return value
+    return parse_json(read_text(path, flag), f"{flag}: {path}", kind)
+
+
+def dimmed(text: str, stream: TextIO) -> str:
+    """Text that a terminal shows dimmed; elsewhere as it is."""
+    return f"\033[2m{text}\033[0m" if stream.isatty() else text
 
 
 def follows() -> bool:

@@ -7,10 +7,15 @@ from pathlib import Path
 
 
 def enable_compile_cache() -> None:
-    """Keep compiled programs in the user's cache directory; JAX_COMPILATION_CACHE_DIR has precedence."""
+    """Keep compiled programs in the user's cache directory; JAX_COMPILATION_CACHE_DIR has precedence.
+
+    Not over several processes, whose hosts' directories may differ: programs must be compiled by all or by none.
+    """
     import jax
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
+        return
+    if jax.distributed.is_initialized():
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(root / "gptoss_jax" / "compiled"))

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from gptoss_jax.engine.params import CompletionOutput, RequestOutput
     from gptoss_jax.llm import LLM, Progress, Request
 
-DIM, PLAIN = "\033[2m", "\033[0m"
-
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -121,25 +119,18 @@ class _Printer:
 
     def __init__(self, show_analysis: bool) -> None:
         self._show_analysis = show_analysis
-        self._tty = sys.stderr.isatty()
         self._thinking = False
         self._end = ""
 
     def show(self, progress: Progress) -> None:
         for delta in progress.deltas:
-            if delta.channel is None or (
-                delta.channel == "final" or (delta.recipient is None and delta.channel != "analysis")
-            ):
+            to_user = delta.recipient is None and delta.channel != "analysis"
+            if delta.channel in (None, "final") or to_user:
                 self._close_analysis()
                 print(delta.text, end="", flush=True)
                 self._end = delta.text
             elif delta.channel == "analysis" and self._show_analysis:
-                print(
-                    f"{DIM if self._tty else ''}{delta.text}{PLAIN if self._tty else ''}",
-                    end="",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(cli.dimmed(delta.text, sys.stderr), end="", file=sys.stderr, flush=True)
                 self._thinking = True
 
     def _close_analysis(self) -> None:

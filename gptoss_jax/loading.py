@@ -13,7 +13,7 @@ from gptoss_jax.checkpoint import open_checkpoint, resolve
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOss, weight_specs
-from gptoss_jax.placement import partition_for, place, place_whole
+from gptoss_jax.placement import partition_for, place, place_heads
 from gptoss_jax.weights import Creator, Weight, WeightSpec, random_creator
 from sharding import Partition, ShardingRules
 
@@ -79,7 +79,11 @@ def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Part
 
     def create_placed(spec: WeightSpec) -> Weight:
         goal = placed[spec.name]
-        return place_whole(create(spec), goal, partition) if spec.name in rearranged else create(goal)
+        if spec.name not in rearranged:
+            return create(goal)
+        whole = create(spec)
+        assert isinstance(whole, jax.Array), "only attention's weights have heads, and these are not packed"
+        return place_heads(whole, goal, partition)
 
     return GptOss(config, create_placed, partition)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.mxfp4 import GROUP
-from gptoss_jax.weights import Weight, WeightSpec
+from gptoss_jax.weights import WeightSpec
 from sharding import Partition, ShardingRules, make_mesh, put
 
 GRANULARITY = (("experts", 1), ("expert_gate_up", 2 * GROUP), ("expert_intermediate", GROUP))
@@ -58,19 +58,11 @@ def place(spec: WeightSpec, partition: Partition) -> WeightSpec:
     return dataclasses.replace(spec, shape=tuple(shape), stored_shape=spec.shape, sources=tuple(sources))
 
 
-def place_whole(weight: Weight, spec: WeightSpec, partition: Partition) -> Weight:
-    """Lay a weight that is whole in memory out as `spec`, a result of `place`, and put it on the mesh."""
-
-    def lay_out(x: jax.Array, groups: int) -> jax.Array:
-        for dim, size in enumerate(spec.shape):
-            sources = spec.sources[dim] if spec.sources else None
-            if sources is not None:
-                parts = jnp.split(x, x.shape[dim] // (size // len(sources)), axis=dim)
-                zeros = jnp.zeros_like(parts[0])
-                x = jnp.concatenate([zeros if i < 0 else parts[i] for i in sources], axis=dim)
-            else:
-                wanted = size // groups if dim == len(spec.shape) - 1 else size
-                x = jnp.pad(x, [(0, wanted - n if d == dim else 0) for d, n in enumerate(x.shape)])
-        return put(x, partition.sharding(spec.axes, spec.name))
-
-    return jax.tree.map(lambda x: lay_out(x, GROUP if spec.packed else 1), weight)
+def place_heads(weight: jax.Array, spec: WeightSpec, partition: Partition) -> jax.Array:
+    """Put a weight that is whole in memory on the mesh, its heads as the `sources` of `spec`, from `place`, say."""
+    for dim, sources in enumerate(spec.sources):
+        if sources is not None:
+            heads = jnp.split(weight, weight.shape[dim] // (spec.shape[dim] // len(sources)), axis=dim)
+            zeros = jnp.zeros_like(heads[0])
+            weight = jnp.concatenate([zeros if i < 0 else heads[i] for i in sources], axis=dim)
+    return put(weight, partition.sharding(spec.axes, spec.name))

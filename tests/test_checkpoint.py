@@ -24,7 +24,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -42,39 +41,15 @@ from gptoss_jax.checkpoint import (
 )
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.model import GptOss
+from gptoss_jax.model import GptOss, weight_specs
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
 from gptoss_jax.safetensors_file import SafetensorsFile, TensorInfo, parse_header
 from gptoss_jax.weights import WeightSpec, abstract_creator, random_creator
+from tests.checkpoints import CONFIG, PLAIN_CONFIG, write_openai
 from tools.convert.convert import convert
 
 GOLDEN = Path(__file__).parent / "golden" / "P1"
-CONFIG = ModelConfig(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    layer_types=("sliding_attention", "full_attention"),
-)
-PLAIN_CONFIG = ModelConfig(**{**vars(CONFIG), "quantization": None})
 LAYOUTS = ("single", "sharded", "plain", "openai", "openai_plain")
-
-
-def specs_of(config: ModelConfig) -> list[WeightSpec]:
-    specs: list[WeightSpec] = []
-    abstract = abstract_creator()
-
-    def create(spec: WeightSpec) -> Any:
-        specs.append(spec)
-        return abstract(spec)
-
-    nnx.eval_shape(lambda: GptOss(config, create))
-    return specs
 
 
 def write(directory: Path, layout: str) -> Path:
@@ -83,60 +58,10 @@ def write(directory: Path, layout: str) -> Path:
     create = random_creator(jax.random.key(0))
     max_shard_bytes = 100_000 if layout == "sharded" else 1 << 30
     hugging_face = directory.with_name(directory.name + "-hf") if layout.startswith("openai") else directory
-    save_weights(hugging_face, config, specs_of(config), create, max_shard_bytes=max_shard_bytes)
+    save_weights(hugging_face, config, weight_specs(config), create, max_shard_bytes=max_shard_bytes)
     if hugging_face != directory:
-        write_openai(hugging_face, directory)
+        write_openai(hugging_face, directory, np.float32)
     return directory
-
-
-def write_openai(source: Path, directory: Path) -> None:
-    """The same weights under OpenAI's names, with q, k and v joined."""
-    tensors = safetensors.numpy.load_file(source / SINGLE_FILE)
-    renamed = {
-        "embedding.weight": tensors["model.embed_tokens.weight"],
-        "norm.scale": tensors["model.norm.weight"],
-        "unembedding.weight": tensors["lm_head.weight"],
-    }
-    for i in range(CONFIG.num_hidden_layers):
-        layer = f"model.layers.{i}."
-        attention, mlp, block = layer + "self_attn.", layer + "mlp.", f"block.{i}."
-        for kind in ("weight", "bias"):
-            qkv = [tensors[f"{attention}{part}_proj.{kind}"] for part in "qkv"]
-            renamed[f"{block}attn.qkv.{kind}"] = np.concatenate(qkv)
-            renamed[f"{block}attn.out.{kind}"] = tensors[f"{attention}o_proj.{kind}"]
-            renamed[f"{block}mlp.gate.{kind}"] = tensors[f"{mlp}router.{kind}"]
-        renamed[f"{block}attn.sinks"] = tensors[attention + "sinks"]
-        renamed[f"{block}attn.norm.scale"] = tensors[layer + "input_layernorm.weight"].astype(np.float32)
-        renamed[f"{block}mlp.norm.scale"] = tensors[layer + "post_attention_layernorm.weight"]
-        for theirs, ours in (("mlp1", "gate_up_proj"), ("mlp2", "down_proj")):
-            name = f"{mlp}experts.{ours}"
-            renamed[f"{block}mlp.{theirs}_bias"] = tensors[f"{name}_bias"]
-            if name in tensors:
-                renamed[f"{block}mlp.{theirs}_weight"] = tensors[name].swapaxes(1, 2).copy()
-            else:
-                renamed[f"{block}mlp.{theirs}_weight.blocks"] = tensors[f"{name}_blocks"]
-                renamed[f"{block}mlp.{theirs}_weight.scales"] = tensors[f"{name}_scales"]
-    directory.mkdir()
-    safetensors.numpy.save_file(renamed, directory / SINGLE_FILE)
-    fields = {
-        "num_hidden_layers": 2,
-        "num_experts": 4,
-        "experts_per_token": 2,
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "swiglu_limit": 7.0,
-        "head_dim": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "sliding_window": 128,
-        "initial_context_length": 4096,
-        "rope_theta": 150000,
-        "rope_scaling_factor": 32.0,
-        "rope_ntk_alpha": 1,
-        "rope_ntk_beta": 32,
-    }
-    (directory / "config.json").write_text(json.dumps(fields))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +86,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, np.ndarray]], None]) ->
 def refused(directory: Path, config: ModelConfig = CONFIG, match: str | None = None) -> str:
     """The one line that opening and validating gives; nothing but headers may have been read by then."""
     with pytest.raises(CheckpointError, match=match) as caught:
-        open_checkpoint(directory).validate(specs_of(config))
+        open_checkpoint(directory).validate(weight_specs(config))
     message = str(caught.value)
     assert message.isprintable()
     return message
@@ -173,7 +98,7 @@ def test_layouts_read_back_what_was_written(checkpoints: dict[str, Path], layout
     checkpoint = open_checkpoint(checkpoints[layout])
     assert checkpoint.config.quantization == config.quantization
     assert checkpoint.config.num_local_experts == config.num_local_experts
-    specs = specs_of(config)
+    specs = weight_specs(config)
     checkpoint.validate(specs)
     create, expected_of = checkpoint.creator("bfloat16"), random_creator(jax.random.key(0))
     for spec in specs:
@@ -187,7 +112,7 @@ def test_layouts_read_back_what_was_written(checkpoints: dict[str, Path], layout
 def test_float32_is_an_exact_upcast(checkpoints: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(checkpoints["plain"])
     create = checkpoint.creator(jnp.float32)
-    for spec in specs_of(PLAIN_CONFIG):
+    for spec in weight_specs(PLAIN_CONFIG):
         weight = create(spec)
         assert isinstance(weight, jax.Array)
         assert weight.dtype == jnp.float32
@@ -196,7 +121,7 @@ def test_float32_is_an_exact_upcast(checkpoints: dict[str, Path]) -> None:
 
 def test_golden_checkpoint_reads_as_the_safetensors_library_does() -> None:
     checkpoint = open_checkpoint(GOLDEN)
-    checkpoint.validate(specs_of(checkpoint.config))
+    checkpoint.validate(weight_specs(checkpoint.config))
     expected = safetensors.numpy.load_file(GOLDEN / "model-00001-of-00001.safetensors")
     assert expected.keys() == checkpoint.tensors.keys()
     for name, array in expected.items():
@@ -256,7 +181,7 @@ def test_small_gaps_are_read_through_in_one_call(
 
 def test_opening_reads_headers_only(checkpoints: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(checkpoints["sharded"])
-    checkpoint.validate(specs_of(CONFIG))
+    checkpoint.validate(weight_specs(CONFIG))
     assert len(checkpoint.files) == 3
     headers = [int.from_bytes(f.path.read_bytes()[:8], "little") + 8 for f in checkpoint.files]
     assert checkpoint.bytes_read == sum(headers)
@@ -265,7 +190,7 @@ def test_opening_reads_headers_only(checkpoints: dict[str, Path]) -> None:
 def test_creator_reads_every_byte_once(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
     checkpoint = open_checkpoint(checkpoints["sharded"])
     create = checkpoint.creator(progress=True)
-    for spec in specs_of(CONFIG):
+    for spec in weight_specs(CONFIG):
         create(spec)
     assert checkpoint.bytes_read == sum(f.path.stat().st_size for f in checkpoint.files)
     shown = capsys.readouterr()
@@ -334,7 +259,7 @@ def test_rotary_buffers_of_other_exporters_are_no_error(copy: Callable[[str], Pa
     directory = copy("single")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(directory, lambda tensors: tensors.update({name: np.zeros(16, np.float32)}))
-    open_checkpoint(directory).validate(specs_of(CONFIG))
+    open_checkpoint(directory).validate(weight_specs(CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +297,7 @@ def test_nan_scale_is_refused_when_read(copy: Callable[[str], Path], layout: str
     rewrite(directory, lambda tensors: tensors[stored].__setitem__((2, 7, 1), 255))
     checkpoint = open_checkpoint(directory)
     create = checkpoint.creator()
-    (spec,) = (spec for spec in specs_of(CONFIG) if spec.name == name.removesuffix("_scales"))
+    (spec,) = (spec for spec in weight_specs(CONFIG) if spec.name == name.removesuffix("_scales"))
     with pytest.raises(CheckpointError, match=r"255 \(NaN\) at \[2, 7, 1\]") as caught:
         create(spec)
     assert stored in str(caught.value)
@@ -391,7 +316,7 @@ def test_quantization_that_config_denies(copy: Callable[[str], Path]) -> None:
 def test_tensor_twice_over_shards_without_index(copy: Callable[[str], Path]) -> None:
     directory = copy("single")
     (directory / SINGLE_FILE).rename(directory / "a.safetensors")
-    open_checkpoint(directory).validate(specs_of(CONFIG))
+    open_checkpoint(directory).validate(weight_specs(CONFIG))
     extra = {"model.norm.weight": np.zeros(64, ml_dtypes.bfloat16)}
     safetensors.numpy.save_file(extra, directory / "b.safetensors")
     assert "model.norm.weight: found twice, also in a.safetensors" in refused(directory)
@@ -429,7 +354,7 @@ def test_entries_may_be_links_as_in_the_hubs_cache(copy: Callable[[str], Path], 
     for i, file in enumerate(directory.glob("*.safetensors")):
         file.rename(tmp_path / "blobs" / str(i))
         file.symlink_to(Path("..") / "blobs" / str(i))
-    open_checkpoint(directory).validate(specs_of(CONFIG))
+    open_checkpoint(directory).validate(weight_specs(CONFIG))
 
 
 def test_files_that_are_not_there(copy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -647,7 +572,7 @@ def test_nothing_appears_unless_all_is_written(tmp_path: Path) -> None:
 
 def test_stored_tensors_follow_the_layout() -> None:
     expected = safetensors.numpy.load_file(GOLDEN / "model-00001-of-00001.safetensors")
-    table = stored_tensors(specs_of(ModelConfig.from_file(GOLDEN)))
+    table = stored_tensors(weight_specs(ModelConfig.from_file(GOLDEN)))
     assert {info.name: info.shape for info in table} == {name: a.shape for name, a in expected.items()}
 
 
@@ -724,7 +649,7 @@ def test_padding_reads_as_zeros(checkpoints: dict[str, Path], tmp_path: Path, la
         directory = tmp_path / "orbax"
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("expert", "tensor"))
     with open_checkpoint(directory) as checkpoint:
-        specs = specs_of(checkpoint.config)
+        specs = weight_specs(checkpoint.config)
         checkpoint.validate([padded(spec) for spec in specs])
         whole = checkpoint.creator("float32")
         for create in (whole, checkpoint.creator("float32", sharding_of(mesh))):
@@ -772,7 +697,7 @@ def random_weights(implementation: str) -> None:
         mesh = Mesh(np.array(jax.devices()).reshape(shape), ("expert", "tensor"))
         place = sharding_of(mesh)
         sharded, abstract = random_creator(key, sharding=place), abstract_creator(sharding=place)
-        for spec in [spec for spec in specs_of(CONFIG) if re.search(r"layers\.0\.mlp|embed", spec.name)]:
+        for spec in [spec for spec in weight_specs(CONFIG) if re.search(r"layers\.0\.mlp|embed", spec.name)]:
             for wanted in {spec, padded(spec)}:
                 found = sharded(wanted)
                 assert_padded(found, whole(spec))
@@ -810,7 +735,7 @@ def one_process(address: str, process: int, directory: str) -> None:
     checkpoint = open_checkpoint(directory)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("expert", "tensor"))
     create = checkpoint.creator("bfloat16", sharding_of(mesh))
-    for spec in specs_of(checkpoint.config):
+    for spec in weight_specs(checkpoint.config):
         before = checkpoint.bytes_read
         weight = create(spec)
         read = checkpoint.bytes_read - before

@@ -6,7 +6,6 @@ import dataclasses
 import numbers
 import secrets
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -121,7 +120,6 @@ class Engine:
             max(options.step_tokens // parts, 1),
             min(options.prefill_chunk, options.step_tokens),
             options.prefix_cache,
-            options.speculative_tokens,
         )
         self._scheduler = Scheduler(limits, parts)
         self._runner = Runner(model, self.shape, limits, dtype, options.speculative_tokens, self._eos)
@@ -131,7 +129,6 @@ class Engine:
         self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
         self._in_flight: deque[Launched] = deque()
         self._steps = self._drafted = self._accepted = 0
-        self.waited_seconds = 0.0
 
     @property
     def unfinished(self) -> int:
@@ -262,9 +259,7 @@ class Engine:
 
     def _read(self) -> list[TokenEvent]:
         launched = self._in_flight.popleft()
-        started = time.perf_counter()
         outputs = jax.device_get(launched.outputs)
-        self.waited_seconds += time.perf_counter() - started
         events: list[TokenEvent] = []
         for part, rows in enumerate(launched.decodes):
             for row, (sequence, epoch) in enumerate(rows):
@@ -331,6 +326,8 @@ class Engine:
         self, sequence: Sequence, logprobs: Logprobs, part: int, row: int, start: int, stop: int
     ) -> None:
         kept = self._prompt_logprobs.setdefault(sequence, [None])
+        # A sequence that was pre-empted begins again.
+        del kept[start + 1 :]
         for position in range(start, min(stop, len(sequence.prompt) - 1)):
             token = int(sequence.prompt[position + 1])
             at = (part, row, position - start)

@@ -43,12 +43,12 @@ class LeadingEngine:
             raise UsageError(f"{request_id}: constrained output is not available over several processes")
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(64))
-        prompt = [int(token) for token in prompt_token_ids]
+        prompt = list(prompt_token_ids)
         self._engine.add(request_id, prompt, params)
         fields = dataclasses.asdict(params)
         # Keys of JSON are strings.
         fields["logit_bias"] = list((params.logit_bias or {}).items())
-        self._tell("add", request_id=request_id, prompt=prompt, params=fields)
+        self._tell("add", request_id=request_id, prompt=[int(token) for token in prompt], params=fields)
 
     def cancel(self, request_id: str) -> bool:
         """See Engine.cancel."""

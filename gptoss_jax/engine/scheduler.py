@@ -26,7 +26,6 @@ class Limits:
       step_tokens: prompt tokens in a step.
       chunk: prompt tokens of one sequence in a step.
       prefix_cache: whether prompts take up what earlier ones left.
-      drafts: guessed tokens that a decoding sequence may bring to a step.
     """
 
     slots: int
@@ -36,7 +35,6 @@ class Limits:
     step_tokens: int
     chunk: int
     prefix_cache: bool = True
-    drafts: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,11 +75,6 @@ class Sequence:
     def known_length(self) -> int:
         """How many those are."""
         return len(self.prompt) + len(self.tokens)
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether tokens that the host has still wait to be computed, other than the last generated one."""
-        return not self.prefilled
 
     @property
     def generated(self) -> int:
@@ -169,7 +162,9 @@ class Part:
             sequence.pages.append(page)
         plan.restores.append((ring, sequence.slot))
         sequence.computed = blocks * size
-        sequence.prefix_hits += sequence.computed
+        if sequence.epoch == 0:
+            # What it takes up after pre-emption is its own.
+            sequence.prefix_hits = sequence.computed
 
     def grow(self, sequence: Sequence, length: int) -> bool:
         """Hold pages for `length` tokens; False if they have run out."""
@@ -206,11 +201,6 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._arrivals = itertools.count()
 
-    @property
-    def unfinished(self) -> int:
-        """Sequences that wait or run."""
-        return len(self.waiting) + sum(len(part.running) for part in self.parts)
-
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         sequence.arrival = next(self._arrivals)
@@ -242,7 +232,7 @@ class Scheduler:
 
     def _plan_decodes(self, part: Part, plan: Plan, draining: bool) -> None:
         for sequence in sorted(part.running, key=lambda s: s.arrival):
-            if sequence.part != part.number or sequence.prefilling or sequence.generated >= sequence.max_tokens:
+            if sequence.part != part.number or not sequence.prefilled or sequence.generated >= sequence.max_tokens:
                 continue
             # The last token's own key goes to the position before its successor's.
             while not part.grow(sequence, len(sequence.prompt) + sequence.generated + len(sequence.drafts)):
@@ -281,7 +271,7 @@ class Scheduler:
     def _plan_chunks(self, part: Part, plan: Plan) -> None:
         budget = self.limits.step_tokens
         for sequence in sorted(part.running, key=lambda s: s.arrival):
-            if not sequence.prefilling or budget <= 0:
+            if sequence.prefilled or budget <= 0:
                 continue
             stop = min(sequence.known_length, sequence.computed + self.limits.chunk)
             snapshots = []

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.errors import UsageError
 from gptoss_jax.loading import random_model
@@ -237,6 +237,36 @@ def test_log_probabilities_are_those_of_a_full_forward() -> None:
     assert [at.token_id for at in of_prompt[1:]] == prompt[1:]
     got = [at.logprob for at in of_prompt[1:]]
     np.testing.assert_allclose(got, expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-4)
+
+
+SMALL = dataclasses.replace(OPTIONS, kv_cache_memory=60_000, prefill_chunk=8, step_tokens=8)
+"""A cache of 44 pages, which is 176 tokens."""
+
+
+def events_of(requests: list[tuple[list[int], SamplingParams]]) -> list[TokenEvent]:
+    """What comes of requests that together do not fit."""
+    small = Engine(tiny(), SMALL)
+    for name, (prompt, params) in enumerate(requests):
+        small.add(str(name), prompt, params)
+    events = []
+    while small.unfinished:
+        events += small.step()
+    assert small.load.preemptions > 0
+    return events
+
+
+def test_a_prompt_is_scored_once_though_its_prefill_is_interrupted() -> None:
+    """The first request's pages run out while the second one's prompt takes up all but three."""
+    prompt = [random.Random(1).randrange(96) for _ in range(155)]
+    events = events_of([([1, 2, 3, 4], greedy(140)), (prompt, greedy(5, prompt_logprobs=1))])
+    [scored] = [event.prompt_logprobs for event in events if event.prompt_logprobs]
+    assert [at and at.token_id for at in scored] == [None, *prompt[1:]]
+
+
+def test_what_a_sequence_takes_up_again_is_not_counted_as_cached() -> None:
+    rng = random.Random(9)
+    events = events_of([([i, *(rng.randrange(96) for _ in range(40))], greedy(40)) for i in range(12)])
+    assert {event.cached_tokens for event in events} == {0}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8"])

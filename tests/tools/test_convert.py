@@ -6,7 +6,6 @@ Run as a script, this file is one process of `test_processes_restore_their_own_s
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -33,40 +32,9 @@ from gptoss_jax.errors import CheckpointError
 from gptoss_jax.loading import load_model
 from gptoss_jax.model import weight_specs
 from gptoss_jax.weights import WeightSpec, random_creator
+from tests.checkpoints import CONFIG, PLAIN_CONFIG, write_openai
 from tools.convert.__main__ import main
 from tools.convert.convert import compare, convert, parse_size
-
-CONFIG = ModelConfig(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    layer_types=("sliding_attention", "full_attention"),
-)
-PLAIN_CONFIG = ModelConfig(**{**vars(CONFIG), "quantization": None})
-OPENAI_FIELDS = {
-    "num_hidden_layers": 2,
-    "num_experts": 4,
-    "experts_per_token": 2,
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "swiglu_limit": 7.0,
-    "head_dim": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "sliding_window": 128,
-    "initial_context_length": 4096,
-    "rope_theta": 150000,
-    "rope_scaling_factor": 32.0,
-    "rope_ntk_alpha": 1,
-    "rope_ntk_beta": 32,
-}
 
 
 def write(directory: Path, config: ModelConfig) -> Path:
@@ -78,45 +46,6 @@ def write(directory: Path, config: ModelConfig) -> Path:
     safetensors.numpy.save_file(tensors, directory / SINGLE_FILE)
     (directory / "tokenizer.json").write_text('{"a": "token"}')
     (directory / "generation_config.json").write_text("{}")
-    return directory
-
-
-def write_openai(source: Path, directory: Path) -> Path:
-    """The same weights under OpenAI's names, q, k and v joined and plain experts turned."""
-    block_names = {
-        "input_layernorm.weight": "attn.norm.scale",
-        "self_attn.sinks": "attn.sinks",
-        "self_attn.o_proj": "attn.out",
-        "post_attention_layernorm.weight": "mlp.norm.scale",
-        "mlp.router": "mlp.gate",
-        "mlp.experts.gate_up_proj": "mlp.mlp1",
-        "mlp.experts.down_proj": "mlp.mlp2",
-    }
-    top = {"model.embed_tokens": "embedding", "lm_head": "unembedding", "model.norm.weight": "norm.scale"}
-    renamed: dict[str, np.ndarray] = {}
-    for name, array in load(source).items():
-        if not (layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)):
-            renamed[re.sub("|".join(top), lambda m: top[m[0]], name)] = array
-            continue
-        block, rest = f"block.{layer[1]}.", layer[2]
-        if qkv := re.fullmatch(r"self_attn\.([qkv])_proj\.(.+)", rest):
-            renamed.setdefault(f"{block}attn.qkv.{qkv[2]}", array)
-            continue
-        old = next(old for old in block_names if rest.startswith(old))
-        tail = rest[len(old) :]
-        if "experts" in old and tail in ("", "_blocks", "_scales"):
-            array = array if tail else array.swapaxes(1, 2).copy()
-            tail = "_weight" + tail.replace("_", ".")
-        renamed[block + block_names[old] + tail] = array
-    tensors = load(source)
-    for i in range(CONFIG.num_hidden_layers):
-        for kind in ("weight", "bias"):
-            parts = [tensors[f"model.layers.{i}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            renamed[f"block.{i}.attn.qkv.{kind}"] = np.concatenate(parts)
-    directory.mkdir()
-    safetensors.numpy.save_file(renamed, directory / SINGLE_FILE)
-    (directory / "config.json").write_text(json.dumps(OPENAI_FIELDS))
-    shutil.copy(source / "tokenizer.json", directory)
     return directory
 
 

@@ -1,0 +1,85 @@
+"""The small checkpoints that the tests of reading and of converting share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import DTypeLike
+
+from gptoss_jax.checkpoint import SINGLE_FILE
+from gptoss_jax.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    layer_types=("sliding_attention", "full_attention"),
+)
+PLAIN_CONFIG = ModelConfig(**{**vars(CONFIG), "quantization": None})
+OPENAI_FIELDS = {
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "swiglu_limit": 7.0,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 128,
+    "initial_context_length": 4096,
+    "rope_theta": 150000,
+    "rope_scaling_factor": 32.0,
+    "rope_ntk_alpha": 1,
+    "rope_ntk_beta": 32,
+}
+
+
+def write_openai(source: Path, directory: Path, norm_dtype: DTypeLike | None = None) -> Path:
+    """The same weights under OpenAI's names, q, k and v joined and plain experts turned, and what lies beside them.
+
+    With `norm_dtype`, the norms before attention are in it.
+    """
+    tensors = safetensors.numpy.load_file(source / SINGLE_FILE)
+    renamed = {
+        "embedding.weight": tensors["model.embed_tokens.weight"],
+        "norm.scale": tensors["model.norm.weight"],
+        "unembedding.weight": tensors["lm_head.weight"],
+    }
+    for i in range(CONFIG.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        attention, mlp, block = layer + "self_attn.", layer + "mlp.", f"block.{i}."
+        for kind in ("weight", "bias"):
+            qkv = [tensors[f"{attention}{part}_proj.{kind}"] for part in "qkv"]
+            renamed[f"{block}attn.qkv.{kind}"] = np.concatenate(qkv)
+            renamed[f"{block}attn.out.{kind}"] = tensors[f"{attention}o_proj.{kind}"]
+            renamed[f"{block}mlp.gate.{kind}"] = tensors[f"{mlp}router.{kind}"]
+        renamed[f"{block}attn.sinks"] = tensors[attention + "sinks"]
+        norm = tensors[layer + "input_layernorm.weight"]
+        renamed[f"{block}attn.norm.scale"] = norm if norm_dtype is None else norm.astype(norm_dtype)
+        renamed[f"{block}mlp.norm.scale"] = tensors[layer + "post_attention_layernorm.weight"]
+        for theirs, ours in (("mlp1", "gate_up_proj"), ("mlp2", "down_proj")):
+            name = f"{mlp}experts.{ours}"
+            renamed[f"{block}mlp.{theirs}_bias"] = tensors[f"{name}_bias"]
+            if name in tensors:
+                renamed[f"{block}mlp.{theirs}_weight"] = tensors[name].swapaxes(1, 2).copy()
+            else:
+                renamed[f"{block}mlp.{theirs}_weight.blocks"] = tensors[f"{name}_blocks"]
+                renamed[f"{block}mlp.{theirs}_weight.scales"] = tensors[f"{name}_scales"]
+    directory.mkdir()
+    safetensors.numpy.save_file(renamed, directory / SINGLE_FILE)
+    (directory / "config.json").write_text(json.dumps(OPENAI_FIELDS))
+    if (source / "tokenizer.json").exists():
+        shutil.copy(source / "tokenizer.json", directory)
+    return directory
