@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from sharding import ClusterError
+from sharding.leader import differences
 from sharding.membership import Membership, membership
-from sharding.multihost import differences
 
 ROOT = Path(__file__).parent.parent
 P1 = ROOT / "tests" / "golden" / "P1"
@@ -242,11 +242,13 @@ def test_interrupting_process_0_ends_all(tmp_path: Path) -> None:
 
 PROTOCOL = """
 import sys
-from sharding import links, multihost
+from sharding import cluster, follower, leader, links, multihost, process
 from sharding.membership import membership
 from sharding.errors import ClusterError
-links.SILENCE_SECONDS, multihost.END_SECONDS = 2.0, 1.0
-links.PING_SECONDS = multihost.PING_SECONDS = 0.3
+links.SILENCE_SECONDS = 2.0
+links.PING_SECONDS = cluster.PING_SECONDS = 0.3
+cluster.END_SECONDS = leader.END_SECONDS = follower.END_SECONDS = 1.0
+report = process.report
 address, count, process, body = sys.argv[2], int(sys.argv[4]), int(sys.argv[6]), sys.argv[7]
 try:
     cluster = multihost.start(membership(address, count, process), 5)
@@ -255,7 +257,7 @@ try:
 except ClusterError as error:
     code, why = 2, str(error)
     if process == 0:
-        multihost.report(why)
+        report(why)
 multihost.current().end(code, why)
 """
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.loading import EMBEDDED, load_model
 from gptoss_jax.model import GptOss
@@ -40,6 +40,12 @@ MESHES = [
     for d, e in itertools.product((1, 2, 4, 8), repeat=2)
     if 8 % (d * e) == 0
 ]
+SOME_MESHES = [
+    pytest.param(mesh, marks=() if quick else pytest.mark.slow)
+    for mesh in MESHES
+    for quick in (mesh in ("data=2,expert=2,tensor=2", "data=1,expert=1,tensor=8"),)
+]
+"""All of them, of which the default run takes two."""
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 
 
@@ -93,22 +99,54 @@ def test_batches_that_do_not_divide(rules: ShardingRules) -> None:
     np.testing.assert_allclose(logits, expected(P1, 3), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "tensor=8"])
+@pytest.mark.parametrize("mesh", SOME_MESHES)
 def test_the_embedded_model(mesh: str) -> None:
-    _, logits = compiled(load_model(EMBEDDED, mesh, "float32"))
-    np.testing.assert_allclose(logits, expected(EMBEDDED), rtol=0, atol=1e-4)
+    model = load_model(EMBEDDED, mesh, "float32")
+    _, logits = compiled(model, batch=3)
+    np.testing.assert_allclose(logits, expected(EMBEDDED, 3), rtol=0, atol=1e-4)
+    assert_decodes_alike(decoded(model), decoded_alone(EMBEDDED))
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "data=8", "expert=8", "tensor=8"])
-def test_decoding_gives_the_golden_tokens(mesh: str) -> None:
+@pytest.mark.parametrize("mesh", SOME_MESHES)
+def test_decoding_the_golden_tokens(mesh: str) -> None:
+    ours = decoded(load_model(P1, mesh, "float32"))
+    assert_decodes_alike(ours, decoded_alone(P1))
     with np.load(P1 / "golden.npz") as golden:
-        prompt, wanted = golden["greedy1_prompt"].tolist(), golden["greedy1_tokens"].tolist()
-    engine = Engine(load_model(P1, mesh, "float32"), EngineOptions(max_batch=8, page_size=8))
-    engine.add("a", prompt, SamplingParams(max_tokens=len(wanted), temperature=0, ignore_eos=True))
-    got = []
+        assert [event.token_id for event in ours["golden"]] == golden["greedy1_tokens"].tolist()
+
+
+@cache
+def decoded_alone(path: Path) -> dict[str, list[TokenEvent]]:
+    return decoded(load_model(path, dtype="float32"))
+
+
+def decoded(model: GptOss) -> dict[str, list[TokenEvent]]:
+    """Three sequences of different lengths, which divide over no mesh, some steps beyond their prompts."""
+    engine = Engine(model, EngineOptions(max_batch=8, page_size=8))
+    with np.load(P1 / "golden.npz") as golden:
+        prompts = {"golden": golden["greedy1_prompt"], "a": [1], "b": golden["greedy1_prompt"][:5]}
+        steps = len(golden["greedy1_tokens"])
+    for name, prompt in prompts.items():
+        params = SamplingParams(max_tokens=steps, temperature=0, ignore_eos=True, logprobs=20)
+        engine.add(name, list(prompt), params)
+    events: dict[str, list[TokenEvent]] = {name: [] for name in prompts}
     while engine.unfinished:
-        got += [event.token_id for event in engine.step()]
-    assert got == wanted
+        for event in engine.step():
+            events[event.request_id].append(event)
+    return events
+
+
+def assert_decodes_alike(ours: dict[str, list[TokenEvent]], alone: dict[str, list[TokenEvent]]) -> None:
+    for name, events in alone.items():
+        assert [event.token_id for event in ours[name]] == [event.token_id for event in events]
+        for event, wanted in zip(ours[name], events, strict=True):
+            assert event.logprobs is not None
+            assert wanted.logprobs is not None
+            likeliest = event.logprobs.top.keys() & wanted.logprobs.top.keys()
+            # The last few may be as likely as ones that are not among the first 20.
+            assert len(likeliest) >= 18
+            for token in likeliest:
+                assert event.logprobs.top[token] == pytest.approx(wanted.logprobs.top[token], abs=1e-4)
 
 
 @pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
