@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def make_checkpoint(directory: Path, layers: int, config_file: Path) -> int:
     """Write a checkpoint of the config's shapes with fewer layers; returns its size in bytes."""
-    from gptoss_jax.checkpoint import save_safetensors, stored_tensors
+    from gptoss_jax.checkpoint_writer import save_safetensors, stored_tensors
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.model import weight_specs
     from gptoss_jax.safetensors_file import DTYPES

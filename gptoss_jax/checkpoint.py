@@ -1,32 +1,24 @@
-"""Checkpoints in and out: Hugging Face's and OpenAI's layouts and Orbax, straight into the shards of a mesh.
+"""Checkpoints in: Hugging Face's and OpenAI's layouts and Orbax, straight into the shards of a mesh.
 
     checkpoint = open_checkpoint(resolve("openai/gpt-oss-20b"))
     checkpoint.validate(specs)                      # every header against the model, before any tensor is read
     create = checkpoint.creator("bfloat16")         # building the model with it is loading it
 
 Whatever the layout, tensors go by the names and shapes that the model declares (weights.py), packed ones as
-`<name>_blocks` and `<name>_scales`. Layout differences live in `_stored_tensors` and nowhere else.
+`<name>_blocks` and `<name>_scales`. Layout differences live in layouts.py and nowhere else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-import glob
-import json
 import math
-import os
 import re
-import shutil
 import sys
 import threading
-import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,155 +27,29 @@ from jax.typing import DTypeLike
 from gptoss_jax import safetensors_file
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
+from gptoss_jax.layouts import (
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    TensorFile,
+    is_openai,
+    is_unused,
+    tensors_of,
+)
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 from gptoss_jax.safetensors_file import (
     DTYPES,
     THREADS,
     Box,
     SafetensorsFile,
-    TensorEntry,
-    TensorInfo,
     aligned_empty,
     load_json,
     show,
-    write_safetensors,
 )
 from gptoss_jax.weights import Creator, Sharding, Weight, WeightSpec
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-HUB_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "*.safetensors",
-    INDEX_FILE,
-)
-FLOAT_DTYPES = ("BF16", "F32", "F16")
 NAN_SCALE = 255
-
-# Buffers that some exports keep and that follow from the config.
-_UNUSED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq)")
-_EXPERT_MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)")
-
-# OpenAI's names as openai/gpt-oss `gpt_oss/torch/{model,weights}.py` has them. Its rotary halves the head as
-# Hugging Face's does, so q and k rows keep their order.
-_OPENAI_NAMES = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "unembedding.weight": "lm_head.weight",
-}
-_OPENAI_BLOCK_NAMES = {
-    "attn.norm.scale": "input_layernorm.weight",
-    "attn.sinks": "self_attn.sinks",
-    "attn.out.weight": "self_attn.o_proj.weight",
-    "attn.out.bias": "self_attn.o_proj.bias",
-    "mlp.norm.scale": "post_attention_layernorm.weight",
-    "mlp.gate.weight": "mlp.router.weight",
-    "mlp.gate.bias": "mlp.router.bias",
-    "mlp.mlp1_weight": "mlp.experts.gate_up_proj",
-    "mlp.mlp1_weight.blocks": "mlp.experts.gate_up_proj_blocks",
-    "mlp.mlp1_weight.scales": "mlp.experts.gate_up_proj_scales",
-    "mlp.mlp1_bias": "mlp.experts.gate_up_proj_bias",
-    "mlp.mlp2_weight": "mlp.experts.down_proj",
-    "mlp.mlp2_weight.blocks": "mlp.experts.down_proj_blocks",
-    "mlp.mlp2_weight.scales": "mlp.experts.down_proj_scales",
-    "mlp.mlp2_bias": "mlp.experts.down_proj_bias",
-}
-_OPENAI_BLOCK = re.compile(r"block\.(\d+)\.(.+)")
-
-
-def resolve(name: str | Path) -> Path:
-    """The local directory of a checkpoint: `name` itself, or a Hub repository's `org/name`, downloaded if need be.
-
-    Progress goes to stderr; without a network the Hub's local cache serves. Raises CheckpointError.
-    """
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # ~nobody
-        path = Path(name)
-    # An empty name would be the current directory.
-    if str(name) and path.is_dir():
-        return path
-    if str(name) and path.exists():
-        raise CheckpointError(f"{path}: expected a checkpoint's directory, found a file")
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", str(name), re.ASCII):
-        raise CheckpointError(f"{show(name)}: no such directory")
-    # Imported here because it takes longer than reading a config.
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        # `*` matches slashes as well: folders hold other copies of the same weights.
-        return Path(
-            huggingface_hub.snapshot_download(
-                str(name), allow_patterns=list(HUB_PATTERNS), ignore_patterns=["*/*"]
-            )
-        )
-    except GatedRepoError:
-        reason = "the Hub repository is gated: log in with `hf auth login` and ask for access"
-    except RepositoryNotFoundError:
-        reason = "the Hub has no such repository, or it is private"
-    except Exception as error:  # The library lets through whatever its HTTP client of the day raises.
-        reason = f"the Hub could not be reached: {_first_cause(error)}"
-    raise CheckpointError(f"{name}: not a local directory, and {reason}")
-
-
-def _first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).split("\n")
-    return lines[0].strip() or type(error).__name__
-
-
-class TensorFile(Protocol):
-    """Tensors in one place, whose headers have been checked: a safetensors file, or an Orbax directory."""
-
-    path: Path
-    tensors: dict[str, TensorEntry]
-
-    def read_into(self, entry: TensorEntry, box: Box, out: np.ndarray, pool: Executor | None = None) -> None:
-        """Fill `out`, any view of the shape of `box`, with that slice of a tensor, converted to `out`'s dtype."""
-
-    def close(self) -> None:
-        """Nothing can be read any longer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor under the model's name and shape, and where it is stored.
-
-    It is the rows from `first_row` of `entry` (the fused q|k|v of OpenAI's layout), and `transposed` if the file
-    has the last two dimensions the other way around.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    file: TensorFile
-    entry: TensorEntry
-    first_row: int = 0
-    transposed: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Size as stored."""
-        return math.prod(self.shape) * DTYPES[self.entry.dtype].itemsize
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        alias = "" if self.name == self.entry.name else f" ({show(self.name)})"
-        return f"{self.file.path}: {show(self.entry.name)}{alias}"
-
-    def read_into(self, box: Box, out: np.ndarray, pool: ThreadPoolExecutor) -> None:
-        """Fill `out` with a slice of the tensor, converted to `out`'s dtype."""
-        if self.transposed:
-            box, out = [*box[:-2], box[-1], box[-2]], out.swapaxes(-1, -2)
-        if self.first_row:
-            (start, stop), *rest = box
-            box = [(start + self.first_row, stop + self.first_row), *rest]
-        self.file.read_into(self.entry, box, out, pool)
 
 
 class Checkpoint:
@@ -202,12 +68,12 @@ class Checkpoint:
         self.config = config
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
-            for tensor in _stored_tensors(file, config):
+            for tensor in tensors_of(file, config):
                 if tensor.name in self.tensors:
                     other = self.tensors[tensor.name]
                     raise CheckpointError(f"{tensor.where}: found twice, also in {other.file.path.name}")
                 self.tensors[tensor.name] = tensor
-        if any(_OPENAI_BLOCK.fullmatch(t.entry.name) for t in self.tensors.values()):
+        if any(is_openai(t.entry.name) for t in self.tensors.values()):
             # OpenAI's config.json does not tell.
             packed = any(name.endswith("_blocks") for name in self.tensors)
             self.config = dataclasses.replace(config, quantization="mxfp4" if packed else None)
@@ -242,7 +108,7 @@ class Checkpoint:
         Raises CheckpointError for a tensor that is missing, wrong, or unknown to the model.
         """
         known = {part.name for spec in specs for part in self._parts(spec)}
-        unknown = [tensor for name, tensor in self.tensors.items() if name not in known and not _unused(name)]
+        unknown = [tensor for name, tensor in self.tensors.items() if name not in known and not is_unused(name)]
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise CheckpointError(f"{unknown[0].where}: unknown tensor, not part of this model{more}")
@@ -396,7 +262,7 @@ class Checkpoint:
             return None
         import tqdm
 
-        total = sum(tensor.nbytes for name, tensor in self.tensors.items() if not _unused(name))
+        total = sum(tensor.nbytes for name, tensor in self.tensors.items() if not is_unused(name))
         return tqdm.tqdm(
             total=total, unit="B", unit_scale=True, desc="Loading weights", file=sys.stderr, disable=False
         )
@@ -414,10 +280,6 @@ def _joined(box: _Bounds, boxes: Iterable[_Bounds], tensor: StoredTensor) -> _Bo
             beside = [other[axis] for other in boxes if other[:axis] == box[:axis]]
             joined[axis] = (min(start for start, _ in beside), max(stop for _, stop in beside))
     return tuple(joined)
-
-
-def _unused(name: str) -> bool:
-    return _UNUSED.fullmatch(name) is not None
 
 
 def _box(shape: tuple[int, ...], index: tuple[slice, ...]) -> list[tuple[int, int]]:
@@ -498,193 +360,3 @@ def _check_weight_map(index: Path, weight_map: Mapping[str, str], files: Sequenc
         for name in file.tensors:
             if name not in weight_map:
                 raise CheckpointError(f"{file.path}: {show(name)}: unknown tensor, not listed in {index.name}")
-
-
-def _stored_tensors(file: TensorFile, config: ModelConfig) -> Iterator[StoredTensor]:
-    """A file's tensors under the model's names and shapes; what neither layout knows keeps its name."""
-    for entry in file.tensors.values():
-        block = _OPENAI_BLOCK.fullmatch(entry.name)
-        if block and block[2] in ("attn.qkv.weight", "attn.qkv.bias"):
-            yield from _split_qkv(file, entry, config, block[1], block[2].rpartition(".")[2])
-        elif block and block[2] in _OPENAI_BLOCK_NAMES:
-            name = f"model.layers.{block[1]}.{_OPENAI_BLOCK_NAMES[block[2]]}"
-            yield StoredTensor(name, entry.shape, file, entry)
-        elif entry.name in _OPENAI_NAMES:
-            yield StoredTensor(_OPENAI_NAMES[entry.name], entry.shape, file, entry)
-        elif _EXPERT_MATRIX.fullmatch(entry.name) and len(entry.shape) == 3:
-            # Unquantised, Hugging Face stores experts with the contracting dimension first.
-            experts, inputs, outputs = entry.shape
-            yield StoredTensor(entry.name, (experts, outputs, inputs), file, entry, transposed=True)
-        else:
-            yield StoredTensor(entry.name, entry.shape, file, entry)
-
-
-def _split_qkv(
-    file: TensorFile, entry: TensorEntry, config: ModelConfig, layer: str, kind: str
-) -> Iterator[StoredTensor]:
-    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    rows = queries + 2 * keys
-    if not entry.shape or entry.shape[0] != rows:
-        raise CheckpointError(
-            f"{file.path}: {show(entry.name)}: expected {rows} rows of q, k and v, found shape {list(entry.shape)}"
-        )
-    for part, first, count in (("q", 0, queries), ("k", queries, keys), ("v", queries + keys, keys)):
-        name = f"model.layers.{layer}.self_attn.{part}_proj.{kind}"
-        yield StoredTensor(name, (count, *entry.shape[1:]), file, entry, first_row=first)
-
-
-def stored_tensors(specs: Iterable[WeightSpec], dtype: DTypeLike = "bfloat16") -> list[TensorInfo]:
-    """How Hugging Face's layout stores a model's weights, plain ones in `dtype`: what `save_safetensors` takes."""
-    float_names = [name for name in FLOAT_DTYPES if DTYPES[name] == np.dtype(dtype)]
-    if not float_names:
-        raise ValueError(f"dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {np.dtype(dtype)}")
-    table = []
-    for spec in specs:
-        if spec.packed:
-            table.append(TensorInfo(f"{spec.name}_blocks", "U8", (*spec.groups_shape, GROUP // 2)))
-            table.append(TensorInfo(f"{spec.name}_scales", "U8", spec.groups_shape))
-        else:
-            table.append(TensorInfo(spec.name, float_names[0], stored_shape(spec.name, spec.shape)))
-    return table
-
-
-def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which Hugging Face's layout stores a tensor of the model."""
-    return (*shape[:-2], shape[-1], shape[-2]) if is_stored_transposed(name) else shape
-
-
-def is_stored_transposed(name: str) -> bool:
-    """Whether Hugging Face's layout has a tensor's last two dimensions the other way around than the model."""
-    return _EXPERT_MATRIX.fullmatch(name) is not None
-
-
-def save_weights(
-    directory: str | Path,
-    config: ModelConfig,
-    specs: Sequence[WeightSpec],
-    weights: Creator,
-    dtype: DTypeLike = "bfloat16",
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write a checkpoint of the weights that a creator makes, one at a time; see `save_safetensors`."""
-
-    def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        for spec in specs:
-            weight = weights(spec)
-            if isinstance(weight, MXFP4Tensor):
-                yield f"{spec.name}_blocks", np.asarray(weight.blocks)
-                yield f"{spec.name}_scales", np.asarray(weight.scales)
-                continue
-            array = np.asarray(weight).astype(dtype, copy=False)
-            yield spec.name, array.swapaxes(-1, -2) if is_stored_transposed(spec.name) else array
-
-    save_safetensors(directory, config, stored_tensors(specs, dtype), arrays(), max_shard_bytes)
-
-
-def save_safetensors(
-    directory: str | Path,
-    config: ModelConfig | Mapping[str, Any],
-    tensors: Sequence[TensorInfo],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write Hugging Face's layout: config.json and one model.safetensors, or shards with an index.
-
-    `tensors` tells ahead what `arrays` then yields, in any order; one array is in memory at a time. `directory`
-    must not exist or be empty, and appears only when all of it is written. Raises CheckpointError if it cannot,
-    ValueError if `arrays` yields something else than announced.
-    """
-    with new_directory(directory) as partial:
-        write_hugging_face(partial, tensors, arrays, max_shard_bytes)
-        write_json(partial / "config.json", config.to_dict() if isinstance(config, ModelConfig) else dict(config))
-
-
-def write_hugging_face(
-    directory: Path, tensors: Sequence[TensorInfo], arrays: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
-) -> None:
-    """The tensors of `save_safetensors` alone, into an existing directory; raises OSError if they cannot."""
-    shards = _shards(tensors, max_shard_bytes)
-    write_safetensors({directory / name: shard for name, shard in shards.items()}, arrays)
-    if len(shards) > 1:
-        total = sum(info.nbytes for info in tensors)
-        weight_map = {info.name: name for name, shard in shards.items() for info in shard}
-        write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-@contextlib.contextmanager
-def new_directory(directory: str | Path) -> Iterator[Path]:
-    """A directory to fill, that appears as `directory` when the block ends without an exception.
-
-    `directory` must not exist or be empty. Until then it is a hidden one beside it; what killed processes left of
-    those is removed. Raises CheckpointError, also for an OSError inside the block.
-    """
-    directory = Path(directory).absolute()
-    try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise CheckpointError(f"{directory}: expected a new or empty directory, found it in use")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        for stale in directory.parent.glob(f".{glob.escape(directory.name)}.partial-*"):
-            with _locked(stale) as locked:
-                if locked:
-                    shutil.rmtree(stale, ignore_errors=True)
-        partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
-        partial.mkdir()
-        with _locked(partial):
-            try:
-                yield partial
-                os.replace(partial, directory)
-            except BaseException:
-                _remove(partial)
-                raise
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error.strerror or error}") from None
-
-
-def _remove(directory: Path) -> None:
-    """Remove a directory, in which a writer's threads may still be making files."""
-    gone_since = None
-    for _ in range(100):
-        shutil.rmtree(directory, ignore_errors=True)
-        now = time.monotonic()
-        gone_since = None if directory.exists() else gone_since or now
-        if gone_since is not None and now - gone_since > 0.2:
-            return
-        time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Whether a lock on the directory was free, that lasts as long as the block and the process."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except OSError:  # Held by a living process, or a file system without locks.
-            free = False
-        yield free
-    finally:
-        os.close(fd)
-
-
-def _shards(tensors: Sequence[TensorInfo], max_bytes: int) -> dict[str, list[TensorInfo]]:
-    shards: list[list[TensorInfo]] = [[]]
-    size = 0
-    for info in tensors:
-        if shards[-1] and size + info.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(info)
-        size += info.nbytes
-    if len(shards) == 1:
-        return {SINGLE_FILE: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """An indented JSON file."""
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 
 from gptoss_jax import harmony
-from gptoss_jax.checkpoint import resolve
 from gptoss_jax.compile_cache import enable_compile_cache
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
 from gptoss_jax.errors import CheckpointError, UsageError
+from gptoss_jax.hub import resolve
 from gptoss_jax.loading import EMBEDDED, load_model
 from gptoss_jax.text import ChatTranscript, RawTranscript, TextDelta
 from gptoss_jax.tokenizer import Tokenizer

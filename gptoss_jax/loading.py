@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.checkpoint import open_checkpoint, resolve
+from gptoss_jax.checkpoint import open_checkpoint
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UsageError
+from gptoss_jax.hub import resolve
 from gptoss_jax.model import GptOss, weight_specs
 from gptoss_jax.placement import partition_for, place, place_heads
 from gptoss_jax.weights import Creator, Weight, WeightSpec, random_creator

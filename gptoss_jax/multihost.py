@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax import cli
-from gptoss_jax.checkpoint import resolve
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
+from gptoss_jax.hub import resolve
 from sharding.membership import membership
 from sharding.multihost import Cluster, start
 

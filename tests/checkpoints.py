@@ -10,8 +10,8 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import DTypeLike
 
-from gptoss_jax.checkpoint import SINGLE_FILE
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.layouts import SINGLE_FILE
 
 CONFIG = ModelConfig(
     vocab_size=128,

@@ -29,18 +29,12 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax import safetensors_file
-from gptoss_jax.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    open_checkpoint,
-    resolve,
-    save_safetensors,
-    save_weights,
-    stored_tensors,
-)
+from gptoss_jax.checkpoint import Checkpoint, open_checkpoint
+from gptoss_jax.checkpoint_writer import save_safetensors, save_weights, stored_tensors
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
+from gptoss_jax.hub import resolve
+from gptoss_jax.layouts import INDEX_FILE, SINGLE_FILE
 from gptoss_jax.model import GptOss, weight_specs
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
 from gptoss_jax.safetensors_file import SafetensorsFile, TensorInfo, parse_header

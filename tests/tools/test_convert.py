@@ -25,10 +25,12 @@ import pytest
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptoss_jax.checkpoint import SINGLE_FILE, open_checkpoint, save_weights
+from gptoss_jax.checkpoint import open_checkpoint
+from gptoss_jax.checkpoint_writer import save_weights
 from gptoss_jax.cli import run
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
+from gptoss_jax.layouts import SINGLE_FILE
 from gptoss_jax.loading import load_model
 from gptoss_jax.model import weight_specs
 from gptoss_jax.weights import WeightSpec, random_creator
@@ -242,7 +244,7 @@ def test_killed_at_any_time(packed: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_living_process_keeps_its_partial_directory(packed: dict[str, Path], tmp_path: Path) -> None:
-    from gptoss_jax.checkpoint import new_directory
+    from gptoss_jax.new_directory import new_directory
 
     with new_directory(tmp_path / "out") as partial:
         with new_directory(tmp_path / "other"):

@@ -56,7 +56,8 @@ def main() -> None:
     if options.max_shard_size is not None and options.to != "hf":
         raise UsageError("--max-shard-size: only for --to hf")
     # Imported here because jax takes longer than --help may.
-    from gptoss_jax.checkpoint import open_checkpoint, resolve
+    from gptoss_jax.checkpoint import open_checkpoint
+    from gptoss_jax.hub import resolve
     from tools.convert.convert import compare, convert, parse_size
 
     try:

@@ -12,17 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from gptoss_jax.checkpoint import (
-    Checkpoint,
-    is_stored_transposed,
-    new_directory,
-    open_checkpoint,
-    stored_shape,
-    write_hugging_face,
-    write_json,
-)
+from gptoss_jax.checkpoint import Checkpoint, open_checkpoint
+from gptoss_jax.checkpoint_writer import write_hugging_face, write_json
 from gptoss_jax.errors import CheckpointError
+from gptoss_jax.layouts import is_stored_transposed, stored_shape
 from gptoss_jax.model import weight_specs
+from gptoss_jax.new_directory import new_directory
 from gptoss_jax.safetensors_file import CHUNK_BYTES, DTYPES, TensorInfo, aligned_empty, show
 
 Layout = Literal["hf", "orbax"]

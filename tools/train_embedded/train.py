@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptoss_jax.checkpoint import save_weights
+from gptoss_jax.checkpoint_writer import save_weights
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.model import weight_specs
 from gptoss_jax.tokenizer import Tokenizer
