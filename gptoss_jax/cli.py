@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 BUILTIN_TOOLS = ("browser", "python")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in one line, as every other wrong input is."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
         raise UsageError(message)
 
 
@@ -48,7 +49,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """An argument parser for `python -m gptoss_jax.<command>`."""
-    return _Parser(prog=f"python -m gptoss_jax.{command}", description=description)
+    return Parser(prog=f"python -m gptoss_jax.{command}", description=description)
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptoss_jax import cli
 from gptoss_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from gptoss_jax.planner.plans import Request
+
+
+CONTEXT = 8192
 
 
 def flags() -> argparse.ArgumentParser:
@@ -36,7 +45,12 @@ def flags() -> argparse.ArgumentParser:
         "--top", type=int, default=3, metavar="N", help="with --search: compile the N best (default: 3)"
     )
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in the cache (default: 8)")
-    parser.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of each (default: 8192)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help=f"tokens of each (default: {CONTEXT}, or the model's longest if that is less)",
+    )
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens a prefill call (default: 512)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
@@ -60,37 +74,49 @@ def main(arguments: list[str] | None = None) -> int:
 
     config = ModelConfig.from_file(options.model)
     topology = parse_topology(options.topology)
-    if options.context > config.max_position_embeddings:
-        raise UsageError(
-            f"--context: the model's longest is {config.max_position_embeddings}, found {options.context}"
-        )
+    longest = config.max_position_embeddings
+    context = options.context or min(CONTEXT, longest)
+    if context > longest:
+        raise UsageError(f"--context: the model's longest is {longest}, found {context}")
     prepare_environment()
     from gptoss_jax.planner import plans, report
     from sharding import BATCH_OVER_EXPERTS, ShardingRules
 
     rules = BATCH_OVER_EXPERTS if options.batch_over_experts else ShardingRules()
-    chunk = min(options.chunk, options.context)
-    request = plans.Request(config, topology, options.batch, options.context, chunk, options.dtype, rules)
+    chunk = min(options.chunk, context)
+    request = plans.Request(config, topology, options.batch, context, chunk, options.dtype, rules)
     devices = topology.devices()
     if options.mesh:
         partition = plans.partition_of(request, options.mesh, devices)
+        request = _divided(request, partition.degree("batch"))
         found = [plans.compile_plan(request, partition, plans.estimate(request, partition))]
     else:
         found = plans.search(request, devices, options.top if options.search else 1, _progress)
         found = found if options.search else found[:1]
-    if options.plot:
-        report.plot(request, found, options.plot)
     if options.json:
         print(json.dumps(report.as_json(request, found)))
     else:
         print(report.table(request, found))
+    if options.plot:
+        report.plot(request, found, options.plot)
     return 0
 
 
 def _check(options: argparse.Namespace) -> None:
     for name, least in (("batch", 1), ("context", 1), ("chunk", 1), ("top", 0)):
-        if getattr(options, name) < least:
-            raise UsageError(f"--{name}: expected {least} or more, found {getattr(options, name)}")
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name}: expected {least} or more, found {value}")
+    if options.plot and not os.access(options.plot.absolute().parent, os.W_OK):
+        raise UsageError(f"--plot: {options.plot.absolute().parent}: expected a directory that can be written")
+
+
+def _divided(request: Request, parts: int) -> Request:
+    """The request with as many sequences as each part of the batch has room for."""
+    batch = -(-request.batch // parts) * parts
+    if batch != request.batch:
+        _progress(f"--batch: {request.batch} sequences over {parts} parts of the batch take the room of {batch}")
+    return dataclasses.replace(request, batch=batch)
 
 
 def _progress(message: str) -> None:

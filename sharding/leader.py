@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from sharding.cluster import END_SECONDS, PROTOCOL, START_SECONDS, Cluster, ping
 from sharding.errors import ClusterError
-from sharding.links import SILENCE_SECONDS, Gone, Link, connect, forward, listen
+from sharding.links import NOTE_SECONDS, SILENCE_SECONDS, Gone, Link, connect, forward, listen
 from sharding.membership import Membership
 from sharding.process import exit_now, report
 
@@ -56,7 +56,7 @@ class Leader(Cluster):
                 raise ClusterError(self._wrong)
             if waited > patience:
                 raise ClusterError(f"{missing} did not come to {self.member.address} within {patience:.0f} s")
-            if waited > 10 and not noted:
+            if waited > NOTE_SECONDS and not noted:
                 noted = True
                 print(f"waiting at {self.member.address} for {missing}", file=sys.stderr, flush=True)
         if self._wrong:

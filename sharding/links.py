@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 from typing import Any
@@ -14,6 +15,9 @@ SILENCE_SECONDS = 20.0
 """How long a living process may say nothing; each says something every `PING_SECONDS`."""
 
 PING_SECONDS = 2.0
+
+NOTE_SECONDS = 10.0
+"""How long a process waits for another one before it says so."""
 
 _LENGTH = struct.Struct("!Q")
 _HELLO_BYTES = 1 << 16
@@ -93,14 +97,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def connect(host: str, port: int, patience: float) -> socket.socket:
-    """A connection to where a process listens, or soon will. Raises OSError after `patience` seconds."""
-    deadline = time.monotonic() + patience
+    """A connection to where a process listens, or soon will. Raises OSError after `patience` seconds.
+
+    Names are asked for again each time: clusters announce them when a host is up.
+    """
+    started, noted = time.monotonic(), False
     while True:
         try:
             return socket.create_connection((host, port), timeout=10)
-        except OSError:
-            if time.monotonic() > deadline:
+        except OSError as error:
+            waited = time.monotonic() - started
+            if waited > patience:
                 raise
+            if waited > NOTE_SECONDS and not noted:
+                noted = True
+                why = error.strerror or error
+                print(f"waiting up to {patience:.0f} s for {host}:{port}: {why}", file=sys.stderr, flush=True)
             time.sleep(0.2)
 
 

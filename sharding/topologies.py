@@ -97,7 +97,9 @@ class Topology:
                 )
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ShardingError(f"topology: {self.text}: {reason}") from None
+            raise ShardingError(
+                f"topology: {self.text}: expected a slice that exists; its compiler says: {reason}"
+            ) from None
         return sorted(description.devices, key=lambda device: device.id)
 
     def position(self, index: int) -> tuple[int, ...]:

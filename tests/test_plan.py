@@ -168,6 +168,7 @@ def test_help_is_quick() -> None:
         (["--topology", "h100:8"], "slices x hosts x devices"),
         (["--topology", "v5e:4x8", "--batch", "0"], "--batch"),
         (["--topology", "v5e:4x8", "--context", "999999"], "131072"),
+        (["--topology", "v5e:4x8", "--plot", "/nonexistent/plan.png"], "--plot: /nonexistent"),
         (["--topology", "v5e:4x8", "--model", "missing.json"], "missing.json"),
     ],
 )
@@ -233,6 +234,17 @@ def test_compiles_and_fits(topology: str, mesh: str, few_layers: Path, tmp_path:
         assert reductions["expert", "tensor"] >= 2  # the experts'
         assert step["least_seconds"] == max(step["bound_seconds"].values())
     assert one["steps"]["decode"]["bound_by"] == "memory"
+
+
+@needs_aot
+def test_a_batch_that_does_not_divide_takes_the_room_of_one_that_does(few_layers: Path) -> None:
+    run = command(
+        *("--model", str(few_layers), "--topology", "h100:1x1x4", "--mesh", "data=4", "--batch", "3"),
+        *("--context", "64", "--json"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--batch: 3 sequences over 4 parts of the batch take the room of 4" in run.stderr
+    assert json.loads(run.stdout)["batch"] == 4
 
 
 @needs_aot

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptoss_jax.cli import Parser
 from gptoss_jax.errors import GptOssError, UsageError
 from gptoss_jax.harmony.forms import read_messages
 from gptoss_jax.harmony.messages import ROLES, ParsedMessage
@@ -42,7 +43,7 @@ known) and "strict" (default false); the output is {"id", "messages", "malformed
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 0, or 2 after one line on stderr for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m gptoss_jax.harmony",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         default=str(_EMBEDDED),
         help="a directory with a tokenizer.json, or o200k_harmony (default: the embedded model's)",
     )
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         tokenizer = _tokenizer(options.tokenizer)
         handle = _render if options.command == "render" else _parse
         for number, line in enumerate(sys.stdin.buffer, 1):

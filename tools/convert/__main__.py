@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gptoss_jax.cli import run
+from gptoss_jax.cli import Parser, run
 from gptoss_jax.errors import UsageError
 
 DESCRIPTION = """\
@@ -21,7 +21,7 @@ examples:
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.convert",
         description=DESCRIPTION,
         epilog=EXAMPLES,
