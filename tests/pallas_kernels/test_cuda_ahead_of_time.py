@@ -1,25 +1,23 @@
-"""The kernels compiled for an H100 that is not here; needs jax-cuda13-plugin and -pjrt, and skips without them."""
+"""The kernels compiled for GPUs that are not here; needs jax-cuda13-plugin and -pjrt, and skips without them."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import sharding
 from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
 from pallas_kernels.rotary import rotate_and_keep
 from pallas_kernels.routing import route
+from sharding.topologies import parse_topology
 
 pytestmark = pytest.mark.skipif(
     find_spec("jax_cuda13_plugin") is None, reason="jax-cuda13-plugin is not installed"
@@ -27,13 +25,12 @@ pytestmark = pytest.mark.skipif(
 HIDDEN, HEADS, KV_HEADS, WIDTH = 2880, 64, 8, 64
 
 
-@pytest.fixture(scope="module")
-def h100() -> Iterator[Mesh]:
-    target = (Path(sharding.__file__).parent / "topologies" / "h100.txtpb").read_text()
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=target, topology="1x1x1"
-    )
-    mesh = Mesh(np.array(described.devices), ("x",))
+CARDS = ["h100", *(pytest.param(card, marks=pytest.mark.slow) for card in ("a100", "l40", "b200"))]
+
+
+@pytest.fixture(scope="module", params=CARDS)
+def card(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    mesh = Mesh(np.array(parse_topology(f"{request.param}:1x1x1").devices()), ("x",))
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -61,11 +58,11 @@ def experts(count: int, parts: int) -> GpuExperts:
 
 @pytest.mark.parametrize("count", [32, 128])
 @pytest.mark.parametrize("tokens", [1, 8, 64, 256, 8192])
-def test_experts(h100: Mesh, count: int, tokens: int) -> None:
+def test_experts(card: Mesh, count: int, tokens: int) -> None:
     weights = (experts(count, 2), bfloat16(count, 2 * HIDDEN), experts(count, 1), bfloat16(count, HIDDEN))
     routing = int32(tokens, 4), jax.ShapeDtypeStruct((tokens, 4), jnp.float32)
     assert (
-        kernels_in(partial(expert_mlp, swiglu_limit=7.0), h100, bfloat16(tokens, HIDDEN), *routing, *weights) >= 2
+        kernels_in(partial(expert_mlp, swiglu_limit=7.0), card, bfloat16(tokens, HIDDEN), *routing, *weights) >= 2
     )
 
 
@@ -73,31 +70,31 @@ def test_experts(h100: Mesh, count: int, tokens: int) -> None:
     ("batch", "length", "keys", "window"),
     [(1, 1, 128, 128), (1, 1, 131072, None), (256, 1, 1024, None), (1, 512, 640, 128), (1, 8192, 8192, None)],
 )
-def test_attention(h100: Mesh, batch: int, length: int, keys: int, window: int | None) -> None:
+def test_attention(card: Mesh, batch: int, length: int, keys: int, window: int | None) -> None:
     q, kv = bfloat16(batch, length, HEADS, WIDTH), bfloat16(batch, keys, KV_HEADS, 2 * WIDTH)
     function = partial(attention, window=window, sm_scale=0.125)
-    assert kernels_in(function, h100, q, kv, bfloat16(HEADS), int32(batch, length), int32(batch, keys)) >= 1
+    assert kernels_in(function, card, q, kv, bfloat16(HEADS), int32(batch, length), int32(batch, keys)) >= 1
 
 
 @pytest.mark.parametrize(
     ("batch", "length", "page_size", "pages"), [(1, 1, 16, 8192), (64, 1, 64, 32), (4, 512, 64, 128)]
 )
-def test_paged_attention(h100: Mesh, batch: int, length: int, page_size: int, pages: int) -> None:
+def test_paged_attention(card: Mesh, batch: int, length: int, page_size: int, pages: int) -> None:
     q, kv = bfloat16(batch, length, HEADS, WIDTH), bfloat16(9000, page_size, KV_HEADS, 2 * WIDTH)
     shapes = (q, kv, int32(batch, pages), bfloat16(HEADS), int32(batch, length))
-    assert kernels_in(partial(paged_attention, sm_scale=0.125), h100, *shapes) >= 1
+    assert kernels_in(partial(paged_attention, sm_scale=0.125), card, *shapes) >= 1
 
 
-def test_a_token_s_small_ops(h100: Mesh) -> None:
+def test_a_token_s_small_ops(card: Mesh) -> None:
     rows = [HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH]
     weights = [bfloat16(r, HIDDEN) for r in rows]
     biases = [bfloat16(r) for r in rows]
     normed = lambda x, ws, bs, norm: linear(x, ws, bs, norm_I=norm)  # noqa: E731
-    assert kernels_in(normed, h100, bfloat16(1, HIDDEN), weights, biases, bfloat16(HIDDEN)) == 1
+    assert kernels_in(normed, card, bfloat16(1, HIDDEN), weights, biases, bfloat16(HIDDEN)) == 1
     router = (bfloat16(1, HIDDEN), bfloat16(HIDDEN), bfloat16(128, HIDDEN), bfloat16(128))
-    assert kernels_in(partial(route, k=4, eps=1e-5), h100, *router) == 2
+    assert kernels_in(partial(route, k=4, eps=1e-5), card, *router) == 2
     turned = (*(bfloat16(2, 1, n, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS)), int32(2, 1))
     cache = (bfloat16(100, 64, KV_HEADS, 2 * WIDTH), int32(2, 1), int32(2, 1))
     frequencies = jax.ShapeDtypeStruct((WIDTH // 2,), jnp.float32)
     function = partial(rotate_and_keep, concentration=1.3, out_dtype=jnp.bfloat16)
-    assert kernels_in(function, h100, *turned, frequencies, *cache) == 1
+    assert kernels_in(function, card, *turned, frequencies, *cache) == 1
