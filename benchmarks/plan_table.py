@@ -1,11 +1,16 @@
-"""Which released model fits which slice, as the README's table: python benchmarks/plan_table.py (extra: aot)."""
+"""Which released model fits which slice: python benchmarks/plan_table.py (extra: aot).
+
+The long table is docs/planner.md's, `--short` makes the README's.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +49,27 @@ def main() -> None:
     parser.add_argument("--slices", nargs="+", default=SLICES)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--short", action="store_true", help="a row a slice: mesh and memory of each model")
     options = parser.parse_args()
-    print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
-    for model in options.models:
+
+    def plan(model: str, topology: str) -> dict[str, Any]:
+        return planned(model, topology, options.batch, options.context)
+
+    if options.short:
+        show(["slice", *options.models])
         for topology in options.slices:
-            plan = planned(model, topology, options.batch, options.context)
-            print("| " + " | ".join(row(model, plan)) + " |", flush=True)
+            show([f"`{topology}`", *(cell(plan(model, topology)) for model in options.models)])
+        return
+    show(HEADER)
+    for model, topology in itertools.product(options.models, options.slices):
+        show(row(model, plan(model, topology)))
+
+
+def show(cells: Sequence[str]) -> None:
+    """A row of a Markdown table; the first is followed by the line that ends a table's head."""
+    print("| " + " | ".join(cells) + " |", flush=True)
+    if cells[0] in (HEADER[0], "slice"):
+        print("|" + "---|" * len(cells))
 
 
 def planned(model: str, topology: str, batch: int, context: int) -> dict[str, Any]:
@@ -59,17 +79,36 @@ def planned(model: str, topology: str, batch: int, context: int) -> dict[str, An
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
+def cell(plan: dict[str, Any]) -> str:
+    best = plan["meshes"][0]
+    used = f"{best['bytes'] / GIB:.1f} of {best['usable_bytes'] / GIB:.1f} GiB"
+    return f"`{mesh_of(best)}`: {used}" if best["fits"] else f"no: {used}"
+
+
+def mesh_of(mesh_plan: dict[str, Any]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh_plan["mesh"].items() if size > 1) or "data=1"
+
+
 def row(model: str, plan: dict[str, Any]) -> list[str]:
     best = plan["meshes"][0]
     decode = best["steps"]["decode"]
-    mesh = ",".join(f"{axis}={size}" for axis, size in best["mesh"].items() if size > 1) or "data=1"
     held = best["weight_bytes"] + best["cache_bytes"]
     rest = f"{(best['bytes'] - held) / GIB:.1f}" if best["compiled"] else "not compiled"
     used = f"{best['bytes'] / GIB:.1f} of {best['usable_bytes'] / GIB:.1f}"
     speed = [f"{decode['most_tokens_per_second']:.0f}", decode["bound_by"]] if best["fits"] else ["", ""]
     parts = [f"{best[name] / GIB:.1f}" for name in ("weight_bytes", "cache_bytes")]
     fits = "yes" if best["fits"] else "no"
-    return [model, f"`{plan['topology']}`", str(plan["devices"]), f"`{mesh}`", *parts, rest, used, fits, *speed]
+    return [
+        model,
+        f"`{plan['topology']}`",
+        str(plan["devices"]),
+        f"`{mesh_of(best)}`",
+        *parts,
+        rest,
+        used,
+        fits,
+        *speed,
+    ]
 
 
 if __name__ == "__main__":
