@@ -18,8 +18,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
+from pallas_kernels.mxfp4_matmul import PackedExperts
 
-Weight = jax.Array | MXFP4Tensor
+Weight = jax.Array | PackedExperts
+
+LARGE = 1 << 24
+"""Elements from which a random weight is drawn in one program, which holds no copies in between."""
 
 Sharding = Callable[["WeightSpec"], jax.sharding.Sharding | None]
 """Tells where a weight goes: of packed ones, blocks and scales alike; None is the default device."""
@@ -31,7 +35,8 @@ class WeightSpec:
 
     `name` is its Hugging Face name (of packed experts, without `_blocks` and `_scales`) and `shape` its unpacked
     shape, the contracting dimension last. `axes` names a logical axis for each dimension, which sharding rules
-    map to a mesh. `packed` tells whether it is MXFP4 along the last dimension.
+    map to a mesh. `packed` tells whether it is MXFP4 along the last dimension, and `parts` of how many matrices the
+    rows alternate (gate and up).
 
     A weight on a mesh may differ from what a checkpoint stores, whose shape `stored_shape` then is (None: the same).
     Where a dimension has `sources`, its i-th equal part is the stored part `sources[i]`, or zeros for -1; else what
@@ -43,6 +48,7 @@ class WeightSpec:
     axes: tuple[str | None, ...]
     init: Literal["normal", "zeros", "ones"] = "normal"
     packed: bool = False
+    parts: int = 1
     stored_shape: tuple[int, ...] | None = None
     sources: tuple[tuple[int, ...] | None, ...] = ()
 
@@ -94,17 +100,17 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
     shard.
     """
     # One program for all layers: their weights differ in the key only.
-    programs: dict[tuple[WeightSpec, jax.sharding.Sharding], Callable[[jax.Array], Weight]] = {}
+    programs: dict[tuple[WeightSpec, jax.sharding.Sharding | None], Callable[[jax.Array], Weight]] = {}
     anywhere = "threefry" in str(jax.random.key_impl(key))
 
     def create(spec: WeightSpec) -> Weight:
         own_key = jax.random.fold_in(key, _stable_hash(spec.name))
         place = sharding(spec) if sharding else None
-        if place is None:
+        if place is None and math.prod(spec.shape) < LARGE:
             return _padded(_random(own_key, spec.stored, dtype), spec)
         kind = (dataclasses.replace(spec, name=""), place)
         if kind not in programs:
-            whole = None if anywhere else _replicated(place)
+            whole = None if anywhere or place is None else _replicated(place)
             programs[kind] = jax.jit(
                 functools.partial(_draw, spec=spec, dtype=dtype, whole=whole), out_shardings=place
             )
@@ -153,7 +159,9 @@ def _random_packed(key: jax.Array, spec: WeightSpec) -> MXFP4Tensor:
     """Uniform nibbles (root mean square 2.92) under scales that bring a row's norm to 1 or 2."""
     blocks_key, scales_key = jax.random.split(key)
     centre = 127 - round(math.log2(2.92 * math.sqrt(spec.shape[-1])))
-    blocks = jax.random.bits(blocks_key, (*spec.groups_shape, GROUP // 2), jnp.uint8)
+    # Bytes drawn one by one would take four times their size while they are made.
+    words = jax.random.bits(blocks_key, (*spec.groups_shape, GROUP // 8), jnp.uint32)
+    blocks = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*spec.groups_shape, GROUP // 2)
     scales = jax.random.bits(scales_key, spec.groups_shape, jnp.uint8) & 1
     return MXFP4Tensor(blocks, (scales + jnp.uint8(centre)).astype(jnp.uint8))
 

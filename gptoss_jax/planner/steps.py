@@ -18,8 +18,8 @@ from gptoss_jax.engine.sampling import SamplingState
 from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, run_step
 from gptoss_jax.kv_cache import STORE, CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
-from gptoss_jax.placement import place
-from gptoss_jax.weights import WeightSpec, abstract_creator
+from gptoss_jax.placement import place, prepare
+from gptoss_jax.weights import Weight, WeightSpec, abstract_creator
 from sharding import Partition
 
 
@@ -98,8 +98,13 @@ def abstract_model(
     def where(spec: WeightSpec) -> jax.sharding.Sharding | None:
         return partition.sharding(spec.axes, spec.name)
 
-    create = abstract_creator(dtype, where)
-    return nnx.split(GptOss(config, lambda spec: create(place(spec, partition)), partition))
+    abstract = abstract_creator(dtype, where)
+
+    def create(spec: WeightSpec) -> Weight:
+        placed = place(spec, partition)
+        return prepare(abstract(placed), placed, partition)
+
+    return nnx.split(GptOss(config, create, partition))
 
 
 def abstract_state(config: ModelConfig, partition: Partition, shape: CacheShape, dtype: DTypeLike) -> DeviceState:
