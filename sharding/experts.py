@@ -129,9 +129,10 @@ def _replicated(
     *experts: Any,
 ) -> jax.Array:
     here = experts[1].shape[0]
-    local_Tk = ids_Tk - partition.index("experts") * here
-    local_Tk = jnp.where((local_Tk >= 0) & (local_Tk < here), local_Tk, here)
-    ours = (x_TD, local_Tk, weights_Tk, *_bias_once(partition, experts))
+    if partition.degree("experts") > 1:
+        ids_Tk = ids_Tk - partition.index("experts") * here
+        ids_Tk = jnp.where((ids_Tk >= 0) & (ids_Tk < here), ids_Tk, here)
+    ours = (x_TD, ids_Tk, weights_Tk, *_bias_once(partition, experts))
     if partition.degree("experts") * partition.degree("expert_intermediate") == 1:
         return _with_residual(function, residual_TD)(*ours)
     y_TD = partition.reduce(function(*ours), "experts", "expert_intermediate")
@@ -220,5 +221,7 @@ def _has_ragged_all_to_all(mesh: Mesh | None) -> bool:
 
 def _bias_once(partition: Partition, experts: tuple[Any, ...]) -> tuple[Any, ...]:
     """Of devices that share an expert's intermediate dimension only the first adds the down projection's bias."""
+    if partition.degree("expert_intermediate") == 1:
+        return experts
     *others, down_bias_ED = experts
     return (*others, jnp.where(partition.index("expert_intermediate") == 0, down_bias_ED, 0))

@@ -11,15 +11,26 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine.sampling import Adjustments, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
-from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, StepOutputs, run_step, seed_key
+from gptoss_jax.engine.step import (
+    DeviceState,
+    StepInputs,
+    StepKind,
+    StepOutputs,
+    Structure,
+    run_step,
+    seed_key,
+)
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
+from pallas_kernels import current_platform
 from sharding import replicate
+
+COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {"cuda": {}}
+"""How a platform's steps are compiled."""
 
 SNAPSHOTS_A_CHUNK = 2
 BIASES = 64
@@ -55,7 +66,7 @@ class Runner:
         self, model: GptOss, shape: CacheShape, limits: Limits, dtype: DTypeLike, drafts: int, eos: frozenset[int]
     ) -> None:
         self._config, self._partition = model.config, model.partition
-        self._graph, self._weights = nnx.split(model)
+        self._structure, self._weights = Structure.of(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
@@ -79,9 +90,12 @@ class Runner:
         self._prepare_counts(plans, kind)
         inputs = self._inputs(kind, plans, constraints)
         outputs, self._state = self._step(kind)(self._weights, self._state, inputs)
+        outputs = replicate(outputs)
+        for output in jax.tree.leaves(outputs):
+            output.copy_to_host_async()
         return Launched(
             kind,
-            replicate(outputs),
+            outputs,
             [[(s, s.epoch) for s in plan.decodes] for plan in plans],
             [
                 [(c.sequence, c.sequence.epoch, c.start, c.stop, c.finishing) for c in plan.chunks]
@@ -134,13 +148,17 @@ class Runner:
         chunks = [c for plan in plans for c in plan.chunks]
         everyone = sequences + [c.sequence for c in chunks]
         longest = max((c.stop - c.start for c in chunks), default=0)
+        decodes = max(len(plan.decodes) for plan in plans)
         prefills = max(len(plan.chunks) for plan in plans)
+        drawn = [s.params for s in everyone if s.params.temperature > 0]
         return StepKind(
-            decodes=_bucket(max(len(plan.decodes) for plan in plans), 4, self._shape.slots),
+            decodes=_bucket(decodes, 4, self._shape.slots) if decodes or not prefills else 0,
             prefills=_bucket(prefills, 4) if prefills else 0,
             chunk=_bucket(longest, 4, self._limits.chunk, least=16) if prefills else 1,
             pages=_bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
+            draws=bool(drawn),
+            cuts=any(params.top_k > 0 or params.top_p < 1 for params in drawn),
             logprobs=any(s.params.logprobs is not None for s in everyone),
             prompt_logprobs=any(c.sequence.params.prompt_logprobs is not None for c in chunks),
             adjusted=any(needs_adjusting(s) or s in constraints for s in everyone),
@@ -233,19 +251,22 @@ class Runner:
 
     def _step(self, kind: StepKind) -> Callable[..., Any]:
         if kind not in self._steps:
-            self._steps[kind] = jax.jit(partial(run_step, self._graph, kind), donate_argnums=1)
+            with self._partition.on_its_devices():
+                options = COMPILER_OPTIONS.get(current_platform())
+            step = partial(run_step, self._structure, kind)
+            self._steps[kind] = jax.jit(step, donate_argnums=1, compiler_options=options)
         return self._steps[kind]
 
     def kinds(self) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
         sizes = partial(_buckets, 4)
-        chunks = [(0, 1)]
         most = -(-self._limits.step_tokens // self._limits.chunk)
-        chunks += itertools.product(sizes(1, most), sizes(16, self._limits.chunk))
-        for pages in sizes(4, self._most_pages):
-            for decodes in sizes(1, self._shape.slots):
-                for prefills, chunk in chunks:
-                    yield StepKind(decodes, prefills, chunk, pages, drafts=0)
+        chunks = list(itertools.product(sizes(1, most), sizes(16, self._limits.chunk)))
+        decodes = sizes(1, self._shape.slots)
+        rows = [(count, 0, 1) for count in decodes]
+        rows += [(count, *own) for count in (0, *decodes) for own in chunks]
+        for pages, own, draws in itertools.product(sizes(4, self._most_pages), rows, (False, True)):
+            yield StepKind(*own, pages, draws=draws)
 
     def compile(self, kind: StepKind) -> None:
         """Compile a kind of step without running it."""

@@ -32,6 +32,8 @@ class StepKind:
       decodes: sequences that decode, each with its last token and `drafts` guesses of those after it.
       prefills: sequences that prefill, each a chunk of `chunk` tokens.
       pages: pages in a sequence's table.
+      draws: some sequence has a temperature.
+      cuts: some sequence has a top-k or top-p.
       logprobs: report log-probabilities of new tokens.
       prompt_logprobs: report those of the chunks' tokens.
       adjusted: apply penalties, biases and masks to the logits.
@@ -42,6 +44,8 @@ class StepKind:
     chunk: int
     pages: int
     drafts: int = 0
+    draws: bool = False
+    cuts: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
     adjusted: bool = False
@@ -113,15 +117,34 @@ class StepOutputs:
     prompt_logprobs: Logprobs | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A model without its weights. These are passed as a list: walking an nnx.State costs the host more than a step."""
+
+    graph: nnx.GraphDef[GptOss]
+    treedef: jax.tree_util.PyTreeDef
+
+    @classmethod
+    def of(cls, model: GptOss) -> tuple[Structure, list[jax.Array]]:
+        """A model's structure and its weights, which may be abstract."""
+        graph, state = nnx.split(model)
+        weights, treedef = jax.tree.flatten(state)
+        return cls(graph, treedef), weights
+
+    def model(self, weights: list[jax.Array]) -> GptOss:
+        """The model with these weights."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, weights))
+
+
 def run_step(
-    graph: nnx.GraphDef[GptOss],
+    structure: Structure,
     kind: StepKind,
-    weights: nnx.State,
+    weights: list[jax.Array],
     state: DeviceState,
     inputs: StepInputs,
 ) -> tuple[StepOutputs, DeviceState]:
     """One step. Its outputs are whole on every device, its state stays where it is."""
-    model = nnx.merge(graph, weights)
+    model = structure.model(weights)
     with model.partition.active():
         tokens_BT, positions_BT = _tokens(state, inputs, kind)
         kv = StepCache(state.cache, (inputs.decode, inputs.prefill), (1 + kind.drafts, kind.chunk))
@@ -132,7 +155,7 @@ def run_step(
         adjusted_BRV = logits_BRV
         if kind.adjusted:
             adjusted_BRV = adjust(logits_BRV, _adjustments(state, inputs, kind))
-        sampled_BR = sample(adjusted_BRV, sampling, positions_BR)
+        sampled_BR = sample(adjusted_BRV, sampling, positions_BR, draws=kind.draws, cuts=kind.cuts)
         outputs = _outputs(kind, inputs, sampled_BR, logits_BRV)
         if kind.prompt_logprobs:
             outputs = dataclasses.replace(outputs, prompt_logprobs=_prompt_logprobs(model, x_BTD, inputs, kind))
