@@ -80,13 +80,15 @@ class Runner:
         last = jnp.zeros((self.parts, shape.slots), jnp.int32, device=self._partition.sharding(("batch", None)))
         self._state = DeviceState(KVCache.empty(model.config, shape, dtype, self._partition), last)
 
-    def launch(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]) -> Launched:
-        """Start a step; returns at once."""
+    def launch(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint], rounds: int = 1) -> Launched:
+        """Start a step, or as many decode steps as `rounds` if they need nothing of the host; returns at once."""
         for number, plan in enumerate(plans):
             for sequence in itertools.chain(plan.decodes, (chunk.sequence for chunk in plan.chunks)):
                 self._note(number, sequence)
         self._restore(plans)
         kind = self._kind(plans, constraints)
+        if not (kind.prefills or kind.drafts or kind.logprobs or kind.adjusted):
+            kind = dataclasses.replace(kind, rounds=rounds)
         self._prepare_counts(plans, kind)
         inputs = self._inputs(kind, plans, constraints)
         outputs, self._state = self._step(kind)(self._weights, self._state, inputs)
@@ -257,7 +259,7 @@ class Runner:
             self._steps[kind] = jax.jit(step, donate_argnums=1, compiler_options=options)
         return self._steps[kind]
 
-    def kinds(self) -> Iterator[StepKind]:
+    def kinds(self, most_rounds: int = 1) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
         sizes = partial(_buckets, 4)
         most = -(-self._limits.step_tokens // self._limits.chunk)
@@ -266,7 +268,8 @@ class Runner:
         rows = [(count, 0, 1) for count in decodes]
         rows += [(count, *own) for count in (0, *decodes) for own in chunks]
         for pages, own, draws in itertools.product(sizes(4, self._most_pages), rows, (False, True)):
-            yield StepKind(*own, pages, draws=draws)
+            for rounds in {1, most_rounds} if own[1] == 0 else {1}:
+                yield StepKind(*own, pages, rounds=rounds, draws=draws)
 
     def compile(self, kind: StepKind) -> None:
         """Compile a kind of step without running it."""
