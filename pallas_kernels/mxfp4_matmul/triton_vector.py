@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, group_factor, unpack
+from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, unpack
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
 
 MOST_ROWS = 8
@@ -215,22 +215,25 @@ def _products(words: jax.Array, scales: jax.Array, xs: list[jax.Array]) -> jax.A
 
 
 def _products_ptx(words: jax.Array, scales: jax.Array, xs: list[jax.Array]) -> jax.Array:
-    """`_products` two words at a time; see `gpu_layout.unpack` for the bits."""
-    factors = [jnp.broadcast_to(group_factor((scales >> (8 * j)) & 255), words.shape) for j in range(len(xs))]
+    """`_products` two words at a time; see `gpu_layout.unpack` for the bits.
+
+    The factor of `gpu_layout.group_factor` is made here, twice in one register by one multiplication.
+    """
     body = ["mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 z, 0x80008000;"]
     for j, shift in enumerate(
         ("shl.b32 a, $2, 6;", "shl.b32 a, $2, 2;", "shr.u32 a, $2, 2;", "shr.u32 a, $2, 6;")
     ):
         body.append(
+            f"prmt.b32 c, $7, 0, {0x4440 + j}; mad.lo.u32 c, c, 0x00800080, 0x3F003F00;"
             f"{shift} shl.b32 b, $2, {12 - 4 * j}; and.b32 b, b, 0x80008000;"
-            f"lop3.b32 a, a, 0x01C001C0, b, 0xEA; fma.rn.bf16x2 a, a, ${7 + j}, z;"
+            "lop3.b32 a, a, 0x01C001C0, b, 0xEA; fma.rn.bf16x2 a, a, c, z;"
             f"shl.b32 b, a, 16; shl.b32 c, ${3 + j}, 16; fma.rn.f32 $0, b, c, $0;"
             f"and.b32 b, a, 0xFFFF0000; and.b32 c, ${3 + j}, 0xFFFF0000; fma.rn.f32 $1, b, c, $1;"
         )
     [sums] = plt.elementwise_inline_asm(
         "{ .reg .b32 a, b, c, z;" + "".join(body) + "}",
-        args=[words, *xs, *factors],
-        constraints="=&f,=&f" + ",r" * 9,
+        args=[words, *xs, jnp.broadcast_to(scales, words.shape)],
+        constraints="=&f,=&f" + ",r" * 7,
         pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.float32)],
     )
