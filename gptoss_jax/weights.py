@@ -101,7 +101,7 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
     """
     # One program for all layers: their weights differ in the key only.
     programs: dict[tuple[WeightSpec, jax.sharding.Sharding | None], Callable[[jax.Array], Weight]] = {}
-    anywhere = "threefry" in str(jax.random.key_impl(key))
+    anywhere = not _is_hardware(key)
 
     def create(spec: WeightSpec) -> Weight:
         own_key = jax.random.fold_in(key, _stable_hash(spec.name))
@@ -138,8 +138,22 @@ def _random(key: jax.Array, spec: WeightSpec, dtype: DTypeLike) -> Weight:
     if spec.init == "normal":
         # Keeps the sum over the contracting dimension near the size of one term's partner.
         scale = 1 / math.sqrt(spec.shape[-1]) if len(spec.shape) > 1 else 0.1
-        return (jax.random.normal(key, spec.shape, jnp.float32) * scale).astype(dtype)
+
+        def some(key: jax.Array, rows: int) -> jax.Array:
+            return (jax.random.normal(key, (rows, *spec.shape[1:]), jnp.float32) * scale).astype(dtype)
+
+        # Piece by piece: float32 and bits of a released model's vocabulary would be four times its size.
+        pieces = math.gcd(spec.shape[0], 64) if math.prod(spec.shape) > LARGE and _is_hardware(key) else 1
+        if pieces == 1:
+            return some(key, spec.shape[0])
+        drawn = jax.lax.map(lambda own: some(own, spec.shape[0] // pieces), jax.random.split(key, pieces))
+        return drawn.reshape(spec.shape)
     return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
+
+
+def _is_hardware(key: jax.Array) -> bool:
+    """Whether a key's generator draws an array as a whole, so that its numbers depend on the array's sharding."""
+    return "threefry" not in str(jax.random.key_impl(key))
 
 
 def _padded(weight: Weight, spec: WeightSpec) -> Weight:

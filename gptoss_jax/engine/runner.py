@@ -26,11 +26,7 @@ from gptoss_jax.engine.step import (
 )
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
-from pallas_kernels import current_platform
 from sharding import replicate
-
-COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {"cuda": {}}
-"""How a platform's steps are compiled."""
 
 SNAPSHOTS_A_CHUNK = 2
 BIASES = 64
@@ -253,10 +249,7 @@ class Runner:
 
     def _step(self, kind: StepKind) -> Callable[..., Any]:
         if kind not in self._steps:
-            with self._partition.on_its_devices():
-                options = COMPILER_OPTIONS.get(current_platform())
-            step = partial(run_step, self._structure, kind)
-            self._steps[kind] = jax.jit(step, donate_argnums=1, compiler_options=options)
+            self._steps[kind] = jax.jit(partial(run_step, self._structure, kind), donate_argnums=1)
         return self._steps[kind]
 
     def kinds(self, most_rounds: int = 1) -> Iterator[StepKind]:
