@@ -29,6 +29,18 @@ from pallas_kernels.routing import route
 HIDDEN, HEADS, KV_HEADS, WIDTH = 2880, 64, 8, 64
 ALLOWED = 1.1
 
+ATTENTION_SHAPES: list[tuple[int, int, int, int | None]] = [
+    (1, 1, 128, 128),
+    (16, 1, 128, 128),
+    (1, 1, 1024, None),
+    (64, 1, 1024, None),
+    (1, 1, 131072, None),
+    (1, 512, 640, 128),
+    (1, 2048, 2048, None),
+    (1, 512, 131072, None),
+]
+"""Sequences, queries of each, keys and window."""
+
 Row = tuple[str, float, float]
 """A case, the op's error and that of bfloat16."""
 
@@ -106,9 +118,7 @@ def some_queries(q: jax.Array, positions: jax.Array, most: int) -> tuple[jax.Arr
 def attention_cases() -> Iterator[Row]:
     scale = 1 / math.sqrt(WIDTH)
     sinks = normal(0, HEADS)
-    shapes = [(1, 1, 128, 128), (16, 1, 128, 128), (1, 1, 1024, None), (64, 1, 1024, None), (1, 1, 131072, None)]
-    shapes += [(1, 512, 640, 128), (1, 2048, 2048, None), (1, 512, 131072, None)]
-    for batch, length, keys, window in shapes:
+    for batch, length, keys, window in ATTENTION_SHAPES:
         q, kv = normal(1, batch, length, HEADS, WIDTH), normal(2, batch, keys, KV_HEADS, 2 * WIDTH)
         kv_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
         positions = kv_positions[:, keys - length :]
@@ -116,7 +126,7 @@ def attention_cases() -> Iterator[Row]:
         table = jax.random.permutation(jax.random.key(3), batch * pages).reshape(batch, pages).astype(jnp.int32)
         stored = jnp.zeros((batch * pages, page_size, *kv.shape[2:]), kv.dtype)
         stored = stored.at[table.reshape(-1)].set(kv.reshape(-1, page_size, *kv.shape[2:]))
-        own, own_positions, index = some_queries(q, positions, max(1, min(64, (1 << 25) // (batch * keys * 4))))
+        own, own_positions, index = some_queries(q, positions, max(1, min(64, (1 << 23) // (batch * keys * 4))))
 
         options = {"window": window, "sm_scale": scale}
         reference = jax.jit(partial(attention, **options, backend="reference"))
