@@ -1,8 +1,8 @@
 """The expert op on NVIDIA GPUs for a token or two: matrix-vector products at the speed of the memory.
 
 A program of one warp multiplies a few whole rows, so that all of its loads are independent and in flight at once,
-and reads which expert it works for itself. What bounds it is instructions, so values are unpacked to float16, which
-holds them exactly, and multiplied two at a time; four products are summed in float16, these sums in float32.
+and reads which expert it works for itself. Values are unpacked two at a time to bfloat16, which holds them
+exactly, and multiplied and summed in float32.
 
 Shapes are named by suffix: T tokens, k experts of a token, R = T k rows, D hidden, I intermediate; a tile is
 blocks by 32 words.
@@ -20,12 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, unpack
+from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, group_factor, unpack
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
-
-X_SCALE = 8
-"""What the values are multiplied with is held in float16 times this: exact where bfloat16 is, but for values under
-2^-17 or so. Beyond 8188 it overflows to infinity; normed tokens and SwiGLU's bounded results are far below."""
 
 MOST_ROWS = 8
 """Above, tokens share experts often enough that `triton` reads less."""
@@ -68,10 +64,10 @@ def expert_mlp(
     hidden_RI = call(
         functools.partial(_gate_up_kernel, k=k, rows=up.rows, limit=swiglu_limit, products=products),
         grid=(pl.cdiv(inner, up.rows), tokens * k),
-        out_shape=jax.ShapeDtypeStruct((tokens * k, inner), jnp.float16),
+        out_shape=jax.ShapeDtypeStruct((tokens * k, inner), x_TD.dtype),
         compiler_params=plt.CompilerParams(num_warps=up.num_warps, num_stages=1),
         name="mxfp4_gate_up_vector",
-    )(expert_ids_Tk, _scaled(x_TD), *_flat(gate_up_EFD), gate_up_bias_EF)
+    )(expert_ids_Tk, x_TD, *_flat(gate_up_EFD), gate_up_bias_EF)
     residual = [] if residual_TD is None else [residual_TD]
     return call(
         functools.partial(_down_kernel, k=k, rows=down.rows, products=products),
@@ -80,10 +76,6 @@ def expert_mlp(
         compiler_params=plt.CompilerParams(num_warps=down.num_warps, num_stages=1),
         name="mxfp4_down_vector",
     )(expert_ids_Tk, expert_weights_Tk.astype(jnp.float32), hidden_RI, *_flat(down_EDI), down_bias_ED, *residual)
-
-
-def _scaled(x: jax.Array) -> jax.Array:
-    return (x.astype(jnp.float32) * X_SCALE).astype(jnp.float16)
 
 
 def _flat(experts: GpuExperts) -> tuple[jax.Array, jax.Array]:
@@ -122,7 +114,7 @@ def _gate_up_kernel(
                 gate = jnp.minimum(gate + bias_ref[expert, 2 * row].astype(jnp.float32), limit)
                 up = jnp.clip(up + bias_ref[expert, 2 * row + 1].astype(jnp.float32), -limit, limit)
                 value = gate / (1 + jnp.exp(-SWIGLU_ALPHA * gate)) * (up + 1)
-                out_ref[slot, row] = _scaled(value)
+                out_ref[slot, row] = value.astype(out_ref.dtype)
 
             _where_exists(row, out_ref.shape[1], rows, compute)
 
@@ -219,36 +211,26 @@ def _row(
 
 def _products(words: jax.Array, scales: jax.Array, xs: list[jax.Array]) -> jax.Array:
     """For each word [B, 32] the sum over its four nibbles of their values times x: float32 [B, 32]."""
-    sums = sum(unpack(words, (scales >> (8 * j)) & 255, j) * x.astype(jnp.float32) for j, x in enumerate(xs))
-    return sums / X_SCALE  # type: ignore[return-value]
+    return sum(unpack(words, (scales >> (8 * j)) & 255, j) * x.astype(jnp.float32) for j, x in enumerate(xs))  # type: ignore[return-value]
 
 
 def _products_ptx(words: jax.Array, scales: jax.Array, xs: list[jax.Array]) -> jax.Array:
-    """`_products` two words at a time.
-
-    As in `gpu_layout.unpack`, but exponent and mantissa go to the low exponent bits and the top mantissa bit of a
-    float16, which is the value times 2^-14. The largest of the block's four scales is applied to the sum in float32,
-    and to each product 2^(its scale - the largest).
-    """
-    body = [f"prmt.b32 s{j}, $7, 0, {0x4440 + j};" for j in range(4)]
-    body.append("max.s32 m, s0, s1; max.s32 a, s2, s3; max.s32 m, m, a;")
+    """`_products` two words at a time; see `gpu_layout.unpack` for the bits."""
+    factors = [jnp.broadcast_to(group_factor((scales >> (8 * j)) & 255), words.shape) for j in range(len(xs))]
+    body = ["mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 z, 0x80008000;"]
     for j, shift in enumerate(
-        ("shl.b32 a, $2, 9;", "shl.b32 a, $2, 5;", "shl.b32 a, $2, 1;", "shr.u32 a, $2, 3;")
+        ("shl.b32 a, $2, 6;", "shl.b32 a, $2, 2;", "shr.u32 a, $2, 2;", "shr.u32 a, $2, 6;")
     ):
         body.append(
-            f"sub.s32 s{j}, s{j}, m; max.s32 s{j}, s{j}, -15; mad.lo.s32 s{j}, s{j}, 0x04000400, 0x3C003C00;"
-            f"{shift} shl.b32 b, $2, {12 - 4 * j}; and.b32 b, b, 0x80008000; lop3.b32 a, a, 0x0E000E00, b, 0xEA;"
-            f"mul.rn.f16x2 a, a, ${3 + j};"
+            f"{shift} shl.b32 b, $2, {12 - 4 * j}; and.b32 b, b, 0x80008000;"
+            f"lop3.b32 a, a, 0x01C001C0, b, 0xEA; fma.rn.bf16x2 a, a, ${7 + j}, z;"
+            f"shl.b32 b, a, 16; shl.b32 c, ${3 + j}, 16; fma.rn.f32 $0, b, c, $0;"
+            f"and.b32 b, a, 0xFFFF0000; and.b32 c, ${3 + j}, 0xFFFF0000; fma.rn.f32 $1, b, c, $1;"
         )
-        body.append("mul.rn.f16x2 t, a, s0;" if j == 0 else f"fma.rn.f16x2 t, a, s{j}, t;")
-    # 2^(m - 127) times 2^14 over X_SCALE.
-    body.append("mov.b32 {low, high}, t; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high;")
-    body.append(f"add.s32 m, m, {14 - X_SCALE.bit_length() + 1}; shl.b32 m, m, 23;")
-    body.append("mul.rn.f32 $0, $0, m; mul.rn.f32 $1, $1, m;")
     [sums] = plt.elementwise_inline_asm(
-        "{ .reg .b32 a, b, m, t, s0, s1, s2, s3; .reg .b16 low, high;" + "".join(body) + "}",
-        args=[words, *xs, jnp.broadcast_to(scales, words.shape)],
-        constraints="=&f,=&f" + ",r" * 7,
+        "{ .reg .b32 a, b, c, z;" + "".join(body) + "}",
+        args=[words, *xs, *factors],
+        constraints="=&f,=&f" + ",r" * 9,
         pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.float32)],
     )
