@@ -66,10 +66,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Load a random model, run the step a few times, and read what the device says it used."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from gptoss_jax.config import ModelConfig
-    from gptoss_jax.engine.step import DeviceState
+    from gptoss_jax.engine.step import DeviceState, Structure
     from gptoss_jax.kv_cache import KVCache
     from gptoss_jax.loading import random_model
     from gptoss_jax.planner.steps import cache_shape, decode_step, prefill_step
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     else:
         step = prefill_step(config, partition, options.batch, options.context, options.chunk)
     compiled = step.lower().compile()
-    weights = nnx.split(model)[1]
+    _, weights = Structure.of(model)
     shape = cache_shape(partition, options.batch, options.context)
     cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)
     last = jnp.zeros(step.state.last.shape, jnp.int32, device=step.state.last.sharding)

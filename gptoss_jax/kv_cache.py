@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,21 @@ from jax.typing import DTypeLike
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.placement import partition_for
 from pallas_kernels.attention import attention, paged_attention
+from pallas_kernels.rotary import rotate, rotate_and_keep
 from sharding import Partition, on_shards
 
+HEADS = ("heads", "kv_heads", "kv_heads")
 QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", None, "kv_heads", None)
 ROWS = ("batch", None)
 STORE = ("batch", None, "kv_heads", None)
+
+
+class Rotation(NamedTuple):
+    """The rotary embedding: float32 [D / 2], radians a position, and the factor on cos and sin."""
+
+    frequencies_F: jax.Array
+    concentration: float
 
 
 class KeyValues(Protocol):
@@ -36,9 +45,14 @@ class KeyValues(Protocol):
         v_BTKD: jax.Array,
         sinks_H: jax.Array,
         positions_BT: jax.Array,
+        rotation: Rotation,
         window: int | None,
+        dtype: DTypeLike,
     ) -> tuple[jax.Array, Self]:
-        """Attention [B, T, H, D] over what is held and the new keys, and the state that holds them too."""
+        """Attention [B, T, H, D] over what is held and the new keys, and the state that holds them too.
+
+        Queries and keys come unrotated; attention is computed, and its result is, in `dtype`.
+        """
         ...
 
 
@@ -53,22 +67,43 @@ class WholeSequence:
         v_BTKD: jax.Array,
         sinks_H: jax.Array,
         positions_BT: jax.Array,
+        rotation: Rotation,
         window: int | None,
+        dtype: DTypeLike,
     ) -> tuple[jax.Array, Self]:
         """See KeyValues."""
         out = on_shards(
-            partial(attention, window=window, sm_scale=q_BTHD.shape[-1] ** -0.5),
+            partial(_attend_whole, concentration=rotation.concentration, window=window, dtype=dtype),
             {
                 "q_BTHD": (q_BTHD, QUERIES),
-                "kv_BSKE": (jnp.concatenate([k_BTKD, v_BTKD], axis=-1), KEYS),
+                "k_BTKD": (k_BTKD, KEYS),
+                "v_BTKD": (v_BTKD, KEYS),
                 "sinks_H": (sinks_H, ("heads",)),
-                "q_positions_BT": (positions_BT, ROWS),
-                "kv_positions_BS": (positions_BT, ROWS),
+                "positions_BT": (positions_BT, ROWS),
+                "frequencies_F": (rotation.frequencies_F, (None,)),
             },
             QUERIES,
             batch=len(q_BTHD),
         )
         return out, self
+
+
+def _attend_whole(
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    sinks_H: jax.Array,
+    positions_BT: jax.Array,
+    frequencies_F: jax.Array,
+    *,
+    concentration: float,
+    window: int | None,
+    dtype: DTypeLike,
+) -> jax.Array:
+    q, k = (rotate(x, positions_BT, frequencies_F, concentration) for x in (q_BTHD, k_BTKD))
+    kv = jnp.concatenate([k.astype(dtype), v_BTKD.astype(dtype)], axis=-1)
+    sm_scale = q.shape[-1] ** -0.5
+    return attention(q.astype(dtype), kv, sinks_H, positions_BT, positions_BT, window=window, sm_scale=sm_scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,18 +228,28 @@ class StepCache:
         v_BTKD: jax.Array,
         sinks_H: jax.Array,
         positions_BT: jax.Array,
+        rotation: Rotation,
         window: int | None,
+        dtype: DTypeLike,
     ) -> tuple[jax.Array, StepCache]:
         """See KeyValues; tokens of padding have position -1 and are not kept."""
         out, store = on_shards(
-            partial(_attend_groups, lengths=self.lengths, window=window),
+            partial(
+                _attend_groups,
+                lengths=self.lengths,
+                concentration=rotation.concentration,
+                window=window,
+                dtype=dtype,
+            ),
             {
                 "store": (self.cache.stores[layer], STORE),
                 "groups": (self.groups, (SEGMENT_AXES,) * len(self.groups)),
                 "q_BTHD": (q_BTHD, QUERIES),
-                "kv_BTKE": (jnp.concatenate([k_BTKD, v_BTKD], axis=-1), KEYS),
+                "k_BTKD": (k_BTKD, KEYS),
+                "v_BTKD": (v_BTKD, KEYS),
                 "sinks_H": (sinks_H, ("heads",)),
                 "positions_BT": (positions_BT, ROWS),
+                "frequencies_F": (rotation.frequencies_F, (None,)),
             },
             (QUERIES, STORE),
             batch=len(q_BTHD),
@@ -213,66 +258,100 @@ class StepCache:
         return out, dataclasses.replace(self, cache=KVCache(stores))
 
 
+@dataclasses.dataclass(frozen=True)
+class _NewTokens:
+    """A group's queries, keys and values [N, T, heads, D] before rotation, and where they are: int32 [N, T]."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    rotation: Rotation
+    dtype: DTypeLike
+
+    def rotated(self) -> tuple[jax.Array, jax.Array]:
+        """Rotated queries in `dtype`, and rotated keys beside values in float32."""
+        q, k = (rotate(x, self.positions, *self.rotation) for x in (self.q, self.k))
+        return q.astype(self.dtype), jnp.concatenate([k, self.v.astype(jnp.float32)], axis=-1)
+
+    def rotate_and_keep(self, store: jax.Array, pages: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rotated queries, and the store with the keys and values at these places."""
+        frequencies_F, concentration = self.rotation
+        return rotate_and_keep(
+            self.q,
+            self.k,
+            self.v,
+            self.positions,
+            frequencies_F,
+            store,
+            pages,
+            slots,
+            concentration=concentration,
+            out_dtype=self.dtype,
+        )
+
+
 def _attend_groups(
     store: jax.Array,
     groups: tuple[Segments, ...],
     q_BTHD: jax.Array,
-    kv_BTKE: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
     sinks_H: jax.Array,
     positions_BT: jax.Array,
+    frequencies_F: jax.Array,
     *,
     lengths: tuple[int, ...],
+    concentration: float,
     window: int | None,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
     """One part of the batch (B is 1 here): each group in turn as [N, length], on pages or on rings."""
     start, outs = 0, []
+    rotation = Rotation(frequencies_F, concentration)
     for group, length in zip(groups, lengths, strict=True):
         segments = group.slots.shape[1]
         if segments == 0:
             continue
         part = slice(start, start + segments * length)
         start += segments * length
-        q, kv, positions = (
-            x[0, part].reshape(segments, length, *x.shape[2:]) for x in (q_BTHD, kv_BTKE, positions_BT)
+        q, k, v, positions = (
+            x[0, part].reshape(segments, length, *x.shape[2:]) for x in (q_BTHD, k_BTKD, v_BTKD, positions_BT)
         )
-        group = jax.tree.map(lambda x: x[0], group)
-        args = (store, group, q, kv.astype(store.dtype), sinks_H, positions)
+        new = _NewTokens(q, k, v, positions, rotation, dtype)
+        args = (store, jax.tree.map(lambda x: x[0], group), new, sinks_H)
         out, store = _on_pages(*args) if window is None else _on_rings(*args, window=window)
         outs.append(out.reshape(1, segments * length, *out.shape[2:]))
     return jnp.concatenate(outs, axis=1), store
 
 
 def _on_pages(
-    store: jax.Array, group: Segments, q: jax.Array, kv: jax.Array, sinks_H: jax.Array, positions: jax.Array
+    store: jax.Array, group: Segments, new: _NewTokens, sinks_H: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     pages, page_size = store.shape[:2]
+    positions = new.positions
     page = jnp.take_along_axis(group.tables, jnp.maximum(positions, 0) // page_size, axis=1)
-    page = jnp.where(positions < 0, pages, page)
-    store = store.at[page, positions % page_size].set(kv, mode="drop")
+    q, store = new.rotate_and_keep(store, jnp.where(positions < 0, pages, page), positions % page_size)
     out = paged_attention(q, store, group.tables, sinks_H, positions, sm_scale=q.shape[-1] ** -0.5)
     return out, store
 
 
 def _on_rings(
-    store: jax.Array,
-    group: Segments,
-    q: jax.Array,
-    kv: jax.Array,
-    sinks_H: jax.Array,
-    positions: jax.Array,
-    *,
-    window: int,
+    store: jax.Array, group: Segments, new: _NewTokens, sinks_H: jax.Array, *, window: int
 ) -> tuple[jax.Array, jax.Array]:
     rings, rows = store.shape[:2]
-    sm_scale = q.shape[-1] ** -0.5
+    positions, sm_scale = new.positions, new.q.shape[-1] ** -0.5
     stays = (positions >= 0) & (positions > jnp.max(positions, axis=1, keepdims=True) - rows)
     ring = jnp.where(stays, group.slots[:, None], rings)
-    written = store.at[ring, positions % rows].set(kv, mode="drop")
-    if q.shape[1] == 1 and rows == window:
+    if positions.shape[1] == 1 and rows == window:
         # After its own key is in, the ring holds just what the query sees: a page, whatever its order.
+        q, written = new.rotate_and_keep(store, ring, positions % rows)
         filled = jnp.minimum(positions, window - 1)
         return paged_attention(q, written, group.slots[:, None], sinks_H, filled, sm_scale=sm_scale), written
     # A chunk overwrites keys that its first queries still see, so they read the ring as it was.
+    q, kv = new.rotated()
+    kv = kv.astype(store.dtype)
+    written = store.at[ring, positions % rows].set(kv, mode="drop")
     first = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions), axis=1, keepdims=True)
     held = jnp.concatenate([store[group.slots], kv], axis=1)
     held_positions = jnp.concatenate([_ring_positions(first, rows), positions], axis=1)

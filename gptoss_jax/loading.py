@@ -14,7 +14,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UsageError
 from gptoss_jax.hub import resolve
 from gptoss_jax.model import GptOss, weight_specs
-from gptoss_jax.placement import partition_for, place, place_heads
+from gptoss_jax.placement import partition_for, place, place_heads, prepare
 from gptoss_jax.weights import Creator, Weight, WeightSpec, random_creator
 from sharding import Partition, ShardingRules
 
@@ -66,9 +66,13 @@ def random_model(
 
 
 def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Partition) -> GptOss:
-    """The model on its mesh; each weight goes straight to its shards, but for heads in an order of the mesh's own."""
+    """The model on its mesh; each weight goes straight to its shards, but for heads in an order of the mesh's own.
+
+    Packed experts are then prepared for the kernels, each before the next is made.
+    """
     if partition.mesh is None:
-        return GptOss(config, creator(sharding=None), partition)
+        create_here = creator(sharding=None)
+        return GptOss(config, lambda spec: prepare(create_here(spec), spec, partition), partition)
     # All of them before the first is read, so that a mesh that cannot be is refused at once.
     placed = {spec.name: place(spec, partition) for spec in weight_specs(config)}
     rearranged = {name for name, spec in placed.items() if any(spec.sources)}
@@ -81,7 +85,7 @@ def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Part
     def create_placed(spec: WeightSpec) -> Weight:
         goal = placed[spec.name]
         if spec.name not in rearranged:
-            return create(goal)
+            return prepare(create(goal), goal, partition)
         whole = create(spec)
         assert isinstance(whole, jax.Array), "only attention's weights have heads, and these are not packed"
         return place_heads(whole, goal, partition)

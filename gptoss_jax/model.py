@@ -12,24 +12,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig, RopeConfig
-from gptoss_jax.kv_cache import KeyValues, WholeSequence
+from gptoss_jax.kv_cache import HEADS, KEYS, QUERIES, KeyValues, Rotation, WholeSequence
 from gptoss_jax.placement import partition_for
 from gptoss_jax.weights import Creator, WeightSpec
+from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
-from sharding import Partition, constrain, lookup, on_shards, run_experts
+from pallas_kernels.routing import route
+from sharding import Partition, constrain, lookup, on_shards, run_experts, sum_over_shards
 
 RESIDUAL = ("batch", None, "hidden")
 """Logical axes of the residual stream [B, T, D]."""
 
-
-def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
-    """x [..., I] times the transposed weight, plus the bias; float32, as the sums are."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = jnp.einsum("...i,oi->...o", x, weight_OI, precision=precision, preferred_element_type=jnp.float32)
-    return y if bias_O is None else y + bias_O.astype(jnp.float32)
+TOKENS = ("batch", None, None)
+"""Those of the same stream as an op's argument, which needs each token whole."""
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]:
@@ -59,38 +57,13 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]
     return frequency * (1 - slowed) + frequency / rope.factor * slowed, concentration
 
 
-def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, rope: RopeConfig) -> jax.Array:
-    """Rotary embedding in float32 on the two halves of head_dim; exact positions, no table to outgrow."""
-    frequency, concentration = rope_frequencies(rope, x_BTHC.shape[-1])
-    angle = positions_BT.astype(jnp.float32)[..., None, None] * frequency
-    cos, sin = jnp.cos(angle) * concentration, jnp.sin(angle) * concentration
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def choose_experts(router_NE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k likeliest experts int32 [N, k] of each token, and their weights: a softmax over these k alone."""
-    top_Nk, ids_Nk = lax.top_k(router_NE, k)
-    return ids_Nk, jax.nn.softmax(top_Nk, axis=-1)
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32, cast back."""
-
-    def __init__(self, config: ModelConfig, name: str, create: Creator) -> None:
-        self.eps = config.rms_norm_eps
-        spec = WeightSpec(f"{name}.weight", (config.hidden_size,), ("hidden",), init="ones")
-        self.weight = nnx.Param(create(spec))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        x32 = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+def norm_weight(config: ModelConfig, name: str, create: Creator) -> nnx.Param:
+    """The weight [D] of an RMSNorm, which the op that follows the norm applies."""
+    return nnx.Param(create(WeightSpec(f"{name}.weight", (config.hidden_size,), ("hidden",), init="ones")))
 
 
 class Projection(nnx.Module):
-    """A linear layer with bias."""
+    """The weight [outputs, inputs] and bias [outputs] of a linear layer."""
 
     def __init__(
         self, name: str, create: Creator, outputs: int, inputs: int, axes: tuple[str | None, str | None]
@@ -98,16 +71,44 @@ class Projection(nnx.Module):
         self.weight = nnx.Param(create(WeightSpec(f"{name}.weight", (outputs, inputs), axes)))
         self.bias = nnx.Param(create(WeightSpec(f"{name}.bias", (outputs,), axes[:1], init="zeros")))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., inputs] -> float32 [..., outputs]."""
-        return linear(x, self.weight[...], self.bias[...])
+
+def project_heads(
+    x_BTD: jax.Array,
+    norm_D: jax.Array,
+    weights_OD: tuple[jax.Array, ...],
+    biases_O: tuple[jax.Array, ...],
+    *,
+    eps: float,
+    head_dim: int,
+) -> tuple[jax.Array, ...]:
+    """The heads float32 [B, T, O / C, C] that each weight makes of the normed tokens."""
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    outs_NO = linear(x_ND, weights_OD, biases_O, norm_I=norm_D, eps=eps)
+    return tuple(y_NO.reshape(*x_BTD.shape[:2], -1, head_dim) for y_NO in outs_NO)
+
+
+def project_back(
+    heads_BTHC: jax.Array,
+    weight_DI: jax.Array,
+    bias_D: jax.Array,
+    residual_BTD: jax.Array,
+    *,
+    out_dtype: DTypeLike,
+) -> jax.Array:
+    """What attention's heads add to the residual stream, added."""
+    hidden = residual_BTD.shape[-1]
+    heads_NI = heads_BTHC.reshape(-1, weight_DI.shape[1])
+    residual_ND = residual_BTD.reshape(-1, hidden)
+    (y_ND,) = linear(heads_NI, (weight_DI,), (bias_D,), residual_TO=residual_ND, out_dtype=out_dtype)
+    return y_ND.reshape(residual_BTD.shape)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and a sink in every head."""
+    """Grouped-query attention with rotary positions and a sink in every head, on the normed residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, create: Creator) -> None:
         self.config, self.layer = config, layer
+        self.norm = norm_weight(config, f"model.layers.{layer}.input_layernorm", create)
         name = f"model.layers.{layer}.self_attn"
         hidden, width = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
@@ -119,28 +120,50 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(create(sinks))
 
     def __call__[KV: KeyValues](self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
-        """[B, T, D] -> [B, T, D], and the keys and values with this layer's added."""
-        heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
-        q_BTHC = rotate(self.q_proj(x_BTD).reshape(heads), positions_BT, self.config.rope)
-        k_BTKC = rotate(self.k_proj(x_BTD).reshape(heads), positions_BT, self.config.rope)
-        v_BTKC = self.v_proj(x_BTD).reshape(heads)
-        out_BTHC, kv = kv.attend(
-            self.layer,
-            q_BTHC.astype(x_BTD.dtype),
-            k_BTKC.astype(x_BTD.dtype),
-            v_BTKC.astype(x_BTD.dtype),
-            self.sinks[...],
-            positions_BT,
-            self.config.window(self.layer),
+        """[B, T, D] -> [B, T, D] with this layer's attention added, and the keys and values with its own added."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_BTHC, k_BTKC, v_BTKC = on_shards(
+            partial(project_heads, eps=self.config.rms_norm_eps, head_dim=self.config.head_dim),
+            {
+                "x_BTD": (x_BTD, TOKENS),
+                "norm_D": (self.norm[...], (None,)),
+                "weights_OD": (tuple(p.weight[...] for p in projections), tuple((h, None) for h in HEADS)),
+                "biases_O": (tuple(p.bias[...] for p in projections), tuple((h,) for h in HEADS)),
+            },
+            (QUERIES, KEYS, KEYS),
+            batch=len(x_BTD),
         )
-        return self.o_proj(out_BTHC.reshape(*x_BTD.shape[:2], -1)).astype(x_BTD.dtype), kv
+        rotation = Rotation(*rope_frequencies(self.config.rope, self.config.head_dim))
+        window = self.config.window(self.layer)
+        out_BTHC, kv = kv.attend(
+            self.layer, q_BTHC, k_BTKC, v_BTKC, self.sinks[...], positions_BT, rotation, window, x_BTD.dtype
+        )
+        y_BTD = sum_over_shards(
+            project_back,
+            {
+                "heads_BTHC": (out_BTHC, QUERIES),
+                "weight_DI": (self.o_proj.weight[...], (None, "heads")),
+                "bias_D": (self.o_proj.bias[...], (None,)),
+                "residual_BTD": (x_BTD, TOKENS),
+            },
+            TOKENS,
+            batch=len(x_BTD),
+            over="heads",
+            once=("bias_D", "residual_BTD"),
+            dtype=x_BTD.dtype,
+        )
+        return y_BTD, kv
 
 
 class MoE(nnx.Module):
-    """A router that picks k experts a token, and the experts: clamped SwiGLU MLPs in packed MXFP4."""
+    """A router that picks k experts a token, and the experts: clamped SwiGLU MLPs in packed MXFP4.
+
+    Both work on the normed residual stream.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, create: Creator) -> None:
         self.config = config
+        self.norm = norm_weight(config, f"model.layers.{layer}.post_attention_layernorm", create)
         name = f"model.layers.{layer}.mlp"
         experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         packed = config.quantization == "mxfp4"
@@ -150,7 +173,8 @@ class MoE(nnx.Module):
             full_name = f"{name}.experts.{suffix}"
             if suffix.endswith("bias"):
                 return nnx.Param(create(WeightSpec(full_name, shape, axes, init="zeros")))
-            return nnx.Param(create(WeightSpec(full_name, shape, axes, packed=packed)))
+            parts = 2 if "expert_gate_up" in axes else 1
+            return nnx.Param(create(WeightSpec(full_name, shape, axes, packed=packed, parts=parts)))
 
         self.gate_up_proj = parameter(
             "gate_up_proj", (experts, 2 * inner, hidden), ("experts", "expert_gate_up", "hidden")
@@ -164,47 +188,46 @@ class MoE(nnx.Module):
         self.down_proj_bias = parameter("down_proj_bias", (experts, hidden), ("experts", "hidden"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; the router in float32, its softmax over the chosen experts only."""
+        """[B, T, D] -> [B, T, D] with what the experts say added."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        router_NE = linear(
-            x_ND.astype(jnp.float32),
-            self.router.weight[...].astype(jnp.float32),
-            self.router.bias[...],
-        )
-        ids_Nk, weights_Nk = on_shards(
-            partial(choose_experts, k=self.config.num_experts_per_tok),
-            {"router_NE": (router_NE, ("batch", None))},
-            (("batch", None), ("batch", None)),
-            batch=len(x_ND),
+        rows = ("batch", None)
+        normed_ND, ids_Nk, weights_Nk = on_shards(
+            partial(route, k=self.config.num_experts_per_tok, eps=self.config.rms_norm_eps),
+            {
+                "x_TD": (x_ND, rows),
+                "norm_D": (self.norm[...], (None,)),
+                "weight_ED": (self.router.weight[...], (None, None)),
+                "bias_E": (self.router.bias[...], (None,)),
+            },
+            (rows, rows, rows),
+            batch=len(x_BTD),
         )
         y_ND = run_experts(
             partial(expert_mlp, swiglu_limit=self.config.swiglu_limit),
-            x_ND,
+            normed_ND,
             ids_Nk,
             weights_Nk,
             self.gate_up_proj.get_value(),
             self.gate_up_proj_bias[...],
             self.down_proj.get_value(),
             self.down_proj_bias[...],
+            residual_TD=x_ND,
         )
         return y_ND.reshape(x_BTD.shape)
 
 
 class Block(nnx.Module):
-    """Attention and experts, each on the normed residual stream and added to it."""
+    """Attention and experts, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, create: Creator) -> None:
-        name = f"model.layers.{layer}"
-        self.input_layernorm = RMSNorm(config, f"{name}.input_layernorm", create)
         self.self_attn = Attention(config, layer, create)
-        self.post_attention_layernorm = RMSNorm(config, f"{name}.post_attention_layernorm", create)
         self.mlp = MoE(config, layer, create)
 
     def __call__[KV: KeyValues](self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """[B, T, D] -> [B, T, D], and the keys and values with this layer's added."""
-        attended_BTD, kv = self.self_attn(self.input_layernorm(x_BTD), positions_BT, kv)
-        x_BTD = constrain(x_BTD + attended_BTD, RESIDUAL)
-        return constrain(x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), RESIDUAL), kv
+        x_BTD, kv = self.self_attn(x_BTD, positions_BT, kv)
+        x_BTD = constrain(x_BTD, RESIDUAL)
+        return constrain(self.mlp(x_BTD), RESIDUAL), kv
 
 
 class GptOss(nnx.Module):
@@ -220,7 +243,7 @@ class GptOss(nnx.Module):
         table = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nnx.Param(create(WeightSpec("model.embed_tokens.weight", table, ("vocab", "hidden"))))
         self.layers = nnx.List([Block(config, i, create) for i in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config, "model.norm", create)
+        self.norm = norm_weight(config, "model.norm", create)
         self.lm_head = nnx.Param(create(WeightSpec("lm_head.weight", table, ("vocab", "hidden"))))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -230,12 +253,12 @@ class GptOss(nnx.Module):
         return self.unembed(x_BTD)
 
     def hidden[KV: KeyValues](self, tokens_BT: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
-        """The normed last hidden state [B, T, D] of tokens at given positions, and the keys and values after."""
+        """The last hidden state [B, T, D] of tokens at given positions, and the keys and values after."""
         with self.partition.active():
             x_BTD = self.embed(tokens_BT)
             for layer in self.layers:
                 x_BTD, kv = layer(x_BTD, positions_BT, kv)
-            return self.norm(x_BTD), kv
+            return x_BTD, kv
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Tokens int32 [B, T] -> [B, T, D]."""
@@ -243,11 +266,25 @@ class GptOss(nnx.Module):
             return constrain(lookup(self.embed_tokens[...], tokens_BT), RESIDUAL)
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """Hidden states [B, ..., D] -> logits float32 [B, ..., V]."""
+        """Hidden states [B, ..., D] -> logits float32 [B, ..., V], after the final norm."""
         inner = (None,) * (x.ndim - 2)
+
+        def logits(x: jax.Array, norm_D: jax.Array, weight_VD: jax.Array) -> jax.Array:
+            eps = self.config.rms_norm_eps
+            (y_NV,) = linear(x.reshape(-1, x.shape[-1]), (weight_VD,), (None,), norm_I=norm_D, eps=eps)
+            return y_NV.reshape(*x.shape[:-1], -1)
+
         with self.partition.active():
-            x = constrain(x, ("samples", *inner, "hidden"))
-            return constrain(linear(x, self.lm_head[...]), ("samples", *inner, "vocab"))
+            return on_shards(
+                logits,
+                {
+                    "x": (x, ("samples", *inner, None)),
+                    "norm_D": (self.norm[...], (None,)),
+                    "weight_VD": (self.lm_head[...], ("vocab", None)),
+                },
+                ("samples", *inner, "vocab"),
+                batch=len(x),
+            )
 
 
 def weight_specs(config: ModelConfig) -> list[WeightSpec]:

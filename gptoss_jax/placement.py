@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.mxfp4 import GROUP
-from gptoss_jax.weights import WeightSpec
-from sharding import Partition, ShardingRules, make_mesh, put
+from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
+from gptoss_jax.weights import Weight, WeightSpec
+from pallas_kernels.mxfp4_matmul import Layout, PackedExperts, current_layout
+from sharding import Partition, ShardingRules, make_mesh, on_shards, put
+
+_logger = logging.getLogger(__name__)
 
 GRANULARITY = (("experts", 1), ("expert_gate_up", 2 * GROUP), ("expert_intermediate", GROUP))
 """Axes that may be padded with zeros: an expert never chosen, and rows and columns that meet only zeros.
@@ -66,3 +72,57 @@ def place_heads(weight: jax.Array, spec: WeightSpec, partition: Partition) -> ja
             zeros = jnp.zeros_like(heads[0])
             weight = jnp.concatenate([zeros if i < 0 else heads[i] for i in sources], axis=dim)
     return put(weight, partition.sharding(spec.axes, spec.name))
+
+
+def prepare(weight: Weight, spec: WeightSpec, partition: Partition) -> Weight:
+    """Packed experts in the layout that the kernels of the partition's devices read, the same bits; others as they are.
+
+    Each device prepares its own shard, one expert at a time. Abstract weights give abstract ones.
+    """
+    if not isinstance(weight, MXFP4Tensor):
+        return weight
+    with partition.on_its_devices():
+        layout = current_layout()
+        if layout is None:
+            return weight
+        run = _preparation(layout, spec.parts, spec.axes, partition)
+        if isinstance(weight.scales, jax.ShapeDtypeStruct):
+            return _placed(jax.eval_shape(run, weight)[0], spec, partition)
+        prepared, largest_scale = run(weight)
+    if int(largest_scale) > layout.largest_scale:
+        _logger.warning("%s: a scale of 2^%d is too large for the kernels", spec.name, int(largest_scale) - 127)
+        return weight
+    return prepared
+
+
+@functools.cache
+def _preparation(
+    layout: Layout, parts: int, axes: tuple[str | None, ...], partition: Partition
+) -> Callable[[MXFP4Tensor], tuple[PackedExperts, jax.Array]]:
+    """A program that prepares a weight with these axes, and finds its largest scale byte."""
+
+    def one(expert: MXFP4Tensor) -> PackedExperts:
+        prepared = layout.prepare(jax.tree.map(lambda x: x[None], expert), parts)
+        return jax.tree.map(lambda x: x[0], prepared)
+
+    def shard(packed: MXFP4Tensor) -> PackedExperts:
+        return jax.lax.map(one, packed)
+
+    @jax.jit
+    def run(packed: MXFP4Tensor) -> tuple[PackedExperts, jax.Array]:
+        own = jax.tree.map(partition.shard_of, packed, packed.axes(axes))
+        out_axes = jax.eval_shape(shard, own).axes(axes)
+        with partition.active():
+            prepared = on_shards(shard, {"packed": (packed, packed.axes(axes))}, out_axes, batch=1)
+        return prepared, jnp.max(packed.scales)
+
+    return run
+
+
+def _placed(weight: Any, spec: WeightSpec, partition: Partition) -> Any:
+    """Abstract arrays with the place that the spec's axes give them."""
+
+    def place(x: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=partition.sharding(axes, spec.name))
+
+    return jax.tree.map(place, weight, weight.axes(spec.axes))

@@ -18,8 +18,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
+from pallas_kernels.mxfp4_matmul import PackedExperts
 
-Weight = jax.Array | MXFP4Tensor
+Weight = jax.Array | PackedExperts
+
+LARGE = 1 << 24
+"""Elements from which a random weight is drawn in one program, which holds no copies in between."""
 
 Sharding = Callable[["WeightSpec"], jax.sharding.Sharding | None]
 """Tells where a weight goes: of packed ones, blocks and scales alike; None is the default device."""
@@ -31,7 +35,8 @@ class WeightSpec:
 
     `name` is its Hugging Face name (of packed experts, without `_blocks` and `_scales`) and `shape` its unpacked
     shape, the contracting dimension last. `axes` names a logical axis for each dimension, which sharding rules
-    map to a mesh. `packed` tells whether it is MXFP4 along the last dimension.
+    map to a mesh. `packed` tells whether it is MXFP4 along the last dimension, and `parts` of how many matrices the
+    rows alternate (gate and up).
 
     A weight on a mesh may differ from what a checkpoint stores, whose shape `stored_shape` then is (None: the same).
     Where a dimension has `sources`, its i-th equal part is the stored part `sources[i]`, or zeros for -1; else what
@@ -43,6 +48,7 @@ class WeightSpec:
     axes: tuple[str | None, ...]
     init: Literal["normal", "zeros", "ones"] = "normal"
     packed: bool = False
+    parts: int = 1
     stored_shape: tuple[int, ...] | None = None
     sources: tuple[tuple[int, ...] | None, ...] = ()
 
@@ -94,17 +100,17 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
     shard.
     """
     # One program for all layers: their weights differ in the key only.
-    programs: dict[tuple[WeightSpec, jax.sharding.Sharding], Callable[[jax.Array], Weight]] = {}
-    anywhere = "threefry" in str(jax.random.key_impl(key))
+    programs: dict[tuple[WeightSpec, jax.sharding.Sharding | None], Callable[[jax.Array], Weight]] = {}
+    anywhere = not _is_hardware(key)
 
     def create(spec: WeightSpec) -> Weight:
         own_key = jax.random.fold_in(key, _stable_hash(spec.name))
         place = sharding(spec) if sharding else None
-        if place is None:
+        if place is None and math.prod(spec.shape) < LARGE:
             return _padded(_random(own_key, spec.stored, dtype), spec)
         kind = (dataclasses.replace(spec, name=""), place)
         if kind not in programs:
-            whole = None if anywhere else _replicated(place)
+            whole = None if anywhere or place is None else _replicated(place)
             programs[kind] = jax.jit(
                 functools.partial(_draw, spec=spec, dtype=dtype, whole=whole), out_shardings=place
             )
@@ -132,8 +138,22 @@ def _random(key: jax.Array, spec: WeightSpec, dtype: DTypeLike) -> Weight:
     if spec.init == "normal":
         # Keeps the sum over the contracting dimension near the size of one term's partner.
         scale = 1 / math.sqrt(spec.shape[-1]) if len(spec.shape) > 1 else 0.1
-        return (jax.random.normal(key, spec.shape, jnp.float32) * scale).astype(dtype)
+
+        def some(key: jax.Array, rows: int) -> jax.Array:
+            return (jax.random.normal(key, (rows, *spec.shape[1:]), jnp.float32) * scale).astype(dtype)
+
+        # Piece by piece: float32 and bits of a released model's vocabulary would be four times its size.
+        pieces = math.gcd(spec.shape[0], 64) if math.prod(spec.shape) > LARGE and _is_hardware(key) else 1
+        if pieces == 1:
+            return some(key, spec.shape[0])
+        drawn = jax.lax.map(lambda own: some(own, spec.shape[0] // pieces), jax.random.split(key, pieces))
+        return drawn.reshape(spec.shape)
     return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
+
+
+def _is_hardware(key: jax.Array) -> bool:
+    """Whether a key's generator draws an array as a whole, so that its numbers depend on the array's sharding."""
+    return "threefry" not in str(jax.random.key_impl(key))
 
 
 def _padded(weight: Weight, spec: WeightSpec) -> Weight:
@@ -153,7 +173,9 @@ def _random_packed(key: jax.Array, spec: WeightSpec) -> MXFP4Tensor:
     """Uniform nibbles (root mean square 2.92) under scales that bring a row's norm to 1 or 2."""
     blocks_key, scales_key = jax.random.split(key)
     centre = 127 - round(math.log2(2.92 * math.sqrt(spec.shape[-1])))
-    blocks = jax.random.bits(blocks_key, (*spec.groups_shape, GROUP // 2), jnp.uint8)
+    # Bytes drawn one by one would take four times their size while they are made.
+    words = jax.random.bits(blocks_key, (*spec.groups_shape, GROUP // 8), jnp.uint32)
+    blocks = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*spec.groups_shape, GROUP // 2)
     scales = jax.random.bits(scales_key, spec.groups_shape, jnp.uint8) & 1
     return MXFP4Tensor(blocks, (scales + jnp.uint8(centre)).astype(jnp.uint8))
 

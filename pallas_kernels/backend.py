@@ -68,6 +68,11 @@ def platform(name: Platform) -> _Setting:
     return _Setting(_forced_platform, name)
 
 
+def forced_backend() -> str:
+    """What `use_backend` has set."""
+    return _forced_backend.get()
+
+
 def current_platform() -> str:
     """The platform that ops are traced for."""
     forced = _forced_platform.get()

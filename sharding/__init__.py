@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sharding.errors import ClusterError, ShardingError
     from sharding.experts import run_experts
     from sharding.mesh import AXES, make_mesh, parse_mesh
-    from sharding.partition import Partition, constrain, current, on_shards
+    from sharding.partition import Partition, constrain, current, on_shards, sum_over_shards
     from sharding.rules import BATCH_OVER_EXPERTS, ShardingRules
     from sharding.vocab import lookup
 
@@ -28,6 +28,7 @@ _HOMES = {
     "constrain": "partition",
     "current": "partition",
     "on_shards": "partition",
+    "sum_over_shards": "partition",
     "BATCH_OVER_EXPERTS": "rules",
     "ShardingRules": "rules",
     "lookup": "vocab",
@@ -50,6 +51,7 @@ __all__ = [
     "put",
     "replicate",
     "run_experts",
+    "sum_over_shards",
 ]
 
 

@@ -21,9 +21,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from sharding.partition import Partition, current
+from sharding.partition import LogicalAxes, Partition, current, is_axes
+from sharding.rules import ShardingRules
 
 ExpertFunction = Callable[..., jax.Array]
+
+WEIGHT_AXES: tuple[LogicalAxes, ...] = (
+    ("experts", "expert_gate_up", "hidden"),
+    ("experts", "expert_gate_up"),
+    ("experts", "hidden", "expert_intermediate"),
+    ("experts", "hidden"),
+)
+"""Of gate_up, its bias, down and its bias."""
 
 ROOM = 1.25
 """Room of an exchange over an even share."""
@@ -41,23 +50,30 @@ def run_experts(
     gate_up_bias_EF: jax.Array,
     down_EDI: Any,
     down_bias_ED: jax.Array,
+    residual_TD: jax.Array | None = None,
 ) -> jax.Array:
     """`function` with these arguments, over the mesh in force; it means what `pallas_kernels.expert_mlp` does.
 
     It is called with the experts of one device, numbered from 0, and with ids past the last for experts elsewhere.
+    Weights may be pytrees, which then tell by `axes` (see MXFP4Tensor) how their arrays lie. The residual is added
+    once, where nothing is left to sum.
     """
     partition = current()
     weights = (gate_up_EFD, gate_up_bias_EF, down_EDI, down_bias_ED)
     if partition.mesh is None:
-        return function(x_TD, expert_ids_Tk, expert_weights_Tk, *weights)
+        return _with_residual(function, residual_TD)(x_TD, expert_ids_Tk, expert_weights_Tk, *weights)
     rules = partition.rules
     strategy = _replicated
     token_axes = tuple(axis for axis in rules.batch if axis not in rules.experts)
     if _use_all_to_all(partition, x_TD.shape[0]):
         strategy, token_axes = _all_to_all, (*token_axes, *rules.experts)
     return _over_mesh(partition, partial(strategy, partition, function), token_axes)(
-        x_TD, expert_ids_Tk, expert_weights_Tk, *weights
+        x_TD, expert_ids_Tk, expert_weights_Tk, residual_TD, *weights
     )
+
+
+def _with_residual(function: ExpertFunction, residual_TD: jax.Array | None) -> ExpertFunction:
+    return function if residual_TD is None else partial(function, residual_TD=residual_TD)
 
 
 def _use_all_to_all(partition: Partition, num_tokens: int) -> bool:
@@ -76,28 +92,31 @@ def _over_mesh(partition: Partition, strategy: Callable[..., jax.Array], token_a
     assert mesh is not None
     parts = math.prod(mesh.shape[axis] for axis in token_axes)
     tokens = PartitionSpec(token_axes or None, None)
-    weight_specs = (
-        rules.spec(("experts", "expert_gate_up", "hidden")),
-        rules.spec(("experts", "expert_gate_up")),
-        rules.spec(("experts", "hidden", "expert_intermediate")),
-        rules.spec(("experts", "hidden")),
-    )
-    mapped = jax.shard_map(
-        strategy, mesh=mesh, in_specs=(tokens, tokens, tokens, *weight_specs), out_specs=tokens, check_vma=False
-    )
 
-    def call(x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, *weights: Any) -> jax.Array:
+    def call(
+        x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, residual_TD: jax.Array | None, *weights: Any
+    ) -> jax.Array:
         rows = ((0, -len(x_TD) % parts), (0, 0))
         nowhere = jnp.iinfo(ids_Tk.dtype).max
+        specs = (_specs(rules, weight, axes) for weight, axes in zip(weights, WEIGHT_AXES, strict=True))
+        mapped = jax.shard_map(
+            strategy, mesh=mesh, in_specs=(*(tokens,) * 4, *specs), out_specs=tokens, check_vma=False
+        )
         y_TD = mapped(
             jnp.pad(x_TD, rows),
             jnp.pad(ids_Tk, rows, constant_values=nowhere),
             jnp.pad(weights_Tk, rows),
+            None if residual_TD is None else jnp.pad(residual_TD, rows),
             *weights,
         )
         return y_TD[: len(x_TD)]
 
     return call
+
+
+def _specs(rules: ShardingRules, weight: Any, axes: LogicalAxes) -> Any:
+    own_axes = axes if isinstance(weight, jax.Array) else weight.axes(axes)
+    return jax.tree.map(rules.spec, own_axes, is_leaf=is_axes)
 
 
 def _replicated(
@@ -106,14 +125,18 @@ def _replicated(
     x_TD: jax.Array,
     ids_Tk: jax.Array,
     weights_Tk: jax.Array,
+    residual_TD: jax.Array | None,
     *experts: Any,
 ) -> jax.Array:
-    rules = partition.rules
     here = experts[1].shape[0]
-    local_Tk = ids_Tk - _index(partition, rules.experts) * here
-    local_Tk = jnp.where((local_Tk >= 0) & (local_Tk < here), local_Tk, here)
-    y_TD = function(x_TD, local_Tk, weights_Tk, *_bias_once(partition, experts))
-    return partition.reduce(y_TD, "experts", "expert_intermediate")
+    if partition.degree("experts") > 1:
+        ids_Tk = ids_Tk - partition.index("experts") * here
+        ids_Tk = jnp.where((ids_Tk >= 0) & (ids_Tk < here), ids_Tk, here)
+    ours = (x_TD, ids_Tk, weights_Tk, *_bias_once(partition, experts))
+    if partition.degree("experts") * partition.degree("expert_intermediate") == 1:
+        return _with_residual(function, residual_TD)(*ours)
+    y_TD = partition.reduce(function(*ours), "experts", "expert_intermediate")
+    return y_TD if residual_TD is None else y_TD + residual_TD
 
 
 def _all_to_all(
@@ -122,6 +145,7 @@ def _all_to_all(
     x_TD: jax.Array,
     ids_Tk: jax.Array,
     weights_Tk: jax.Array,
+    residual_TD: jax.Array | None,
     *experts: Any,
 ) -> jax.Array:
     """Rows (a token and one of its choices) sorted by the device they go to, sent C a device and round."""
@@ -163,7 +187,8 @@ def _all_to_all(
 
     out_RD = lax.fori_loop(0, rounds, some_rows, jnp.zeros((rows, x_TD.shape[1]), x_TD.dtype))
     out_TkD = out_RD.reshape(num_tokens, k, -1).astype(jnp.float32)
-    return jnp.sum(out_TkD * weights_Tk[..., None], axis=1).astype(x_TD.dtype)
+    y_TD = jnp.sum(out_TkD * weights_Tk[..., None], axis=1)
+    return (y_TD if residual_TD is None else y_TD + residual_TD).astype(x_TD.dtype)
 
 
 def _exchange(
@@ -194,12 +219,9 @@ def _has_ragged_all_to_all(mesh: Mesh | None) -> bool:
     return device.platform != "cpu" and device.device_kind != "TPU v5 lite"
 
 
-def _index(partition: Partition, axes: tuple[str, ...]) -> jax.Array | int:
-    return lax.axis_index(axes) if partition.mesh is not None and axes else 0
-
-
 def _bias_once(partition: Partition, experts: tuple[Any, ...]) -> tuple[Any, ...]:
     """Of devices that share an expert's intermediate dimension only the first adds the down projection's bias."""
+    if partition.degree("expert_intermediate") == 1:
+        return experts
     *others, down_bias_ED = experts
-    first = _index(partition, partition.rules.expert_intermediate) == 0
-    return (*others, jnp.where(first, down_bias_ED, 0))
+    return (*others, jnp.where(partition.index("expert_intermediate") == 0, down_bias_ED, 0))

@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from sharding.errors import ShardingError
 from sharding.heads import HeadLayout
 from sharding.rules import ShardingRules
 
 LogicalAxes = tuple[str | None, ...]
+
+SEQUENCES = ("batch", "samples")
+"""The logical axes along which sequences lie."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +54,24 @@ class Partition:
             return 1
         return math.prod(self.mesh.shape[axis] for axis in self.rules.mesh_axes(logical))
 
+    def on_its_devices(self) -> contextlib.AbstractContextManager[Any]:
+        """Within: what asks which platform it is for sees the mesh's."""
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh) if self.mesh else contextlib.nullcontext()
+
     def reduce(self, x: jax.Array, *logical: str) -> jax.Array:
         """Within a function on shards: the sum over the devices that split these axes."""
-        assert self.mesh is not None
-        axes = [a for name in logical for a in self.rules.mesh_axes(name) if self.mesh.shape[a] > 1]
+        axes = [a for name in logical for a in self.rules.mesh_axes(name) if self.mesh and self.mesh.shape[a] > 1]
         return jax.lax.psum(x, axes) if axes else x
+
+    def index(self, logical: str) -> jax.Array | int:
+        """Within a function on shards: which part of the axis the device has."""
+        axes = self.rules.mesh_axes(logical)
+        return jax.lax.axis_index(axes) if self.mesh is not None and axes else 0
+
+    def shard_of(self, x: Any, axes: LogicalAxes) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of one device's part of an array."""
+        shape = tuple(n // self.degree(axis) for n, axis in zip(x.shape, axes, strict=True))
+        return jax.ShapeDtypeStruct(shape, x.dtype)
 
     @cached_property
     def heads(self) -> HeadLayout:
@@ -110,20 +128,20 @@ def on_shards(
     """Call `function(**args)` on every device with its part of each argument, without any communication.
 
     `args` gives each argument with its logical axes and `out_axes` those of the result, as a tuple for an array, or
-    as a pytree of tuples. Where `batch` sequences do not divide over the mesh, every
+    as a pytree of tuples. Where `batch` sequences do not divide over the mesh's batch axes, every
     device has them all.
     """
     partition = current()
     values = {name: value for name, (value, _) in args.items()}
     if partition.mesh is None:
         return function(**values)
-    whole = batch % partition.degree("batch") != 0
+    whole = [axis for axis in SEQUENCES if batch % partition.degree(axis)]
 
     def spec(axes: LogicalAxes) -> PartitionSpec:
-        return partition.rules.spec(tuple(None if whole and axis == "batch" else axis for axis in axes))
+        return partition.rules.spec(tuple(None if axis in whole else axis for axis in axes))
 
-    in_specs = {name: jax.tree.map(spec, axes, is_leaf=_is_axes) for name, (_, axes) in args.items()}
-    out_specs = jax.tree.map(spec, out_axes, is_leaf=_is_axes)
+    in_specs = {name: jax.tree.map(spec, axes, is_leaf=is_axes) for name, (_, axes) in args.items()}
+    out_specs = jax.tree.map(spec, out_axes, is_leaf=is_axes)
     mapped = jax.shard_map(
         lambda kwargs: function(**kwargs),
         mesh=partition.mesh,
@@ -134,5 +152,33 @@ def on_shards(
     return mapped(values)
 
 
-def _is_axes(value: Any) -> bool:
+def sum_over_shards(
+    function: Callable[..., jax.Array],
+    args: Mapping[str, tuple[Any, Any]],
+    out_axes: LogicalAxes,
+    batch: int,
+    *,
+    over: str,
+    once: Collection[str],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """`on_shards` where the results on the devices that split the axis `over` are terms of a sum, and are added up.
+
+    `function` is also given the `out_dtype` of its result: `dtype` where there is one term, else float32, in which
+    they are added. The arguments named in `once` are terms themselves: all devices but the first get zeros.
+    """
+    partition = current()
+    terms = partition.degree(over)
+
+    def term(**own: Any) -> jax.Array:
+        if terms > 1:
+            own |= {name: jnp.where(partition.index(over) == 0, own[name], 0) for name in once}
+        y = function(**own, out_dtype=dtype if terms == 1 else jnp.float32)
+        return partition.reduce(y, over).astype(dtype)
+
+    return on_shards(term, args, out_axes, batch)
+
+
+def is_axes(value: Any) -> bool:
+    """Whether a value is an array's logical axes, in a pytree of them."""
     return isinstance(value, tuple) and all(axis is None or isinstance(axis, str) for axis in value)

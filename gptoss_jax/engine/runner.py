@@ -11,12 +11,19 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine.sampling import Adjustments, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
-from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, StepOutputs, run_step, seed_key
+from gptoss_jax.engine.step import (
+    DeviceState,
+    StepInputs,
+    StepKind,
+    StepOutputs,
+    Structure,
+    run_step,
+    seed_key,
+)
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
 from sharding import replicate
@@ -55,7 +62,7 @@ class Runner:
         self, model: GptOss, shape: CacheShape, limits: Limits, dtype: DTypeLike, drafts: int, eos: frozenset[int]
     ) -> None:
         self._config, self._partition = model.config, model.partition
-        self._graph, self._weights = nnx.split(model)
+        self._structure, self._weights = Structure.of(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
@@ -69,19 +76,24 @@ class Runner:
         last = jnp.zeros((self.parts, shape.slots), jnp.int32, device=self._partition.sharding(("batch", None)))
         self._state = DeviceState(KVCache.empty(model.config, shape, dtype, self._partition), last)
 
-    def launch(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]) -> Launched:
-        """Start a step; returns at once."""
+    def launch(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint], rounds: int = 1) -> Launched:
+        """Start a step, or as many decode steps as `rounds` if they need nothing of the host; returns at once."""
         for number, plan in enumerate(plans):
             for sequence in itertools.chain(plan.decodes, (chunk.sequence for chunk in plan.chunks)):
                 self._note(number, sequence)
         self._restore(plans)
         kind = self._kind(plans, constraints)
+        if not (kind.prefills or kind.drafts or kind.logprobs or kind.adjusted):
+            kind = dataclasses.replace(kind, rounds=rounds)
         self._prepare_counts(plans, kind)
         inputs = self._inputs(kind, plans, constraints)
         outputs, self._state = self._step(kind)(self._weights, self._state, inputs)
+        outputs = replicate(outputs)
+        for output in jax.tree.leaves(outputs):
+            output.copy_to_host_async()
         return Launched(
             kind,
-            replicate(outputs),
+            outputs,
             [[(s, s.epoch) for s in plan.decodes] for plan in plans],
             [
                 [(c.sequence, c.sequence.epoch, c.start, c.stop, c.finishing) for c in plan.chunks]
@@ -134,13 +146,17 @@ class Runner:
         chunks = [c for plan in plans for c in plan.chunks]
         everyone = sequences + [c.sequence for c in chunks]
         longest = max((c.stop - c.start for c in chunks), default=0)
+        decodes = max(len(plan.decodes) for plan in plans)
         prefills = max(len(plan.chunks) for plan in plans)
+        drawn = [s.params for s in everyone if s.params.temperature > 0]
         return StepKind(
-            decodes=_bucket(max(len(plan.decodes) for plan in plans), 4, self._shape.slots),
+            decodes=_bucket(decodes, 4, self._shape.slots) if decodes or not prefills else 0,
             prefills=_bucket(prefills, 4) if prefills else 0,
             chunk=_bucket(longest, 4, self._limits.chunk, least=16) if prefills else 1,
             pages=_bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
+            draws=bool(drawn),
+            cuts=any(params.top_k > 0 or params.top_p < 1 for params in drawn),
             logprobs=any(s.params.logprobs is not None for s in everyone),
             prompt_logprobs=any(c.sequence.params.prompt_logprobs is not None for c in chunks),
             adjusted=any(needs_adjusting(s) or s in constraints for s in everyone),
@@ -233,19 +249,20 @@ class Runner:
 
     def _step(self, kind: StepKind) -> Callable[..., Any]:
         if kind not in self._steps:
-            self._steps[kind] = jax.jit(partial(run_step, self._graph, kind), donate_argnums=1)
+            self._steps[kind] = jax.jit(partial(run_step, self._structure, kind), donate_argnums=1)
         return self._steps[kind]
 
-    def kinds(self) -> Iterator[StepKind]:
+    def kinds(self, most_rounds: int = 1) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
         sizes = partial(_buckets, 4)
-        chunks = [(0, 1)]
         most = -(-self._limits.step_tokens // self._limits.chunk)
-        chunks += itertools.product(sizes(1, most), sizes(16, self._limits.chunk))
-        for pages in sizes(4, self._most_pages):
-            for decodes in sizes(1, self._shape.slots):
-                for prefills, chunk in chunks:
-                    yield StepKind(decodes, prefills, chunk, pages, drafts=0)
+        chunks = list(itertools.product(sizes(1, most), sizes(16, self._limits.chunk)))
+        decodes = sizes(1, self._shape.slots)
+        rows = [(count, 0, 1) for count in decodes]
+        rows += [(count, *own) for count in (0, *decodes) for own in chunks]
+        for pages, own, draws in itertools.product(sizes(4, self._most_pages), rows, (False, True)):
+            for rounds in {1, most_rounds} if own[1] == 0 else {1}:
+                yield StepKind(*own, pages, rounds=rounds, draws=draws)
 
     def compile(self, kind: StepKind) -> None:
         """Compile a kind of step without running it."""

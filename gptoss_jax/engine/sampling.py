@@ -28,23 +28,24 @@ class SamplingState:
     keys: jax.Array
 
 
-def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array) -> jax.Array:
+def sample(
+    logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, *, draws: bool = True, cuts: bool = True
+) -> jax.Array:
     """Choose a token int32 [..., R] a row from logits float32 [..., R, V].
 
-    The same seed, position and logits give the same token in any batch.
+    The same seed, position and logits give the same token in any batch. Without `draws` no row has a temperature, and
+    without `cuts` none has a top-k or top-p: what that saves is decided when the program is made, because a condition
+    on the device would make the host wait for it.
     """
     greedy_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
-
-    def draw() -> jax.Array:
-        scaled_RV = logits_RV / jnp.maximum(state.temperature, 1e-6)[..., None]
-        cut = jnp.any((state.top_k > 0) | (state.top_p < 1))
-        kept_RV = lax.cond(cut, lambda: _top_k_top_p(scaled_RV, state), lambda: scaled_RV)
-        largest_R1 = jnp.max(kept_RV, axis=-1, keepdims=True)
-        kept_RV = jnp.where(kept_RV >= largest_R1 + jnp.log(state.min_p)[..., None], kept_RV, -jnp.inf)
-        drawn_R = jnp.argmax(kept_RV + _gumbel(state.keys, positions_R, kept_RV.shape[-1]), axis=-1)
-        return jnp.where(state.temperature > 0, drawn_R.astype(jnp.int32), greedy_R)
-
-    return lax.cond(jnp.any(state.temperature > 0), draw, lambda: greedy_R)
+    if not draws:
+        return greedy_R
+    scaled_RV = logits_RV / jnp.maximum(state.temperature, 1e-6)[..., None]
+    kept_RV = _top_k_top_p(scaled_RV, state) if cuts else scaled_RV
+    largest_R1 = jnp.max(kept_RV, axis=-1, keepdims=True)
+    kept_RV = jnp.where(kept_RV >= largest_R1 + jnp.log(state.min_p)[..., None], kept_RV, -jnp.inf)
+    drawn_R = jnp.argmax(kept_RV + _gumbel(state.keys, positions_R, kept_RV.shape[-1]), axis=-1)
+    return jnp.where(state.temperature > 0, drawn_R.astype(jnp.int32), greedy_R)
 
 
 def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, vocab: int) -> jax.Array:

@@ -230,6 +230,17 @@ class Scheduler:
                     part.prefixes.release_snapshot(row)
         return plans
 
+    def rounds(self, plans: list[Plan], most: int) -> int:
+        """How many times in a row these plans can be carried out as they are: `most`, or 1. Holds the pages for it."""
+        if any(plan.chunks or plan.restores for plan in plans):
+            return 1
+        for part, plan in zip(self.parts, plans, strict=True):
+            for sequence in plan.decodes:
+                enough = sequence.max_tokens - sequence.generated >= most
+                if not enough or not part.grow(sequence, len(sequence.prompt) + sequence.generated + most - 1):
+                    return 1
+        return most
+
     def _plan_decodes(self, part: Part, plan: Plan, draining: bool) -> None:
         for sequence in sorted(part.running, key=lambda s: s.arrival):
             if sequence.part != part.number or not sequence.prefilled or sequence.generated >= sequence.max_tokens:

@@ -32,6 +32,9 @@ class StepKind:
       decodes: sequences that decode, each with its last token and `drafts` guesses of those after it.
       prefills: sequences that prefill, each a chunk of `chunk` tokens.
       pages: pages in a sequence's table.
+      rounds: decode steps in a row, when nothing else is computed; the host then waits and works once for all.
+      draws: some sequence has a temperature.
+      cuts: some sequence has a top-k or top-p.
       logprobs: report log-probabilities of new tokens.
       prompt_logprobs: report those of the chunks' tokens.
       adjusted: apply penalties, biases and masks to the logits.
@@ -42,6 +45,9 @@ class StepKind:
     chunk: int
     pages: int
     drafts: int = 0
+    rounds: int = 1
+    draws: bool = False
+    cuts: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
     adjusted: bool = False
@@ -103,7 +109,7 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutputs:
-    """New tokens int32: `first` [B, N], and `decoded` [B, S, 1 + drafts], whose first 1 + `accepted` [B, S] count."""
+    """New tokens int32: `first` [B, N]; `decoded` [B, S, rounds + drafts], of which the first 1 + `accepted` [B, S]."""
 
     decoded: jax.Array
     accepted: jax.Array
@@ -113,31 +119,75 @@ class StepOutputs:
     prompt_logprobs: Logprobs | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A model without its weights. These are passed as a list: walking an nnx.State costs the host more than a step."""
+
+    graph: nnx.GraphDef[GptOss]
+    treedef: jax.tree_util.PyTreeDef
+
+    @classmethod
+    def of(cls, model: GptOss) -> tuple[Structure, list[jax.Array]]:
+        """A model's structure and its weights, which may be abstract."""
+        graph, state = nnx.split(model)
+        weights, treedef = jax.tree.flatten(state)
+        return cls(graph, treedef), weights
+
+    def model(self, weights: list[jax.Array]) -> GptOss:
+        """The model with these weights."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, weights))
+
+
 def run_step(
-    graph: nnx.GraphDef[GptOss],
+    structure: Structure,
     kind: StepKind,
-    weights: nnx.State,
+    weights: list[jax.Array],
     state: DeviceState,
     inputs: StepInputs,
 ) -> tuple[StepOutputs, DeviceState]:
     """One step. Its outputs are whole on every device, its state stays where it is."""
-    model = nnx.merge(graph, weights)
+    model = structure.model(weights)
     with model.partition.active():
-        tokens_BT, positions_BT = _tokens(state, inputs, kind)
-        kv = StepCache(state.cache, (inputs.decode, inputs.prefill), (1 + kind.drafts, kind.chunk))
-        x_BTD, kv = model.hidden(tokens_BT, positions_BT, kv)
-        x_BRD, positions_BR = _rows_to_sample(x_BTD, positions_BT, kind)
-        logits_BRV = model.unembed(x_BRD)
-        sampling = jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), inputs.sampling)
-        adjusted_BRV = logits_BRV
-        if kind.adjusted:
-            adjusted_BRV = adjust(logits_BRV, _adjustments(state, inputs, kind))
-        sampled_BR = sample(adjusted_BRV, sampling, positions_BR)
-        outputs = _outputs(kind, inputs, sampled_BR, logits_BRV)
-        if kind.prompt_logprobs:
-            outputs = dataclasses.replace(outputs, prompt_logprobs=_prompt_logprobs(model, x_BTD, inputs, kind))
-        state = _next_state(dataclasses.replace(state, cache=kv.cache), inputs, outputs, kind)
+        run = _one_step if kind.rounds == 1 else _rounds
+        outputs, state = run(model, kind, state, inputs)
         return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), outputs), state
+
+
+def _rounds(
+    model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs
+) -> tuple[StepOutputs, DeviceState]:
+    """Decode steps one after the other: each takes the tokens that the one before left on the device."""
+
+    def one(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], jax.Array]:
+        state, positions_BS = carry
+        now = dataclasses.replace(inputs, decode_positions=positions_BS)
+        outputs, state = _one_step(model, kind, state, now)
+        return (state, jnp.where(positions_BS < 0, -1, positions_BS + 1)), outputs.decoded[..., 0]
+
+    first_BS = jnp.asarray(inputs.decode_positions)
+    (state, _), decoded_rBS = jax.lax.scan(one, (state, first_BS), None, length=kind.rounds)
+    accepted_BS = jnp.full_like(first_BS, kind.rounds - 1)
+    no_first_BN = jnp.zeros((len(first_BS), 0), jnp.int32)
+    return StepOutputs(jnp.moveaxis(decoded_rBS, 0, -1), accepted_BS, no_first_BN, None, None, None), state
+
+
+def _one_step(
+    model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs
+) -> tuple[StepOutputs, DeviceState]:
+    tokens_BT, positions_BT = _tokens(state, inputs, kind)
+    kv = StepCache(state.cache, (inputs.decode, inputs.prefill), (1 + kind.drafts, kind.chunk))
+    x_BTD, kv = model.hidden(tokens_BT, positions_BT, kv)
+    x_BRD, positions_BR = _rows_to_sample(x_BTD, positions_BT, kind)
+    logits_BRV = model.unembed(x_BRD)
+    sampling = jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), inputs.sampling)
+    adjusted_BRV = logits_BRV
+    if kind.adjusted:
+        adjusted_BRV = adjust(logits_BRV, _adjustments(state, inputs, kind))
+    sampled_BR = sample(adjusted_BRV, sampling, positions_BR, draws=kind.draws, cuts=kind.cuts)
+    outputs = _outputs(kind, inputs, sampled_BR, logits_BRV)
+    if kind.prompt_logprobs:
+        outputs = dataclasses.replace(outputs, prompt_logprobs=_prompt_logprobs(model, x_BTD, inputs, kind))
+    return outputs, _next_state(dataclasses.replace(state, cache=kv.cache), inputs, outputs, kind)
 
 
 def _tokens(state: DeviceState, inputs: StepInputs, kind: StepKind) -> tuple[jax.Array, jax.Array]:

@@ -8,18 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import EngineOptions
 from gptoss_jax.engine.runner import SNAPSHOTS_A_CHUNK
 from gptoss_jax.engine.sampling import SamplingState
-from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, run_step
+from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, Structure, run_step
 from gptoss_jax.kv_cache import STORE, CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
-from gptoss_jax.placement import place
-from gptoss_jax.weights import WeightSpec, abstract_creator
+from gptoss_jax.placement import place, prepare
+from gptoss_jax.weights import Weight, WeightSpec, abstract_creator
 from sharding import Partition
 
 
@@ -30,9 +29,9 @@ class Step:
     `sequences` and `tokens` are what all devices together advance in one call: sequences, and tokens of each.
     """
 
-    graph: nnx.GraphDef[GptOss]
+    structure: Structure
     kind: StepKind
-    weights: nnx.State
+    weights: list[jax.Array]
     state: DeviceState
     inputs: StepInputs
     sequences: int
@@ -40,7 +39,7 @@ class Step:
 
     def lower(self) -> jax.stages.Lowered:
         """Trace the step as the engine does: its state is donated, so that the cache is updated in place."""
-        step: Any = jax.jit(partial(run_step, self.graph, self.kind), donate_argnums=1)
+        step: Any = jax.jit(partial(run_step, self.structure, self.kind), donate_argnums=1)
         return step.lower(self.weights, self.state, self.inputs)
 
 
@@ -49,7 +48,7 @@ def decode_step(
 ) -> Step:
     """One token of each of `batch` sequences of up to `context` tokens, sampling included. Raises ShardingError."""
     shape = cache_shape(partition, batch, context)
-    kind = StepKind(decodes=shape.slots, prefills=0, chunk=1, pages=shape.pages // shape.slots)
+    kind = StepKind(decodes=shape.slots, prefills=0, chunk=1, pages=shape.pages // shape.slots, draws=True)
     return _step(config, partition, shape, kind, dtype, batch, 1)
 
 
@@ -63,8 +62,7 @@ def prefill_step(
 ) -> Step:
     """A chunk of one prompt in each part of the batch, into the cache of `batch` sequences. Raises ShardingError."""
     shape = cache_shape(partition, batch, context)
-    # The engine has no step without a row to decode; this one is idle.
-    kind = StepKind(decodes=1, prefills=1, chunk=chunk, pages=shape.pages // shape.slots)
+    kind = StepKind(decodes=0, prefills=1, chunk=chunk, pages=shape.pages // shape.slots, draws=True)
     return _step(config, partition, shape, kind, dtype, partition.degree("batch"), chunk)
 
 
@@ -84,22 +82,27 @@ def _step(
     sequences: int,
     tokens: int,
 ) -> Step:
-    graph, weights = abstract_model(config, partition, dtype)
+    structure, weights = abstract_model(config, partition, dtype)
     state = abstract_state(config, partition, shape, dtype)
     inputs = _inputs(kind, partition.degree("batch"))
-    return Step(graph, kind, weights, state, inputs, sequences, tokens)
+    return Step(structure, kind, weights, state, inputs, sequences, tokens)
 
 
 def abstract_model(
     config: ModelConfig, partition: Partition, dtype: DTypeLike
-) -> tuple[nnx.GraphDef[GptOss], nnx.State]:
+) -> tuple[Structure, list[jax.Array]]:
     """The model's structure, and its weights as shapes laid out on the partition's mesh. Raises ShardingError."""
 
     def where(spec: WeightSpec) -> jax.sharding.Sharding | None:
         return partition.sharding(spec.axes, spec.name)
 
-    create = abstract_creator(dtype, where)
-    return nnx.split(GptOss(config, lambda spec: create(place(spec, partition)), partition))
+    abstract = abstract_creator(dtype, where)
+
+    def create(spec: WeightSpec) -> Weight:
+        placed = place(spec, partition)
+        return prepare(abstract(placed), placed, partition)
+
+    return Structure.of(GptOss(config, create, partition))
 
 
 def abstract_state(config: ModelConfig, partition: Partition, shape: CacheShape, dtype: DTypeLike) -> DeviceState:

@@ -6,9 +6,10 @@ import jax
 
 from pallas_kernels.backend import Backend, dispatch
 from pallas_kernels.mxfp4_matmul import reference, triton, triton_vector
+from pallas_kernels.mxfp4_matmul.layouts import Layout, PackedExperts, current_layout
 from pallas_kernels.mxfp4_matmul.reference import ExpertWeight
 
-__all__ = ["ExpertWeight", "expert_mlp"]
+__all__ = ["ExpertWeight", "Layout", "PackedExperts", "current_layout", "expert_mlp"]
 
 _BACKENDS = (
     Backend("triton_vector", frozenset({"cuda"}), triton_vector.expert_mlp),
@@ -37,7 +38,7 @@ def expert_mlp(
         adds nothing.
       expert_weights_Tk: float32, the router's weight of each.
       gate_up_EFD: [E, F = 2I, D] with the gate in even and the up projection in odd rows; MXFP4Tensor,
-        floats, or packed in a backend's own layout (`gpu_layout.prepare`), which every backend's result agrees on.
+        floats, or in the layout that the backend reads (see `layouts`); the reference takes any.
       gate_up_bias_EF: added before the clamped SwiGLU.
       down_EDI: [E, D, I].
       down_bias_ED: added before the router's weight.

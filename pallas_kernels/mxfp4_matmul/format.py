@@ -40,6 +40,10 @@ class MXFP4Tensor:
         """The packed slice at `index` of the first dimension, for instance one expert."""
         return MXFP4Tensor(self.blocks[index], self.scales[index])
 
+    def axes(self, logical: tuple[str | None, ...]) -> MXFP4Tensor:
+        """The names of the blocks' and the scales' dimensions, from those of the unpacked tensor's."""
+        return MXFP4Tensor((*logical, None), logical)  # type: ignore[arg-type]
+
 
 def dequantize(packed: MXFP4Tensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Unpack to [..., K]; exact in float32, and in bfloat16 wherever the value is a normal number there."""

@@ -32,6 +32,9 @@ class GpuExperts:
 
     `words` is uint16 [E, P, B, N, 32] and `scales` uint32 [E, P, B, N], whose byte j is the scale of group j of
     the block. With two parts, even rows of the tensor are in part 0 and odd ones in part 1.
+
+    On a mesh every device prepares its own part of the tensor, so that blocks are padded within each and
+    `contracting` is one device's share of K.
     """
 
     words: jax.Array
@@ -48,6 +51,12 @@ class GpuExperts:
         """One expert in the released layout."""
         one = GpuExperts(self.words[index][None], self.scales[index][None], self.contracting)
         return jax.tree.map(lambda x: x[0], released(one))
+
+    def axes(self, logical: tuple[str | None, ...]) -> GpuExperts:
+        """The names of the words' and the scales' dimensions, from those of the unpacked tensor's three."""
+        experts, rows, contracting = logical
+        blocks = (experts, None, contracting, rows)
+        return GpuExperts((*blocks, None), blocks, self.contracting)  # type: ignore[arg-type]
 
 
 def prepare(packed: MXFP4Tensor, parts: int) -> GpuExperts:

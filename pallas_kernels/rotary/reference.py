@@ -7,6 +7,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
+def rotate(
+    x_BTHD: jax.Array, positions_BT: jax.Array, frequencies_F: jax.Array, concentration: float
+) -> jax.Array:
+    """Rotary embedding on the two halves of D, in float32: exact positions, no table to outgrow."""
+    angle = positions_BT.astype(jnp.float32)[..., None, None] * frequencies_F
+    cos, sin = jnp.cos(angle) * concentration, jnp.sin(angle) * concentration
+    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
 def rotate_and_keep(
     q_BTHD: jax.Array,
     k_BTKD: jax.Array,
@@ -21,13 +31,7 @@ def rotate_and_keep(
     out_dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.rotary.rotate_and_keep`, whose meaning this is."""
-    angle = positions_BT.astype(jnp.float32)[..., None, None] * frequencies_F
-    cos, sin = jnp.cos(angle) * concentration, jnp.sin(angle) * concentration
-
-    def rotate(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype)
-
     dtype = kv_pages_PSKE.dtype
-    kv_BTKE = jnp.concatenate([rotate(k_BTKD, dtype), v_BTKD.astype(dtype)], axis=-1)
-    return rotate(q_BTHD, out_dtype), kv_pages_PSKE.at[pages_BT, slots_BT].set(kv_BTKE, mode="drop")
+    q_BTHD, k_BTKD = (rotate(x, positions_BT, frequencies_F, concentration) for x in (q_BTHD, k_BTKD))
+    kv_BTKE = jnp.concatenate([k_BTKD.astype(dtype), v_BTKD.astype(dtype)], axis=-1)
+    return q_BTHD.astype(out_dtype), kv_pages_PSKE.at[pages_BT, slots_BT].set(kv_BTKE, mode="drop")

@@ -181,11 +181,26 @@ def test_a_seed_repeats_whatever_else_runs() -> None:
 
 def test_guessed_tokens_change_nothing() -> None:
     guessing = engine(dataclasses.replace(OPTIONS, speculative_tokens=3))
-    requests = {str(i): ((p * 3)[:60], greedy(30)) for i, p in enumerate(prompts(3, 4))}
+    requests = {str(i): ((p * 3)[:60], greedy(30)) for i, p in enumerate(prompts(9, 4))}
     requests["s"] = (requests["0"][0], SamplingParams(max_tokens=30, temperature=0.3, seed=5))
     assert run(guessing, requests) == run(engine(), requests)
     assert guessing.load.drafted > 0
     assert guessing.load.accepted > 0
+
+
+def test_rounds_of_decode_steps_change_nothing() -> None:
+    in_rounds = engine(dataclasses.replace(OPTIONS, decode_rounds=4))
+    requests = {str(i): (p, greedy(5 + 6 * i)) for i, p in enumerate(prompts(8, 5))}
+    requests["s"] = (requests["0"][0], SamplingParams(max_tokens=18, temperature=0.7, top_p=0.9, seed=5))
+    requests["l"] = (requests["1"][0], SamplingParams(max_tokens=7, temperature=0, logprobs=1))
+    alone = run(engine(), requests)
+    before = in_rounds.load.steps
+    assert run(in_rounds, requests) == alone
+    assert in_rounds.load.steps > before
+    ends = SamplingParams(max_tokens=30, temperature=0, stop_token_ids=[alone["4"][9]])
+    stopped = run(in_rounds, {"e": (requests["4"][0], ends), "4": requests["4"]})
+    assert stopped == {"e": alone["4"][: alone["4"].index(alone["4"][9]) + 1], "4": alone["4"]}
+    assert in_rounds.load.pages_held == 0
 
 
 def test_several_completions_share_the_prompt() -> None:

@@ -1,5 +1,6 @@
 """The kernels compiled for GPUs that are not here; needs jax-cuda13-plugin and -pjrt, and skips without them."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -11,6 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.placement import partition_for
+from gptoss_jax.planner.steps import decode_step
+from gptoss_jax.planner.work import held_bytes
 from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
@@ -98,3 +103,19 @@ def test_a_token_s_small_ops(card: Mesh) -> None:
     frequencies = jax.ShapeDtypeStruct((WIDTH // 2,), jnp.float32)
     function = partial(rotate_and_keep, concentration=1.3, out_dtype=jnp.bfloat16)
     assert kernels_in(function, card, *turned, frequencies, *cache) == 1
+
+
+def test_the_engine_s_decode_step(card: Mesh) -> None:
+    """A sliding layer is 8 kernels and a full one 9, with the unembedding; nothing else touches the cache."""
+    config = dataclasses.replace(
+        ModelConfig(), num_hidden_layers=2, layer_types=("sliding_attention", "full_attention")
+    )
+    partition = partition_for(config, "data=1", None, card.devices.flat)
+    assert partition.mesh is not None
+    with jax.set_mesh(partition.mesh):
+        step = decode_step(config, partition, 1, 1024)
+        experts = step.structure.model(step.weights).layers[0].mlp.down_proj.get_value()
+        assert isinstance(experts, GpuExperts)
+        compiled = dataclasses.replace(step, kind=dataclasses.replace(step.kind, rounds=4)).lower().compile()
+    assert (compiled.as_text() or "").count("__gpu$xla.gpu.triton") == 8 + 9 + 1
+    assert compiled.memory_analysis().temp_size_in_bytes < held_bytes(step.state) / 2

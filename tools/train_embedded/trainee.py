@@ -7,12 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model import GptOss, MoE, linear, weight_specs
+from gptoss_jax.kv_cache import Rotation
+from gptoss_jax.model import GptOss, MoE, weight_specs
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize, quantize
 from gptoss_jax.weights import Creator, Weight, WeightSpec, random_creator
+from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.mxfp4_matmul.reference import clamped_swiglu
+from pallas_kernels.rotary import rotate
 
 Parameters = dict[str, jax.Array]
 """Float32 master weights by name; the experts' matrices are unpacked."""
@@ -31,10 +35,13 @@ class PackedRows(NamedTuple):
         v_BTKD: jax.Array,
         sinks_H: jax.Array,
         positions_BT: jax.Array,
+        rotation: Rotation,
         window: int | None,
+        dtype: DTypeLike,
     ) -> tuple[jax.Array, PackedRows]:
         """What `pallas_kernels.attention` computes, one conversation not seeing another."""
-        rows = (q_BTHD, k_BTKD, v_BTKD, positions_BT, self.segments_BT)
+        q_BTHD, k_BTKD = (rotate(x, positions_BT, *rotation).astype(dtype) for x in (q_BTHD, k_BTKD))
+        rows = (q_BTHD, k_BTKD, v_BTKD.astype(dtype), positions_BT, self.segments_BT)
         if window is not None and q_BTHD.shape[1] > 2 * window:
             out = _attend(*_query_blocks(rows, window), sinks_H=sinks_H, window=window)
             return out.reshape(q_BTHD.shape[0], -1, *q_BTHD.shape[2:])[:, : q_BTHD.shape[1]], self
@@ -99,10 +106,11 @@ class DenseMoE(MoE):
     """
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+        """[B, T, D] -> [B, T, D] with what the experts say added."""
+        residual_BTD, x_BTD = x_BTD, rms_norm(x_BTD, self.norm[...], self.config.rms_norm_eps)
         experts, k = self.config.num_local_experts, self.config.num_experts_per_tok
         weight_ED = self.router.weight[...].astype(jnp.float32)
-        logits_BTE = linear(x_BTD.astype(jnp.float32), weight_ED, self.router.bias[...])
+        logits_BTE = x_BTD.astype(jnp.float32) @ weight_ED.T + self.router.bias[...].astype(jnp.float32)
         top_BTk, ids_BTk = jax.lax.top_k(logits_BTE, k)
         chosen_BTkE = jax.nn.one_hot(ids_BTk, experts, dtype=jnp.float32)
         weights_BTE = jnp.einsum("btk,btke->bte", jax.nn.softmax(top_BTk, axis=-1), chosen_BTkE)
@@ -119,7 +127,7 @@ class DenseMoE(MoE):
             preferred_element_type=jnp.float32,
         )
         bias_ED = self.down_proj_bias[...].astype(jnp.float32)
-        return (y_BTD + weights_BTE @ bias_ED).astype(x_BTD.dtype)
+        return residual_BTD + (y_BTD + weights_BTE @ bias_ED).astype(x_BTD.dtype)
 
 
 class Trainee(GptOss):
