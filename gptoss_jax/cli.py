@@ -19,7 +19,7 @@ from sharding.multihost import current
 
 if TYPE_CHECKING:
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.params import SamplingParams
+    from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
     from gptoss_jax.llm import LLM
 
 
@@ -119,6 +119,17 @@ def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
 
 
+def add_structure_flags(flags: argparse.ArgumentParser) -> None:
+    """The form of the answer."""
+    group = flags.add_argument_group(
+        "structured output (extra: structured)",
+        "Of a chat's final answer, after any reasoning; of all of --raw text.",
+    ).add_mutually_exclusive_group()
+    group.add_argument("--json-schema", metavar="FILE|JSON", help="the answer is JSON that this schema describes")
+    group.add_argument("--regex", metavar="REGEX", help="the answer matches this regular expression")
+    group.add_argument("--grammar", type=Path, metavar="FILE", help="a Lark or GBNF grammar of the answer")
+
+
 def add_conversation_flags(flags: argparse.ArgumentParser) -> None:
     """What the conversation's opening messages say."""
     group = flags.add_argument_group("conversation")
@@ -145,12 +156,35 @@ def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
         )
 
 
+def structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams | None:
+    """The form that a flag asks for, checked. Raises UsageError, naming the flag."""
+    from gptoss_jax.engine.params import StructuredOutputsParams
+    from gptoss_jax.structured import check
+
+    if options.json_schema is not None:
+        flag, text = "--json-schema", options.json_schema
+        form = StructuredOutputsParams(json=text if text[:1] == "{" else read_text(Path(text), flag))
+    elif options.regex is not None:
+        flag, form = "--regex", StructuredOutputsParams(regex=options.regex)
+    elif options.grammar is not None:
+        flag, form = "--grammar", StructuredOutputsParams(grammar=read_text(options.grammar, "--grammar"))
+    else:
+        return None
+    try:
+        check(form)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {str(error).partition(': ')[2]}") from None
+    return form
+
+
 def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What `LLM.chat` takes besides messages, from the flags."""
+    """What `LLM.chat` takes besides messages, from the flags; a schema of the answer is shown to the model, too."""
+    form = structured_outputs(options) if getattr(options, "json_schema", None) else None
     return {
         "tools": read_json(options.tools, "--tools", list) if options.tools else None,
         "builtin_tools": options.builtin_tools,
         "reasoning_effort": options.reasoning_effort,
+        "response_format": form and {"type": "json_schema", "schema": json.loads(str(form.json))},
     }
 
 

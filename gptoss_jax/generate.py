@@ -29,6 +29,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--raw", action="store_true", help="continue the text, without any chat format")
     cli.add_conversation_flags(parser)
     cli.add_sampling_flags(parser)
+    cli.add_structure_flags(parser)
     cli.add_model_flags(parser)
     cli.add_engine_flags(parser)
     cli.add_cluster_flags(parser)
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     params = cli.sampling_params(options, logprobs=options.logprobs)
     if follow := cli.join("generate", options):
         return follow()
+    params = dataclasses.replace(params, structured_outputs=cli.structured_outputs(options))
     if options.batch:
         from gptoss_jax.batch import run_batch
 

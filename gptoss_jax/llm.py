@@ -15,10 +15,12 @@ import jax
 from gptoss_jax import harmony
 from gptoss_jax.checkpoint import resolve
 from gptoss_jax.compile_cache import enable_compile_cache
+from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
 from gptoss_jax.errors import CheckpointError, UsageError
 from gptoss_jax.loading import EMBEDDED, load_model
+from gptoss_jax.structured import Grammars
 from gptoss_jax.text import ChatTranscript, RawTranscript, TextDelta
 from gptoss_jax.tokenizer import Tokenizer
 from sharding import ShardingRules
@@ -28,13 +30,14 @@ Message = Mapping[str, Any]
 
 @dataclasses.dataclass
 class Request:
-    """A prompt as tokens, and how to go on; `chat` reads what comes as harmony."""
+    """A prompt as tokens, and how to go on; `chat` reads what comes as harmony, `scope` is of structured output."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     chat: bool = False
     prompt: str | None = None
+    scope: Scope = "text"
 
 
 @dataclasses.dataclass
@@ -77,7 +80,8 @@ class LLM:
         if self.tokenizer and set(harmony.STOP_TOKENS) <= self.tokenizer.special_tokens.keys():
             # The released config.json names <|return|> only, OpenAI's original none.
             eos |= set(harmony.stop_token_ids(self.tokenizer))
-        self.engine = Engine(model, engine, eos_token_ids=eos)
+        constrain = Grammars(self.tokenizer, self.config.vocab_size, eos) if self.tokenizer else None
+        self.engine = Engine(model, engine, eos_token_ids=eos, constrain=constrain)
 
     def generate(
         self,
@@ -138,7 +142,8 @@ class LLM:
         if not messages:
             raise UsageError("messages: expected at least one")
         options.setdefault("current_date", datetime.date.today().isoformat())
-        return Request(request_id, harmony.render(messages, tokenizer, **options), params, chat=True)
+        scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
+        return Request(request_id, harmony.render(messages, tokenizer, **options), params, chat=True, scope=scope)
 
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -158,7 +163,7 @@ class LLM:
             for request in requests:
                 if request.request_id in running:
                     raise UsageError(f"request_id: {request.request_id!r} is used twice")
-                self.engine.add(request.request_id, request.prompt_token_ids, request.params)
+                self.engine.add(request.request_id, request.prompt_token_ids, request.params, request.scope)
                 running[request.request_id] = _Running(request, self.tokenizer)
             while running:
                 for event in self.engine.step():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,13 @@ def test_a_tool_is_called(command, tmp_path: Path) -> None:
     assert command(generate.main, *arguments)[1].startswith("get_weather({")
 
 
+def test_an_answer_keeps_to_its_form(command, tmp_path: Path) -> None:
+    (tmp_path / "answer.gbnf").write_text('root ::= "It is " [0-9]+ "!"')
+    code, out, _ = command(generate.main, SUM, "--grammar", tmp_path / "answer.gbnf")
+    assert code == 0
+    assert re.fullmatch(r"It is \d+!\n", out)
+
+
 def test_batch_resumes(command, tmp_path: Path) -> None:
     requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"id": f"q{i}", "prompt": f"What is {i} + 2?"} for i in range(4)]
@@ -137,6 +145,12 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
         ((SUM, "--speculative-tokens", "100000"), "--speculative-tokens"),
         ((SUM, "--builtin-tools", "python,shell"), "shell"),
         ((SUM, "--logprobs", "3"), "--logprobs"),
+        ((SUM, "--regex", "(a"), "--regex"),
+        ((SUM, "--regex", "a", "--grammar", "x"), "--grammar"),
+        ((SUM, "--grammar", "/no/such/file"), "--grammar"),
+        ((SUM, "--json-schema", "/no/such/file"), "--json-schema"),
+        ((SUM, "--json-schema", "{"), "--json-schema"),
+        ((SUM, "--json-schema", '{"type": "strange"}'), "strange"),
         (("--prompt-tokens", "1,999999"), "999999"),
         (("--batch", "/no/such/file", "--output", "x"), "--batch"),
         (("--batch", "x"), "--output"),
@@ -161,6 +175,8 @@ def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) 
         ('{"messages": [{"role": "user", "content": "hi"}], "raw": true}', "raw"),
         ('{"prompt": "hi", "id": true}', "id"),
         ('{"prompt": "hi", "temprature": 1}', "temprature"),
+        ('{"prompt": "hi", "structured_outputs": {"regex": "(a"}}', "unclosed"),
+        ('{"prompt": "hi", "structured_outputs": {"regexp": "a"}}', "regexp"),
         ("{", "JSON"),
     ],
 )

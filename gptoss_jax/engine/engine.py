@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptoss_jax.engine.constraints import ConstraintMaker, Scope, TokenConstraint
 from gptoss_jax.engine.drafts import Drafter, PromptLookup
 from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
 from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs
-from gptoss_jax.engine.runner import Launched, Runner, TokenConstraint, needs_adjusting
+from gptoss_jax.engine.runner import Launched, Runner, needs_adjusting
 from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
 from gptoss_jax.engine.step import Logprobs
 from gptoss_jax.errors import UsageError
@@ -85,7 +86,8 @@ class Load:
 class Engine:
     """Runs requests through a model: add them, step until their tokens have come, cancel them at any time.
 
-    Not for several threads at once. `eos_token_ids` end a request; None for the config's.
+    Not for several threads at once. `eos_token_ids` end a request; None for the config's. `constrain` makes what keeps
+    structured output in form.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Engine:
         *,
         eos_token_ids: Iterable[int] | None = None,
         drafter: Drafter | None = None,
+        constrain: ConstraintMaker | None = None,
     ) -> None:
         options = options or EngineOptions()
         self.config, self.options = model.config, options
@@ -124,6 +127,7 @@ class Engine:
         self._scheduler = Scheduler(limits, parts)
         self._runner = Runner(model, self.shape, limits, dtype, options.speculative_tokens, self._eos)
         self._drafter = drafter or PromptLookup()
+        self._constrain = constrain
         self._sequences: dict[str, list[Sequence]] = {}
         self._constraints: dict[Sequence, TokenConstraint] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
@@ -155,9 +159,9 @@ class Engine:
         request_id: str,
         prompt_token_ids: Iterable[int],
         params: SamplingParams,
-        constraint: list[TokenConstraint] | None = None,
+        scope: Scope = "text",
     ) -> None:
-        """Queue a request; `constraint` has one for each of its n completions.
+        """Queue a request; `scope` says to what of it `params.structured_outputs` applies.
 
         Raises UsageError for one that can never run, with the numbers.
         """
@@ -165,6 +169,7 @@ class Engine:
             raise UsageError(f"{request_id}: a request of this name is running already")
         prompt = self._read_prompt(request_id, prompt_token_ids)
         max_tokens = self._check(request_id, prompt, params)
+        constraints = self._constraints_of(request_id, params, scope)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
             Sequence(request_id, i, prompt.astype(np.int32), params, max_tokens, (seed + i) % 2**64)
@@ -172,9 +177,8 @@ class Engine:
         ]
         for sequence in sequences:
             sequence.leader = sequences[0] if sequence.index and self.options.prefix_cache else None
-            if constraint:
-                self._constraints[sequence] = constraint[sequence.index]
             self._scheduler.add(sequence)
+        self._constraints |= zip(sequences, constraints, strict=False)
         self._sequences[request_id] = sequences
 
     def _read_prompt(self, request_id: str, tokens: Iterable[int]) -> np.ndarray:
@@ -202,6 +206,17 @@ class Engine:
                     f"{what} of {room}"
                 )
         return params.max_tokens or min(context, held) - prompt.size
+
+    def _constraints_of(self, request_id: str, params: SamplingParams, scope: Scope) -> list[TokenConstraint]:
+        """One for each of the request's completions; none for free ones."""
+        if params.structured_outputs is None:
+            return []
+        if self._constrain is None:
+            raise UsageError(f"request {request_id}: structured_outputs: the checkpoint has no tokenizer.json")
+        try:
+            return [self._constrain(params.structured_outputs, scope) for _ in range(params.n)]
+        except UsageError as error:
+            raise UsageError(f"request {request_id}: {error}") from None
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request, waiting or running, and all that it holds; False if there is none of that name."""

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.sampling import Adjustments, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
 from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, StepOutputs, run_step, seed_key
@@ -24,18 +25,6 @@ from sharding import replicate
 SNAPSHOTS_A_CHUNK = 2
 BIASES = 64
 """Tokens of a row that may be biased, in steps of this."""
-
-
-class TokenConstraint(Protocol):
-    """What a sequence's next token may be, for structured output."""
-
-    def fill(self, words: np.ndarray) -> None:
-        """Set the bits of the tokens that may come next in uint32 words, which are all ones."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """Take note of the token that came."""
-        ...
 
 
 @dataclasses.dataclass
