@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import sys
 import traceback
@@ -69,6 +70,11 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
     )
+    group.add_argument(
+        "--kernels",
+        metavar="reference|auto|NAME",
+        help="what computes: plain JAX, the platform's kernels (default), or the backend of that name",
+    )
 
 
 def add_cluster_flags(flags: argparse.ArgumentParser) -> None:
@@ -100,6 +106,11 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="guess N tokens a step from the text so far, and verify them",
+    )
+    group.add_argument(
+        "--warm-up",
+        action="store_true",
+        help="compile every kind of step at the start, not when it is first needed",
     )
 
 
@@ -206,14 +217,15 @@ def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
     from gptoss_jax.llm import LLM
     from gptoss_jax.loading import EMBEDDED
 
-    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, engine=engine_options(options, **more))
+    engine = engine_options(options, **more)
+    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, engine=engine, warm_up=options.warm_up)
 
 
 def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
     """The engine flags as EngineOptions; `more` has precedence. A value out of range is reported by its flag."""
     from gptoss_jax.engine.engine import EngineOptions
 
-    names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens")
+    names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens", "kernels")
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     with _by_flag():
         return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
@@ -272,10 +284,33 @@ def run(main: Callable[[], int | None]) -> None:
 
     Of several processes, the others end with this one.
     """
-    code, reason = _outcome(main)
+    with _warnings_shown():
+        code, reason = _outcome(main)
     if cluster := current():
         cluster.end(code or 0, reason)
     sys.exit(code)
+
+
+class _Warnings(logging.Handler):
+    """Warnings as lines on standard error; of several processes, those of process 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not follows():
+            print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Show this project's warnings, such as that of an op without a kernel."""
+    handler = _Warnings(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("gptoss_jax", "sharding", "pallas_kernels")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:

@@ -51,9 +51,11 @@ class Progress:
 
 class LLM:
     """A model with its tokenizer and engine; `path`, `mesh`, `dtype` and `rules` are as for `load_model`,
-    `engine` says how much runs at once.
+    `engine` says how much runs at once. `kernels` are "auto", "reference" or a backend's name (see `EngineOptions`).
+    With `warm_up`, every kind of step that requests with plain settings can need is compiled now, not when it is first
+    needed.
 
-    Raises CheckpointError or ShardingError if it cannot be loaded so.
+    Raises CheckpointError or ShardingError if it cannot be loaded so, UsageError for kernels that there are not.
     """
 
     def __init__(
@@ -64,8 +66,13 @@ class LLM:
         *,
         rules: ShardingRules | None = None,
         engine: EngineOptions | None = None,
+        kernels: str | None = None,
+        warm_up: bool = False,
         progress: bool | None = None,
     ) -> None:
+        engine = engine or EngineOptions()
+        if kernels is not None:
+            engine = dataclasses.replace(engine, kernels=kernels)
         path = resolve(path)
         self.tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").exists() else None
         enable_compile_cache()
@@ -82,6 +89,8 @@ class LLM:
             eos |= set(harmony.stop_token_ids(self.tokenizer))
         constrain = Grammars(self.tokenizer, self.config.vocab_size, eos) if self.tokenizer else None
         self.engine = Engine(model, engine, eos_token_ids=eos, constrain=constrain)
+        if warm_up:
+            self.engine.warm_up(progress)
 
     def generate(
         self,

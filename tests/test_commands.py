@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import pallas_kernels
 from gptoss_jax import chat, cli, generate
 from gptoss_jax.loading import EMBEDDED
+from pallas_kernels import backend
 
 P1 = Path(__file__).parent / "golden" / "P1"
 SUM = "What is 17 + 25?"
@@ -108,6 +110,19 @@ def test_an_answer_keeps_to_its_form(command, tmp_path: Path) -> None:
     assert re.fullmatch(r"It is \d+!\n", out)
 
 
+def test_kernels_are_chosen_and_missing_ones_told_once(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_told", set())
+    arguments = ("--prompt-tokens", "1,2", "--model", P1, "--json", "--max-new-tokens", 2)
+    with pallas_kernels.platform("tpu"):
+        code, out, err = command(generate.main, *arguments)
+        assert code == 0
+        warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+        assert sum("expert_mlp runs as its slow reference on tpu" in line for line in warnings) == 1
+        code, same, err = command(generate.main, *arguments, "--kernels", "reference")
+        assert json.loads(same)["token_ids"] == json.loads(out)["token_ids"]
+        assert "warning" not in err
+
+
 def test_batch_resumes(command, tmp_path: Path) -> None:
     requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"id": f"q{i}", "prompt": f"What is {i} + 2?"} for i in range(4)]
@@ -146,6 +161,7 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
         ((SUM, "--builtin-tools", "python,shell"), "shell"),
         ((SUM, "--logprobs", "3"), "--logprobs"),
         ((SUM, "--regex", "(a"), "--regex"),
+        ((SUM, "--kernels", "fast"), "--kernels: expected auto, reference"),
         ((SUM, "--regex", "a", "--grammar", "x"), "--grammar"),
         ((SUM, "--grammar", "/no/such/file"), "--grammar"),
         ((SUM, "--json-schema", "/no/such/file"), "--json-schema"),

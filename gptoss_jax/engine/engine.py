@@ -22,6 +22,7 @@ from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
 from gptoss_jax.engine.step import Logprobs
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOss
+from pallas_kernels import backend_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class EngineOptions:
       step_tokens: most prompt tokens in a step.
       prefix_cache: whether prompts take up what earlier ones have left in the cache.
       speculative_tokens: tokens to guess and verify in each step; 0 for none.
+      kernels: what computes the model's ops: "auto" for the platform's kernels, "reference" for plain JAX, or the name
+        of a backend for the ops that have it.
     """
 
     max_batch: int = 8
@@ -47,6 +50,7 @@ class EngineOptions:
     step_tokens: int = 512
     prefix_cache: bool = True
     speculative_tokens: int = 0
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "page_size", "prefill_chunk", "step_tokens"):
@@ -54,6 +58,8 @@ class EngineOptions:
                 raise UsageError(f"{name}: expected 1 or more, found {getattr(self, name)}")
         if not 0 <= self.speculative_tokens <= 64:
             raise UsageError(f"speculative_tokens: expected 0 to 64, found {self.speculative_tokens}")
+        if self.kernels not in backend_names():
+            raise UsageError(f"kernels: expected {', '.join(backend_names())}, found {self.kernels!r}")
 
 
 @dataclasses.dataclass
@@ -125,7 +131,9 @@ class Engine:
             options.prefix_cache,
         )
         self._scheduler = Scheduler(limits, parts)
-        self._runner = Runner(model, self.shape, limits, dtype, options.speculative_tokens, self._eos)
+        self._runner = Runner(
+            model, self.shape, limits, dtype, options.speculative_tokens, self._eos, options.kernels
+        )
         self._drafter = drafter or PromptLookup()
         self._constrain = constrain
         self._sequences: dict[str, list[Sequence]] = {}

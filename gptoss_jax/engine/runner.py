@@ -18,8 +18,10 @@ from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.sampling import Adjustments, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
 from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, StepOutputs, run_step, seed_key
+from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
+from pallas_kernels import use_backend
 from sharding import replicate
 
 SNAPSHOTS_A_CHUNK = 2
@@ -41,11 +43,19 @@ class Runner:
     """The model, the cache and what else stays on the device."""
 
     def __init__(
-        self, model: GptOss, shape: CacheShape, limits: Limits, dtype: DTypeLike, drafts: int, eos: frozenset[int]
+        self,
+        model: GptOss,
+        shape: CacheShape,
+        limits: Limits,
+        dtype: DTypeLike,
+        drafts: int,
+        eos: frozenset[int],
+        kernels: str = "auto",
     ) -> None:
         self._config, self._partition = model.config, model.partition
         self._graph, self._weights = nnx.split(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
+        self._kernels = kernels
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
         self._most_pages = min(most_pages, shape.pages)
@@ -222,7 +232,8 @@ class Runner:
 
     def _step(self, kind: StepKind) -> Callable[..., Any]:
         if kind not in self._steps:
-            self._steps[kind] = jax.jit(partial(run_step, self._graph, kind), donate_argnums=1)
+            step = _computed_by(self._kernels, partial(run_step, self._graph, kind))
+            self._steps[kind] = jax.jit(step, donate_argnums=1)
         return self._steps[kind]
 
     def kinds(self) -> Iterator[StepKind]:
@@ -282,6 +293,19 @@ class _Settings:
         """[B, R] of the given slots."""
         part = np.arange(len(slots))[:, None]
         return jax.tree.map(lambda x: x[part, slots], self.state)
+
+
+def _computed_by[**P, T](kernels: str, step: Callable[P, T]) -> Callable[P, T]:
+    """The step, traced with these kernels. Raises UsageError where they do not cover it."""
+
+    def traced(*args: P.args, **kwargs: P.kwargs) -> T:
+        with use_backend(kernels):
+            try:
+                return step(*args, **kwargs)
+            except NotImplementedError as reason:
+                raise UsageError(f"kernels: {kernels}: {reason}") from None
+
+    return traced
 
 
 def _of_host[T](make: Callable[..., T], *arrays: np.ndarray) -> T:
