@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine.constraints import TokenConstraint
-from gptoss_jax.engine.sampling import Adjustments, SamplingState
+from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.engine.sampling import Adjustments, Means, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
 from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, StepOutputs, run_step, seed_key
 from gptoss_jax.errors import UsageError
@@ -143,6 +144,7 @@ class Runner:
             logprobs=any(s.params.logprobs is not None for s in everyone),
             prompt_logprobs=any(c.sequence.params.prompt_logprobs is not None for c in chunks),
             adjusted=any(needs_adjusting(s) or s in constraints for s in everyone),
+            sampling=_means([s.params for s in everyone]),
         )
 
     def _inputs(
@@ -232,6 +234,9 @@ class Runner:
 
     def _step(self, kind: StepKind) -> Callable[..., Any]:
         if kind not in self._steps:
+            cuts = dataclasses.replace(kind, sampling="cut")
+            if kind.sampling == "draw" and cuts in self._steps:
+                return self._steps[cuts]
             step = _computed_by(self._kernels, partial(run_step, self._graph, kind))
             self._steps[kind] = jax.jit(step, donate_argnums=1)
         return self._steps[kind]
@@ -239,13 +244,14 @@ class Runner:
     def kinds(self) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
         sizes = partial(_buckets, 4)
+        means: tuple[Means, ...] = ("greedy", "cut")
         chunks = [(0, 1)]
         most = -(-self._limits.step_tokens // self._limits.chunk)
         chunks += itertools.product(sizes(1, most), sizes(16, self._limits.chunk))
         for pages in sizes(4, self._most_pages):
             for decodes in sizes(1, self._shape.slots):
-                for prefills, chunk in chunks:
-                    yield StepKind(decodes, prefills, chunk, pages, drafts=0)
+                for (prefills, chunk), sampling in itertools.product(chunks, means):
+                    yield StepKind(decodes, prefills, chunk, pages, drafts=0, sampling=sampling)
 
     def compile(self, kind: StepKind) -> None:
         """Compile a kind of step without running it."""
@@ -259,6 +265,13 @@ def needs_adjusting(sequence: Sequence) -> bool:
     """Whether a sequence's logits are changed before sampling."""
     params = sequence.params
     return params.penalised or bool(params.logit_bias) or sequence.generated < params.min_tokens
+
+
+def _means(batch: list[SamplingParams]) -> Means:
+    """The least that these need."""
+    if any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in batch):
+        return "cut"
+    return "draw" if any(p.temperature > 0 for p in batch) else "greedy"
 
 
 @dataclasses.dataclass
