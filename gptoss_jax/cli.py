@@ -52,14 +52,16 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=f"python -m gptoss_jax.{command}", description=description)
 
 
-def add_model_flags(flags: argparse.ArgumentParser) -> None:
-    """Which model, and how it runs."""
+def add_model_flags(
+    flags: argparse.ArgumentParser,
+    model: str = "a checkpoint's directory, or a Hub name such as openai/gpt-oss-20b",
+) -> None:
+    """Which model, and how it runs; `model` says what the flag takes."""
     group = flags.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="PATH|NAME",
-        help="a checkpoint's directory, or a Hub name such as openai/gpt-oss-20b (default: the small model that "
-        "ships with the project)",
+        help=f"{model} (default: the small model that ships with the project)",
     )
     group.add_argument(
         "--mesh",
@@ -91,10 +93,11 @@ def add_cluster_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
-def add_engine_flags(flags: argparse.ArgumentParser) -> None:
+def add_engine_flags(flags: argparse.ArgumentParser, max_batch: bool = True) -> None:
     """How much runs at once, and what the cache may take."""
     group = flags.add_argument_group("engine")
-    group.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
+    if max_batch:
+        group.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
     group.add_argument(
         "--kv-cache-memory", type=int, metavar="BYTES", help="of each device (default: a share of what is free)"
     )
@@ -227,6 +230,8 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
 
     names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens", "kernels")
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    # A chunk is part of one step.
+    given["step_tokens"] = max(EngineOptions.step_tokens, given.get("prefill_chunk", 0))
     with _by_flag():
         return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
 

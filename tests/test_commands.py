@@ -1,6 +1,5 @@
 """The commands, run in this process on the embedded model."""
 
-import io
 import json
 import re
 import shutil
@@ -12,26 +11,12 @@ from pathlib import Path
 import pytest
 
 import pallas_kernels
-from gptoss_jax import chat, cli, generate
+from gptoss_jax import chat, generate
 from gptoss_jax.loading import EMBEDDED
 from pallas_kernels import backend
 
 P1 = Path(__file__).parent / "golden" / "P1"
 SUM = "What is 17 + 25?"
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Runs a command's main as `python -m` does: (exit code, standard output, standard error)."""
-
-    def run(main, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(lambda: main([str(argument) for argument in arguments]))
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def test_an_answer_goes_to_standard_output_and_the_rest_to_standard_error(command) -> None:
@@ -234,7 +219,7 @@ def test_chat_keeps_history_until_reset(command) -> None:
 
 
 def test_help_answers_at_once() -> None:
-    for module in ("generate", "chat", "harmony"):
+    for module in ("generate", "chat", "harmony", "bench"):
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", f"gptoss_jax.{module}", "--help"], check=True, capture_output=True)
         # Far above what parsing flags takes, far under what importing jax takes on a busy machine.
@@ -242,5 +227,5 @@ def test_help_answers_at_once() -> None:
 
 
 def test_help_does_not_import_jax() -> None:
-    code = "import sys, gptoss_jax.generate, gptoss_jax.chat; assert 'jax' not in sys.modules"
+    code = "import sys, gptoss_jax.generate, gptoss_jax.chat, gptoss_jax.bench; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

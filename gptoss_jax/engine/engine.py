@@ -87,6 +87,7 @@ class Load:
     steps: int
     drafted: int
     accepted: int
+    compiled: int
 
 
 class Engine:
@@ -160,6 +161,7 @@ class Engine:
             self._steps,
             self._drafted,
             self._accepted,
+            self._runner.compiled,
         )
 
     def add(
@@ -355,6 +357,17 @@ class Engine:
             token = int(sequence.prompt[position + 1])
             at = (part, row, position - start)
             kept.append(_token_logprobs(token, logprobs, at, sequence.params.prompt_logprobs))
+
+    def replay(self, times: int) -> float:
+        """Seconds of one of several launches of the last step, with nothing else for the host to do.
+
+        What runs is spoilt by it: for measuring, before it is cancelled.
+        """
+        return self._runner.replay(times)
+
+    def program(self) -> str:
+        """The compiled text of the last step."""
+        return self._runner.program()
 
     def warm_up(self, progress: bool | None = None) -> int:
         """Compile every kind of step that requests with plain settings can need; returns how many."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -57,6 +58,7 @@ class Runner:
         self._graph, self._weights = nnx.split(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
         self._kernels = kernels
+        self._last: tuple[StepKind, StepInputs] | None = None
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
         self._most_pages = min(most_pages, shape.pages)
@@ -78,6 +80,7 @@ class Runner:
         kind = self._kind(plans, constraints)
         self._prepare_counts(plans, kind)
         inputs = self._inputs(kind, plans, constraints)
+        self._last = (kind, inputs)
         outputs, self._state = self._step(kind)(self._weights, self._state, inputs)
         return Launched(
             kind,
@@ -259,6 +262,30 @@ class Runner:
         inputs = self._inputs(kind, plans, {})
         step: Any = self._step(kind)
         self._steps[kind] = step.lower(self._weights, self._state, inputs).compile()
+
+    @property
+    def compiled(self) -> int:
+        """How many kinds of step there have been."""
+        return len(self._steps)
+
+    def replay(self, times: int) -> float:
+        """Seconds of one of several launches of the last step; see Engine.replay."""
+        assert self._last is not None
+        kind, inputs = self._last
+        jax.block_until_ready(self._state)
+        started = time.perf_counter()
+        for _ in range(times):
+            _, self._state = self._step(kind)(self._weights, self._state, inputs)
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - started) / times
+
+    def program(self) -> str:
+        """The compiled text of the last step."""
+        assert self._last is not None
+        kind, inputs = self._last
+        step: Any = self._step(kind)
+        compiled = step.lower(self._weights, self._state, inputs).compile() if hasattr(step, "lower") else step
+        return str(compiled.as_text())
 
 
 def needs_adjusting(sequence: Sequence) -> bool:
