@@ -181,8 +181,10 @@ def _answer(llm: LLM, request: Request, options: argparse.Namespace, load_second
     for problem in completion.malformed:
         print(f"malformed: {problem}", file=sys.stderr)
     ended = "interrupted" if interrupted else completion.finish_reason
+    drafted = progress.output.drafted_tokens
+    guesses = f", {progress.output.accepted_tokens} of {drafted} guessed tokens stood" if drafted else ""
     print(
-        f"{count} tokens ({ended}), first after {first - started:.2f} s, {speed:.1f} tok/s",
+        f"{count} tokens ({ended}), first after {first - started:.2f} s, {speed:.1f} tok/s{guesses}",
         file=sys.stderr,
     )
     return 130 if interrupted else 0
@@ -200,6 +202,8 @@ def result(output: RequestOutput) -> dict[str, Any]:
             "cached_tokens": output.cached_tokens,
         }
     }
+    if output.drafted_tokens:
+        fields["usage"] |= {"drafted_tokens": output.drafted_tokens, "accepted_tokens": output.accepted_tokens}
     if others:
         fields["completions"] = [first, *others]
     if output.prompt_logprobs is not None:

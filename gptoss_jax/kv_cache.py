@@ -236,10 +236,18 @@ def _attend_groups(
             x[0, part].reshape(segments, length, *x.shape[2:]) for x in (q_BTHD, kv_BTKE, positions_BT)
         )
         group = jax.tree.map(lambda x: x[0], group)
-        args = (store, group, q, kv.astype(store.dtype), sinks_H, positions)
+        args = (store, group, q, _stored(kv, store.dtype), sinks_H, positions)
         out, store = _on_pages(*args) if window is None else _on_rings(*args, window=window)
         outs.append(out.reshape(1, segments * length, *out.shape[2:]))
     return jnp.concatenate(outs, axis=1), store
+
+
+def _stored(kv: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """In the cache's dtype; what is past the range of float8 becomes its largest value, not NaN."""
+    if jnp.dtype(dtype).itemsize > 1:
+        return kv.astype(dtype)
+    most = float(jnp.finfo(dtype).max)
+    return jnp.clip(kv, -most, most).astype(dtype)
 
 
 def _on_pages(

@@ -206,6 +206,7 @@ class _Running:
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self._params = request.params
         self._transcripts: list[ChatTranscript | RawTranscript] = []
+        self._guesses = [(0, 0)] * request.params.n
         completions = []
         for index in range(request.params.n):
             self._transcripts.append(_transcript(request, tokenizer))
@@ -225,6 +226,8 @@ class _Running:
         if event.prompt_logprobs is not None:
             self._output.prompt_logprobs = event.prompt_logprobs
         self._output.cached_tokens = max(self._output.cached_tokens, event.cached_tokens)
+        self._guesses[event.index] = event.drafted, event.accepted
+        self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._guesses, strict=True))
         deltas, finish = transcript.push(event.token_id), event.finish_reason
         if transcript.stopped and len(completion.token_ids) >= self._params.min_tokens:
             finish = "stop"

@@ -95,6 +95,15 @@ def test_an_answer_keeps_to_its_form(command, tmp_path: Path) -> None:
     assert re.fullmatch(r"It is \d+!\n", out)
 
 
+def test_guessed_tokens_are_counted(command) -> None:
+    arguments = ("--model", P1, "--prompt-tokens", "1,2,3,1,2,3,1,2", "--json", "--max-new-tokens", 40)
+    code, out, err = command(generate.main, *arguments, "--speculative-tokens", 2)
+    usage = json.loads(out)["usage"]
+    assert code == 0
+    assert usage["drafted_tokens"] >= usage["accepted_tokens"]
+    assert f"{usage['accepted_tokens']} of {usage['drafted_tokens']} guessed tokens stood" in err
+
+
 def test_kernels_are_chosen_and_missing_ones_told_once(command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_told", set())
     arguments = ("--prompt-tokens", "1,2", "--model", P1, "--json", "--max-new-tokens", 2)

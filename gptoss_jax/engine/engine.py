@@ -64,7 +64,10 @@ class EngineOptions:
 
 @dataclasses.dataclass
 class TokenEvent:
-    """A sequence's next token; `index` tells the completions of a request apart."""
+    """A sequence's next token; `index` tells the completions of a request apart.
+
+    `drafted` tokens have been guessed for the sequence so far, and `accepted` of them stood.
+    """
 
     request_id: str
     index: int
@@ -73,6 +76,8 @@ class TokenEvent:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclasses.dataclass
@@ -291,6 +296,8 @@ class Engine:
                 accepted = int(outputs.accepted[part, row])
                 if sequence.epoch == epoch:
                     sequence.ahead -= 1
+                    sequence.drafted += len(sequence.drafts)
+                    sequence.accepted += accepted
                     self._drafted += len(sequence.drafts)
                     self._accepted += accepted
                 for i, token in enumerate(outputs.decoded[part, row, : 1 + accepted].tolist()):
@@ -328,6 +335,8 @@ class Engine:
             self._prompt_logprobs.pop(sequence, None),
             finish,
             sequence.prefix_hits,
+            sequence.drafted,
+            sequence.accepted,
         )
         if finish:
             self._finish(sequence)

@@ -205,7 +205,8 @@ class CompletionOutput:
 class RequestOutput:
     """A request's prompt and what was generated for it.
 
-    `prompt_logprobs` has None for the first token. `cached_tokens` of the prompt were taken up from earlier ones.
+    `prompt_logprobs` has None for the first token. `cached_tokens` of the prompt were taken up from earlier ones. Of
+    `drafted_tokens`, guessed where the engine guesses, `accepted_tokens` stood.
     """
 
     request_id: str
@@ -215,3 +216,5 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0

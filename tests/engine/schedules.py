@@ -1,4 +1,4 @@
-"""Random arrivals and cancellations for an engine; `python -m tests.engine.schedules` plays one in several processes."""
+"""Random arrivals and cancels for an engine; `python -m tests.engine.schedules` plays one in several processes."""
 
 from __future__ import annotations
 

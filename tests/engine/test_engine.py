@@ -16,6 +16,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.errors import UsageError
+from gptoss_jax.kv_cache import _stored
 from gptoss_jax.loading import random_model
 from gptoss_jax.model import GptOss
 from tests.engine.schedules import TINY, assert_empty, greedy_requests, play, prompts
@@ -241,6 +242,22 @@ def test_smaller_caches_stay_close(dtype: str) -> None:
     ]
     logits = np.asarray(forward()(tiny(), jnp.asarray([prompt + [0] * (128 - len(prompt))]))[0, len(prompt) - 1])
     assert logits[tokens[0]] > logits.max() - 0.5
+
+
+def test_keys_past_the_range_of_float8_stay_numbers() -> None:
+    kept = _stored(jnp.asarray([1e4, -1e4, 0.5]), jnp.float8_e4m3fn)
+    assert kept.tolist() == [448.0, -448.0, 0.5]
+
+
+def test_what_is_warmed_up_compiles_no_more() -> None:
+    options = dataclasses.replace(OPTIONS, max_batch=1, page_size=512, prefill_chunk=32)
+    warm = Engine(tiny(), options)
+    count = warm.warm_up(progress=False)
+    assert warm.load.compiled == count
+    params = SamplingParams(max_tokens=4, temperature=0.5, seed=1)
+    requests = {"a": (prompts(1, 1)[0], greedy(4)), "b": ([1, 2, 3], params), "c": ([5], greedy(3))}
+    run(warm, requests)
+    assert warm.load.compiled == count
 
 
 @pytest.mark.parametrize(
