@@ -20,8 +20,8 @@ PHASES = ("import", "devices", "weights", "engine", "first_token", "more_tokens"
 class Start:
     """Seconds of a process's phases, one after the other; `total` from its start to its last token.
 
-    `first_token` and `more_tokens` compile a prompt's step and a step that decodes, or read them from the cache;
-    `again` is the time to the first token of a second request.
+    `first_token` compiles the prompt's step and the one after it, which the engine starts before it reads the first's
+    token, or reads both from the cache; `again` is the time to the first token of a second request.
     """
 
     compile_cache: str
