@@ -168,18 +168,20 @@ BATCH = [
 ]
 
 
-def test_forms_hold_through_preemption_and_beside_guessed_tokens() -> None:
-    together, load = run(BATCH, kv_cache_memory=30_000, prefix_cache=False, speculative_tokens=3)
+def test_forms_hold_through_preemption() -> None:
+    together, load = run(BATCH, kv_cache_memory=30_000, prefix_cache=False)
     for completion in together[0] + together[2]:
         assert FORMS["json"][1](tokenizer().decode(completion[:-1]))
     assert load.preemptions > 0
-    assert load.drafted > 0
 
 
 @pytest.mark.slow
 def test_an_answer_is_the_same_in_any_company() -> None:
     together, _ = run(BATCH)
-    assert run(BATCH, kv_cache_memory=30_000, prefix_cache=False, speculative_tokens=3)[0] == together
+    tokens, load = run(BATCH, kv_cache_memory=30_000, prefix_cache=False, speculative_tokens=3)
+    assert tokens == together
+    assert load.preemptions > 0
+    assert load.drafted > 0
     for name, params in enumerate(BATCH):
         others = [SamplingParams(max_tokens=1)] * name
         assert run([*others, params])[0][name] == together[name]

@@ -257,7 +257,8 @@ class Engine:
 
     def _must_wait(self) -> bool:
         """Whether the next step depends on what the last one has sampled."""
-        return bool(self._constraints) or self.options.speculative_tokens > 0
+        constrained = any(sequence.part >= 0 for sequence in self._constraints)
+        return constrained or self.options.speculative_tokens > 0
 
     def _launch(self) -> bool:
         if self._in_flight and self._must_wait():
