@@ -11,7 +11,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 if TYPE_CHECKING:
     from gptoss_jax.config import ModelConfig
-    from gptoss_jax.engine.params import SamplingParams
+    from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
     from gptoss_jax.errors import CheckpointError, GptOssError, UsageError
     from gptoss_jax.llm import LLM
     from gptoss_jax.loading import load_model, random_model
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "LLM": "llm",
     "SamplingParams": "engine.params",
+    "StructuredOutputsParams": "engine.params",
     "ModelConfig": "config",
     "load_model": "loading",
     "random_model": "loading",
@@ -33,6 +34,7 @@ __all__ = [
     "GptOssError",
     "ModelConfig",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UsageError",
     "load_model",
     "random_model",

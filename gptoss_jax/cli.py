@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import sys
 import traceback
@@ -19,7 +20,7 @@ from sharding.multihost import current
 
 if TYPE_CHECKING:
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.params import SamplingParams
+    from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
     from gptoss_jax.llm import LLM
 
 
@@ -52,14 +53,16 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     return Parser(prog=f"python -m gptoss_jax.{command}", description=description)
 
 
-def add_model_flags(flags: argparse.ArgumentParser) -> None:
-    """Which model, and how it runs."""
+def add_model_flags(
+    flags: argparse.ArgumentParser,
+    model: str = "a checkpoint's directory, or a Hub name such as openai/gpt-oss-20b",
+) -> None:
+    """Which model, and how it runs; `model` says what the flag takes."""
     group = flags.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="PATH|NAME",
-        help="a checkpoint's directory, or a Hub name such as openai/gpt-oss-20b (default: the small model that "
-        "ships with the project)",
+        help=f"{model} (default: the small model that ships with the project)",
     )
     group.add_argument(
         "--mesh",
@@ -69,6 +72,11 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
+    )
+    group.add_argument(
+        "--kernels",
+        metavar="reference|auto|NAME",
+        help="what computes: plain JAX, the platform's kernels (default), or the backend of that name",
     )
 
 
@@ -86,10 +94,11 @@ def add_cluster_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
-def add_engine_flags(flags: argparse.ArgumentParser) -> None:
+def add_engine_flags(flags: argparse.ArgumentParser, max_batch: bool = True) -> None:
     """How much runs at once, and what the cache may take."""
     group = flags.add_argument_group("engine")
-    group.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
+    if max_batch:
+        group.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
     group.add_argument(
         "--kv-cache-memory", type=int, metavar="BYTES", help="of each device (default: a share of what is free)"
     )
@@ -101,6 +110,11 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="guess N tokens a step from the text so far, and verify them",
+    )
+    group.add_argument(
+        "--warm-up",
+        action="store_true",
+        help="compile every kind of step at the start, not when it is first needed",
     )
 
 
@@ -118,6 +132,17 @@ def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
         "--seed", type=int, metavar="N", help="repeat the same tokens (default: a new seed each time)"
     )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+
+
+def add_structure_flags(flags: argparse.ArgumentParser) -> None:
+    """The form of the answer."""
+    group = flags.add_argument_group(
+        "structured output (extra: structured)",
+        "Of a chat's final answer, after any reasoning; of all of --raw text.",
+    ).add_mutually_exclusive_group()
+    group.add_argument("--json-schema", metavar="FILE|JSON", help="the answer is JSON that this schema describes")
+    group.add_argument("--regex", metavar="REGEX", help="the answer matches this regular expression")
+    group.add_argument("--grammar", type=Path, metavar="FILE", help="a Lark or GBNF grammar of the answer")
 
 
 def add_conversation_flags(flags: argparse.ArgumentParser) -> None:
@@ -146,12 +171,35 @@ def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
         )
 
 
+def structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams | None:
+    """The form that a flag asks for, checked. Raises UsageError, naming the flag."""
+    from gptoss_jax.engine.params import StructuredOutputsParams
+    from gptoss_jax.structured import check
+
+    if options.json_schema is not None:
+        flag, text = "--json-schema", options.json_schema
+        form = StructuredOutputsParams(json=text if text[:1] == "{" else read_text(Path(text), flag))
+    elif options.regex is not None:
+        flag, form = "--regex", StructuredOutputsParams(regex=options.regex)
+    elif options.grammar is not None:
+        flag, form = "--grammar", StructuredOutputsParams(grammar=read_text(options.grammar, "--grammar"))
+    else:
+        return None
+    try:
+        check(form)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {str(error).partition(': ')[2]}") from None
+    return form
+
+
 def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What `LLM.chat` takes besides messages, from the flags."""
+    """What `LLM.chat` takes besides messages, from the flags; a schema of the answer is shown to the model, too."""
+    form = structured_outputs(options) if getattr(options, "json_schema", None) else None
     return {
         "tools": read_json(options.tools, "--tools", list) if options.tools else None,
         "builtin_tools": options.builtin_tools,
         "reasoning_effort": options.reasoning_effort,
+        "response_format": form and {"type": "json_schema", "schema": json.loads(str(form.json))},
     }
 
 
@@ -173,15 +221,18 @@ def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
     from gptoss_jax.llm import LLM
     from gptoss_jax.loading import EMBEDDED
 
-    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, engine=engine_options(options, **more))
+    engine = engine_options(options, **more)
+    return LLM(options.model or EMBEDDED, options.mesh, options.dtype, engine=engine, warm_up=options.warm_up)
 
 
 def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
     """The engine flags as EngineOptions; `more` has precedence. A value out of range is reported by its flag."""
     from gptoss_jax.engine.engine import EngineOptions
 
-    names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens")
+    names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens", "kernels")
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    # A chunk is part of one step.
+    given["step_tokens"] = max(EngineOptions.step_tokens, given.get("prefill_chunk", 0))
     with _by_flag():
         return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
 
@@ -239,10 +290,33 @@ def run(main: Callable[[], int | None]) -> None:
 
     Of several processes, the others end with this one.
     """
-    code, reason = _outcome(main)
+    with _warnings_shown():
+        code, reason = _outcome(main)
     if cluster := current():
         cluster.end(code or 0, reason)
     sys.exit(code)
+
+
+class _Warnings(logging.Handler):
+    """Warnings as lines on standard error; of several processes, those of process 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not follows():
+            print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Show this project's warnings, such as that of an op without a kernel."""
+    handler = _Warnings(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("gptoss_jax", "sharding", "pallas_kernels")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:

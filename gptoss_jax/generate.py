@@ -29,6 +29,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--raw", action="store_true", help="continue the text, without any chat format")
     cli.add_conversation_flags(parser)
     cli.add_sampling_flags(parser)
+    cli.add_structure_flags(parser)
     cli.add_model_flags(parser)
     cli.add_engine_flags(parser)
     cli.add_cluster_flags(parser)
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     params = cli.sampling_params(options, logprobs=options.logprobs)
     if follow := cli.join("generate", options):
         return follow()
+    params = dataclasses.replace(params, structured_outputs=cli.structured_outputs(options))
     if options.batch:
         from gptoss_jax.batch import run_batch
 
@@ -179,8 +181,10 @@ def _answer(llm: LLM, request: Request, options: argparse.Namespace, load_second
     for problem in completion.malformed:
         print(f"malformed: {problem}", file=sys.stderr)
     ended = "interrupted" if interrupted else completion.finish_reason
+    drafted = progress.output.drafted_tokens
+    guesses = f", {progress.output.accepted_tokens} of {drafted} guessed tokens stood" if drafted else ""
     print(
-        f"{count} tokens ({ended}), first after {first - started:.2f} s, {speed:.1f} tok/s",
+        f"{count} tokens ({ended}), first after {first - started:.2f} s, {speed:.1f} tok/s{guesses}",
         file=sys.stderr,
     )
     return 130 if interrupted else 0
@@ -198,6 +202,8 @@ def result(output: RequestOutput) -> dict[str, Any]:
             "cached_tokens": output.cached_tokens,
         }
     }
+    if output.drafted_tokens:
+        fields["usage"] |= {"drafted_tokens": output.drafted_tokens, "accepted_tokens": output.accepted_tokens}
     if others:
         fields["completions"] = [first, *others]
     if output.prompt_logprobs is not None:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.placement import partition_for
 from pallas_kernels.attention import attention, paged_attention
-from pallas_kernels.rotary import rotate, rotate_and_keep
+from pallas_kernels.rotary import as_kept, rotate, rotate_and_keep
 from sharding import Partition, on_shards
 
 HEADS = ("heads", "kv_heads", "kv_heads")
@@ -350,7 +350,7 @@ def _on_rings(
         return paged_attention(q, written, group.slots[:, None], sinks_H, filled, sm_scale=sm_scale), written
     # A chunk overwrites keys that its first queries still see, so they read the ring as it was.
     q, kv = new.rotated()
-    kv = kv.astype(store.dtype)
+    kv = as_kept(kv, store.dtype)
     written = store.at[ring, positions % rows].set(kv, mode="drop")
     first = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions), axis=1, keepdims=True)
     held = jnp.concatenate([store[group.slots], kv], axis=1)

@@ -14,11 +14,13 @@ import jax
 
 from gptoss_jax import harmony
 from gptoss_jax.compile_cache import enable_compile_cache
+from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
 from gptoss_jax.errors import CheckpointError, UsageError
 from gptoss_jax.hub import resolve
 from gptoss_jax.loading import EMBEDDED, load_model
+from gptoss_jax.structured import Grammars
 from gptoss_jax.text import ChatTranscript, RawTranscript, TextDelta
 from gptoss_jax.tokenizer import Tokenizer
 from sharding import ShardingRules
@@ -28,13 +30,14 @@ Message = Mapping[str, Any]
 
 @dataclasses.dataclass
 class Request:
-    """A prompt as tokens, and how to go on; `chat` reads what comes as harmony."""
+    """A prompt as tokens, and how to go on; `chat` reads what comes as harmony, `scope` is of structured output."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     chat: bool = False
     prompt: str | None = None
+    scope: Scope = "text"
 
 
 @dataclasses.dataclass
@@ -48,9 +51,11 @@ class Progress:
 
 class LLM:
     """A model with its tokenizer and engine; `path`, `mesh`, `dtype` and `rules` are as for `load_model`,
-    `engine` says how much runs at once.
+    `engine` says how much runs at once. `kernels` are "auto", "reference" or a backend's name (see `EngineOptions`).
+    With `warm_up`, every kind of step that requests with plain settings can need is compiled now, not when it is first
+    needed.
 
-    Raises CheckpointError or ShardingError if it cannot be loaded so.
+    Raises CheckpointError or ShardingError if it cannot be loaded so, UsageError for kernels that there are not.
     """
 
     def __init__(
@@ -61,8 +66,13 @@ class LLM:
         *,
         rules: ShardingRules | None = None,
         engine: EngineOptions | None = None,
+        kernels: str | None = None,
+        warm_up: bool = False,
         progress: bool | None = None,
     ) -> None:
+        engine = engine or EngineOptions()
+        if kernels is not None:
+            engine = dataclasses.replace(engine, kernels=kernels)
         path = resolve(path)
         self.tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").exists() else None
         enable_compile_cache()
@@ -77,7 +87,10 @@ class LLM:
         if self.tokenizer and set(harmony.STOP_TOKENS) <= self.tokenizer.special_tokens.keys():
             # The released config.json names <|return|> only, OpenAI's original none.
             eos |= set(harmony.stop_token_ids(self.tokenizer))
-        self.engine = Engine(model, engine, eos_token_ids=eos)
+        constrain = Grammars(self.tokenizer, self.config.vocab_size, eos) if self.tokenizer else None
+        self.engine = Engine(model, engine, eos_token_ids=eos, constrain=constrain)
+        if warm_up:
+            self.engine.warm_up(progress)
 
     def generate(
         self,
@@ -138,7 +151,8 @@ class LLM:
         if not messages:
             raise UsageError("messages: expected at least one")
         options.setdefault("current_date", datetime.date.today().isoformat())
-        return Request(request_id, harmony.render(messages, tokenizer, **options), params, chat=True)
+        scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
+        return Request(request_id, harmony.render(messages, tokenizer, **options), params, chat=True, scope=scope)
 
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -158,7 +172,7 @@ class LLM:
             for request in requests:
                 if request.request_id in running:
                     raise UsageError(f"request_id: {request.request_id!r} is used twice")
-                self.engine.add(request.request_id, request.prompt_token_ids, request.params)
+                self.engine.add(request.request_id, request.prompt_token_ids, request.params, request.scope)
                 running[request.request_id] = _Running(request, self.tokenizer)
             while running:
                 for event in self.engine.step():
@@ -192,6 +206,7 @@ class _Running:
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self._params = request.params
         self._transcripts: list[ChatTranscript | RawTranscript] = []
+        self._guesses = [(0, 0)] * request.params.n
         completions = []
         for index in range(request.params.n):
             self._transcripts.append(_transcript(request, tokenizer))
@@ -211,6 +226,8 @@ class _Running:
         if event.prompt_logprobs is not None:
             self._output.prompt_logprobs = event.prompt_logprobs
         self._output.cached_tokens = max(self._output.cached_tokens, event.cached_tokens)
+        self._guesses[event.index] = event.drafted, event.accepted
+        self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._guesses, strict=True))
         deltas, finish = transcript.push(event.token_id), event.finish_reason
         if transcript.stopped and len(completion.token_ids) >= self._params.min_tokens:
             finish = "stop"

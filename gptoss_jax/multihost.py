@@ -44,6 +44,9 @@ OWN = {
     "batch",
     "output",
     "tools",
+    "json_schema",
+    "regex",
+    "grammar",
     "json",
     "show_analysis",
     "hide_analysis",
@@ -188,4 +191,4 @@ def _load(options: argparse.Namespace, more: dict[str, Any], progress: bool | No
     path = resolve(options.model or EMBEDDED)
     mesh = options.mesh or default_mesh(ModelConfig.from_file(path / "config.json"), jax.device_count())
     engine = cli.engine_options(options, **more)
-    return LLM(path, mesh, options.dtype, engine=engine, progress=progress)
+    return LLM(path, mesh, options.dtype, engine=engine, warm_up=options.warm_up, progress=progress)

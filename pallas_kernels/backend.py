@@ -23,6 +23,7 @@ _logger = logging.getLogger(__name__)
 _forced_backend: ContextVar[str] = ContextVar("forced_backend", default="auto")
 _forced_platform: ContextVar[str | None] = ContextVar("forced_platform", default=None)
 _told: set[tuple[str, str, str]] = set()
+_names: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Backend:
     name: str
     platforms: frozenset[str]
     function: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        _names.add(self.name)
 
 
 class _Setting:
@@ -61,6 +65,11 @@ def use_backend(name: str) -> _Setting:
     the name picks as under "auto"; one whose named backend does not cover the arguments raises.
     """
     return _Setting(_forced_backend, name)
+
+
+def backend_names() -> list[str]:
+    """What `use_backend` can be told: "auto", "reference", and the backends of the ops that have been imported."""
+    return ["auto", "reference", *sorted(_names)]
 
 
 def platform(name: Platform) -> _Setting:

@@ -102,6 +102,45 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collectiv
     return sorted(found, key=lambda c: (c.conditional, -c.num_bytes))
 
 
+NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"}
+NO_KERNEL |= {"partition-id", "replica-id", "opt-barrier", "domain"}
+"""Instructions that launch nothing of their own."""
+
+
+def count_kernels(text: str) -> int:
+    """How many kernels a call of a compiled program launches, by its text; loops of unknown length count once.
+
+    Asynchronous operations count at their start, and of a conditional's branches the longest.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            lines = bodies[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            lines.append(match[1])
+
+    def count(name: str) -> int:
+        return sum(map(launches, bodies.get(name, [])))
+
+    def launches(instruction: str) -> int:
+        _, op = _shape_and_op(instruction)
+        if op == "while":
+            trips = _TRIPS.search(instruction)
+            return (int(trips[1]) if trips else 1) * sum(count(name) for _, name in _CALLEE.findall(instruction))
+        if op == "conditional":
+            names = [name for _, name in _CALLEE.findall(instruction)]
+            for _, group in _CALLEES.findall(instruction):
+                names += [name.strip() for name in group.replace("%", "").split(",")]
+            return max(map(count, names), default=0)
+        if op == "call":
+            return sum(count(name) for _, name in _CALLEE.findall(instruction))
+        return int(op not in NO_KERNEL and not op.endswith(("-done", "-update")))
+
+    return count(entry)
+
+
 def array_bytes(shape: str) -> int:
     """Bytes of an HLO shape, the sum of its parts if it is a tuple; layouts and their padding do not count."""
     total = 0.0

@@ -1,4 +1,6 @@
+import io
 import os
+import sys
 import tempfile
 
 # Before jax is imported: tests run on the CPU, whatever else the machine has.
@@ -12,6 +14,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import pytest
 from hypothesis import HealthCheck, settings
 
+from gptoss_jax import cli
+
 settings.register_profile(
     "default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -22,3 +26,17 @@ settings.load_profile("default")
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Commands keep compiled programs in the user's cache directory; tests share one of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Runs a command's main as `python -m` does: (exit code, standard output, standard error)."""
+
+    def run(main, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(lambda: main([str(argument) for argument in arguments]))
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run

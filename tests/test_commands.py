@@ -1,7 +1,7 @@
 """The commands, run in this process on the embedded model."""
 
-import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,25 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_jax import chat, cli, generate
+import pallas_kernels
+from gptoss_jax import chat, generate
 from gptoss_jax.loading import EMBEDDED
+from pallas_kernels import backend
 
 P1 = Path(__file__).parent / "golden" / "P1"
 SUM = "What is 17 + 25?"
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Runs a command's main as `python -m` does: (exit code, standard output, standard error)."""
-
-    def run(main, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(lambda: main([str(argument) for argument in arguments]))
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def test_an_answer_goes_to_standard_output_and_the_rest_to_standard_error(command) -> None:
@@ -100,6 +88,35 @@ def test_a_tool_is_called(command, tmp_path: Path) -> None:
     assert command(generate.main, *arguments)[1].startswith("get_weather({")
 
 
+def test_an_answer_keeps_to_its_form(command, tmp_path: Path) -> None:
+    (tmp_path / "answer.gbnf").write_text('root ::= "It is " [0-9]+ "!"')
+    code, out, _ = command(generate.main, SUM, "--grammar", tmp_path / "answer.gbnf")
+    assert code == 0
+    assert re.fullmatch(r"It is \d+!\n", out)
+
+
+def test_guessed_tokens_are_counted(command) -> None:
+    arguments = ("--model", P1, "--prompt-tokens", "1,2,3,1,2,3,1,2", "--json", "--max-new-tokens", 40)
+    code, out, err = command(generate.main, *arguments, "--speculative-tokens", 2)
+    usage = json.loads(out)["usage"]
+    assert code == 0
+    assert usage["drafted_tokens"] >= usage["accepted_tokens"]
+    assert f"{usage['accepted_tokens']} of {usage['drafted_tokens']} guessed tokens stood" in err
+
+
+def test_kernels_are_chosen_and_missing_ones_told_once(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_told", set())
+    arguments = ("--prompt-tokens", "1,2", "--model", P1, "--json", "--max-new-tokens", 2)
+    with pallas_kernels.platform("tpu"):
+        code, out, err = command(generate.main, *arguments)
+        assert code == 0
+        warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+        assert sum("expert_mlp runs as its slow reference on tpu" in line for line in warnings) == 1
+        code, same, err = command(generate.main, *arguments, "--kernels", "reference")
+        assert json.loads(same)["token_ids"] == json.loads(out)["token_ids"]
+        assert "warning" not in err
+
+
 def test_batch_resumes(command, tmp_path: Path) -> None:
     requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"id": f"q{i}", "prompt": f"What is {i} + 2?"} for i in range(4)]
@@ -137,6 +154,13 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
         ((SUM, "--speculative-tokens", "100000"), "--speculative-tokens"),
         ((SUM, "--builtin-tools", "python,shell"), "shell"),
         ((SUM, "--logprobs", "3"), "--logprobs"),
+        ((SUM, "--regex", "(a"), "--regex"),
+        ((SUM, "--kernels", "fast"), "--kernels: expected auto, reference"),
+        ((SUM, "--regex", "a", "--grammar", "x"), "--grammar"),
+        ((SUM, "--grammar", "/no/such/file"), "--grammar"),
+        ((SUM, "--json-schema", "/no/such/file"), "--json-schema"),
+        ((SUM, "--json-schema", "{"), "--json-schema"),
+        ((SUM, "--json-schema", '{"type": "strange"}'), "strange"),
         (("--prompt-tokens", "1,999999"), "999999"),
         (("--batch", "/no/such/file", "--output", "x"), "--batch"),
         (("--batch", "x"), "--output"),
@@ -161,6 +185,8 @@ def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) 
         ('{"messages": [{"role": "user", "content": "hi"}], "raw": true}', "raw"),
         ('{"prompt": "hi", "id": true}', "id"),
         ('{"prompt": "hi", "temprature": 1}', "temprature"),
+        ('{"prompt": "hi", "structured_outputs": {"regex": "(a"}}', "unclosed"),
+        ('{"prompt": "hi", "structured_outputs": {"regexp": "a"}}', "regexp"),
         ("{", "JSON"),
     ],
 )
@@ -202,7 +228,7 @@ def test_chat_keeps_history_until_reset(command) -> None:
 
 
 def test_help_answers_at_once() -> None:
-    for module in ("generate", "chat", "harmony"):
+    for module in ("generate", "chat", "harmony", "bench"):
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", f"gptoss_jax.{module}", "--help"], check=True, capture_output=True)
         # Far above what parsing flags takes, far under what importing jax takes on a busy machine.
@@ -210,5 +236,5 @@ def test_help_answers_at_once() -> None:
 
 
 def test_help_does_not_import_jax() -> None:
-    code = "import sys, gptoss_jax.generate, gptoss_jax.chat; assert 'jax' not in sys.modules"
+    code = "import sys, gptoss_jax.generate, gptoss_jax.chat, gptoss_jax.bench; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

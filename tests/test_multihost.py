@@ -143,6 +143,35 @@ def test_several_processes_give_the_tokens_of_one(
 
 
 @pytest.mark.slow
+def test_structured_output_over_two_processes(tmp_path: Path) -> None:
+    asked = [
+        {"id": "regex", "prompt": "What is 17 + 25?", "structured_outputs": {"regex": "[0-9]{3}"}},
+        {
+            "id": "json",
+            "prompt": "3 - 5",
+            "n": 2,
+            "temperature": 1,
+            "seed": 3,
+            "structured_outputs": {"json": {"enum": [1, "b"]}},
+        },
+        {"id": "free", "prompt": "What is 17 + 25?"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    command = ("gptoss_jax.generate", "--dtype", "float32", "--max-new-tokens", "120", "--max-batch", "4")
+    batch = (*command, "--batch", str(tmp_path / "in.jsonl"), "--output")
+    ends = Processes(2, 1, *batch, str(tmp_path / "two.jsonl")).outcomes(300)
+    assert [end.code for end in ends] == [0, 0], ends
+    subprocess.run([sys.executable, "-m", *batch, str(tmp_path / "one.jsonl")], cwd=ROOT, check=True)
+    assert tokens(tmp_path / "two.jsonl") == tokens(tmp_path / "one.jsonl")
+    texts = {
+        line["id"]: line["text"] for line in map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines())
+    }
+    assert len(texts["regex"]) == 3
+    assert json.loads(texts["json"]) in (1, "b")
+    assert texts["free"] == "17 + 25 = 42"
+
+
+@pytest.mark.slow
 def test_four_processes_of_two_devices() -> None:
     prompt = np.load(P1 / "golden.npz")["greedy0_prompt"].tolist()
     expected = np.load(P1 / "golden.npz")["greedy0_tokens"][:4].tolist()

@@ -13,14 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptoss_jax.engine.constraints import ConstraintMaker, Scope, TokenConstraint
 from gptoss_jax.engine.drafts import Drafter, PromptLookup
 from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
 from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs
-from gptoss_jax.engine.runner import Launched, Runner, TokenConstraint, needs_adjusting
+from gptoss_jax.engine.runner import Launched, Runner, needs_adjusting
 from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
 from gptoss_jax.engine.step import Logprobs
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOss
+from pallas_kernels import backend_names
 
 DECODE_ROUNDS = 4
 """On an H100 the host needs 2 to 3 ms to start a step and read the one before, and one sequence's step takes 2."""
@@ -41,6 +43,8 @@ class EngineOptions:
       speculative_tokens: tokens to guess and verify in each step; 0 for none.
       decode_rounds: steps that are started at once when all sequences only decode, so that the host keeps up with a
         fast device; tokens then come as many at a time. None for 4 on accelerators and 1 on CPUs.
+      kernels: what computes the model's ops: "auto" for the platform's kernels, "reference" for plain JAX, or the name
+        of a backend for the ops that have it.
     """
 
     max_batch: int = 8
@@ -52,6 +56,7 @@ class EngineOptions:
     prefix_cache: bool = True
     speculative_tokens: int = 0
     decode_rounds: int | None = None
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "page_size", "prefill_chunk", "step_tokens"):
@@ -61,11 +66,16 @@ class EngineOptions:
             raise UsageError(f"decode_rounds: expected 1 or more, found {self.decode_rounds}")
         if not 0 <= self.speculative_tokens <= 64:
             raise UsageError(f"speculative_tokens: expected 0 to 64, found {self.speculative_tokens}")
+        if self.kernels not in backend_names():
+            raise UsageError(f"kernels: expected {', '.join(backend_names())}, found {self.kernels!r}")
 
 
 @dataclasses.dataclass
 class TokenEvent:
-    """A sequence's next token; `index` tells the completions of a request apart."""
+    """A sequence's next token; `index` tells the completions of a request apart.
+
+    `drafted` tokens have been guessed for the sequence so far, and `accepted` of them stood.
+    """
 
     request_id: str
     index: int
@@ -74,6 +84,8 @@ class TokenEvent:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclasses.dataclass
@@ -88,12 +100,14 @@ class Load:
     steps: int
     drafted: int
     accepted: int
+    compiled: int
 
 
 class Engine:
     """Runs requests through a model: add them, step until their tokens have come, cancel them at any time.
 
-    Not for several threads at once. `eos_token_ids` end a request; None for the config's.
+    Not for several threads at once. `eos_token_ids` end a request; None for the config's. `constrain` makes what keeps
+    structured output in form.
     """
 
     def __init__(
@@ -103,6 +117,7 @@ class Engine:
         *,
         eos_token_ids: Iterable[int] | None = None,
         drafter: Drafter | None = None,
+        constrain: ConstraintMaker | None = None,
     ) -> None:
         options = options or EngineOptions()
         self.config, self.options = model.config, options
@@ -131,8 +146,11 @@ class Engine:
         )
         self._rounds = options.decode_rounds or (1 if device.platform == "cpu" else DECODE_ROUNDS)
         self._scheduler = Scheduler(limits, parts)
-        self._runner = Runner(model, self.shape, limits, dtype, options.speculative_tokens, self._eos)
+        self._runner = Runner(
+            model, self.shape, limits, dtype, options.speculative_tokens, self._eos, options.kernels
+        )
         self._drafter = drafter or PromptLookup()
+        self._constrain = constrain
         self._sequences: dict[str, list[Sequence]] = {}
         self._constraints: dict[Sequence, TokenConstraint] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
@@ -157,6 +175,7 @@ class Engine:
             self._steps,
             self._drafted,
             self._accepted,
+            self._runner.compiled,
         )
 
     def add(
@@ -164,9 +183,9 @@ class Engine:
         request_id: str,
         prompt_token_ids: Iterable[int],
         params: SamplingParams,
-        constraint: list[TokenConstraint] | None = None,
+        scope: Scope = "text",
     ) -> None:
-        """Queue a request; `constraint` has one for each of its n completions.
+        """Queue a request; `scope` says to what of it `params.structured_outputs` applies.
 
         Raises UsageError for one that can never run, with the numbers.
         """
@@ -174,6 +193,7 @@ class Engine:
             raise UsageError(f"{request_id}: a request of this name is running already")
         prompt = self._read_prompt(request_id, prompt_token_ids)
         max_tokens = self._check(request_id, prompt, params)
+        constraints = self._constraints_of(request_id, params, scope)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
             Sequence(request_id, i, prompt.astype(np.int32), params, max_tokens, (seed + i) % 2**64)
@@ -181,9 +201,8 @@ class Engine:
         ]
         for sequence in sequences:
             sequence.leader = sequences[0] if sequence.index and self.options.prefix_cache else None
-            if constraint:
-                self._constraints[sequence] = constraint[sequence.index]
             self._scheduler.add(sequence)
+        self._constraints |= zip(sequences, constraints, strict=False)
         self._sequences[request_id] = sequences
 
     def _read_prompt(self, request_id: str, tokens: Iterable[int]) -> np.ndarray:
@@ -212,6 +231,17 @@ class Engine:
                 )
         return params.max_tokens or min(context, held) - prompt.size
 
+    def _constraints_of(self, request_id: str, params: SamplingParams, scope: Scope) -> list[TokenConstraint]:
+        """One for each of the request's completions; none for free ones."""
+        if params.structured_outputs is None:
+            return []
+        if self._constrain is None:
+            raise UsageError(f"request {request_id}: structured_outputs: the checkpoint has no tokenizer.json")
+        try:
+            return [self._constrain(params.structured_outputs, scope) for _ in range(params.n)]
+        except UsageError as error:
+            raise UsageError(f"request {request_id}: {error}") from None
+
     def cancel(self, request_id: str) -> bool:
         """Drop a request, waiting or running, and all that it holds; False if there is none of that name."""
         sequences = self._sequences.pop(request_id, [])
@@ -236,7 +266,8 @@ class Engine:
 
     def _must_wait(self) -> bool:
         """Whether the next step depends on what the last one has sampled."""
-        return bool(self._constraints) or self.options.speculative_tokens > 0
+        constrained = any(sequence.part >= 0 for sequence in self._constraints)
+        return constrained or self.options.speculative_tokens > 0
 
     def _launch(self) -> bool:
         if self._in_flight and self._must_wait():
@@ -277,8 +308,12 @@ class Engine:
                 accepted = int(outputs.accepted[part, row])
                 if sequence.epoch == epoch:
                     sequence.ahead -= launched.kind.rounds
+                    # Without guesses the row holds the tokens of several rounds.
+                    right = accepted if launched.kind.drafts else 0
+                    sequence.drafted += len(sequence.drafts)
+                    sequence.accepted += right
                     self._drafted += len(sequence.drafts)
-                    self._accepted += accepted if launched.kind.drafts else 0
+                    self._accepted += right
                 for i, token in enumerate(outputs.decoded[part, row, : 1 + accepted].tolist()):
                     if sequence.epoch == epoch:
                         events.append(self._token(sequence, token, outputs.decode_logprobs, (part, row, i)))
@@ -314,6 +349,8 @@ class Engine:
             self._prompt_logprobs.pop(sequence, None),
             finish,
             sequence.prefix_hits,
+            sequence.drafted,
+            sequence.accepted,
         )
         if finish:
             self._finish(sequence)
@@ -343,6 +380,17 @@ class Engine:
             token = int(sequence.prompt[position + 1])
             at = (part, row, position - start)
             kept.append(_token_logprobs(token, logprobs, at, sequence.params.prompt_logprobs))
+
+    def replay(self, times: int) -> float:
+        """Seconds of one of several launches of the last step, with nothing else for the host to do.
+
+        What runs is spoilt by it: for measuring, before it is cancelled.
+        """
+        return self._runner.replay(times)
+
+    def program(self) -> str:
+        """The compiled text of the last step."""
+        return self._runner.program()
 
     def warm_up(self, progress: bool | None = None) -> int:
         """Compile every kind of step that requests with plain settings can need; returns how many."""

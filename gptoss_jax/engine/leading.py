@@ -15,10 +15,9 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine, TokenEvent
 from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.engine.runner import TokenConstraint
-from gptoss_jax.errors import UsageError
 from sharding.multihost import Cluster
 
 
@@ -36,19 +35,18 @@ class LeadingEngine:
         request_id: str,
         prompt_token_ids: Iterable[int],
         params: SamplingParams,
-        constraint: list[TokenConstraint] | None = None,
+        scope: Scope = "text",
     ) -> None:
-        """See Engine.add; a constraint cannot travel to the other processes."""
-        if constraint is not None:
-            raise UsageError(f"{request_id}: constrained output is not available over several processes")
+        """See Engine.add."""
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(64))
         prompt = list(prompt_token_ids)
-        self._engine.add(request_id, prompt, params)
+        self._engine.add(request_id, prompt, params, scope)
         fields = dataclasses.asdict(params)
         # Keys of JSON are strings.
         fields["logit_bias"] = list((params.logit_bias or {}).items())
-        self._tell("add", request_id=request_id, prompt=[int(token) for token in prompt], params=fields)
+        tokens = [int(token) for token in prompt]
+        self._tell("add", request_id=request_id, prompt=tokens, params=fields, scope=scope)
 
     def cancel(self, request_id: str) -> bool:
         """See Engine.cancel."""
@@ -112,4 +110,4 @@ def follow(engine: Engine, cluster: Cluster) -> None:
         else:
             fields = message["params"]
             params = SamplingParams(**fields | {"logit_bias": dict(fields["logit_bias"]) or None})
-            engine.add(message["request_id"], message["prompt"], params)
+            engine.add(message["request_id"], message["prompt"], params, message["scope"])

@@ -15,6 +15,49 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclasses.dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What form a request's answer has: exactly one of these. Raises UsageError for anything else.
+
+    Args:
+      json: a JSON schema, as an object or as its text.
+      regex: a regular expression that the whole answer matches.
+      choice: texts, one of which is the answer.
+      grammar: a context-free grammar, in Lark's or llama.cpp's (GBNF) notation.
+      json_object: any JSON object.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [
+            field.name for field in dataclasses.fields(self) if getattr(self, field.name) not in (None, False)
+        ]
+        if len(given) != 1:
+            kinds = ", ".join(field.name for field in dataclasses.fields(self))
+            raise UsageError(f"structured_outputs: expected one of {kinds}, found {' and '.join(given) or 'none'}")
+        [name] = given
+        value, choice = getattr(self, name), self.choice
+        texts = (
+            isinstance(choice, Sequence)
+            and not isinstance(choice, str)
+            and all(isinstance(c, str) for c in choice)
+        )
+        fine, expected = {
+            "json": (isinstance(value, str | Mapping), "a JSON schema"),
+            "regex": (isinstance(value, str), "a regular expression"),
+            "choice": (texts and bool(choice), "texts to choose from"),
+            "grammar": (isinstance(value, str), "the text of a grammar"),
+            "json_object": (value is True, "true"),
+        }[name]
+        if not fine:
+            raise UsageError(f"structured_outputs.{name}: expected {expected}, found {value!r:.60}")
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How a request's tokens are chosen. Raises UsageError for a value out of range.
 
@@ -38,6 +81,7 @@ class SamplingParams:
       frequency_penalty: subtracted for each time that a token is in the output.
       logit_bias: added to the logits of these tokens.
       prompt_logprobs: as `logprobs`, for the tokens of the prompt.
+      structured_outputs: the form that the answer must have: in a chat the text of its final channel, else all of it.
     """
 
     max_tokens: int | None = None
@@ -57,6 +101,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -80,6 +125,10 @@ class SamplingParams:
         fine = self.prompt_logprobs is None or _is_int(self.prompt_logprobs, 0, 20)
         self._check("prompt_logprobs", fine, "an integer from 0 to 20")
         self._check("logprobs", self.logprobs is None or _is_int(self.logprobs, 0, 20), "an integer from 0 to 20")
+        if self.structured_outputs is not None:
+            # Only a stop token can follow a complete answer.
+            self._check("min_tokens", self.min_tokens == 0, "0 with structured_outputs")
+            self._check("ignore_eos", not self.ignore_eos, "false with structured_outputs")
 
     def _normalise(self) -> None:
         """Take what JSON and other libraries make of a value: null, a lone string, keys as text, -1 for all."""
@@ -95,6 +144,13 @@ class SamplingParams:
             self._check("logit_bias", isinstance(self.logit_bias, Mapping), "token ids with a number each")
             keys = [int(key) if isinstance(key, str) and key.isdecimal() else key for key in self.logit_bias]
             put("logit_bias", dict(zip(keys, self.logit_bias.values(), strict=True)))
+        if isinstance(form := self.structured_outputs, Mapping):
+            known = {field.name for field in dataclasses.fields(StructuredOutputsParams)}
+            for name in sorted(form.keys() - known):
+                raise UsageError(f"structured_outputs.{name}: expected one of {', '.join(sorted(known))}")
+            put("structured_outputs", StructuredOutputsParams(**form))
+        fine = self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams)
+        self._check("structured_outputs", fine, 'an object such as {"regex": "[0-9]+"}')
 
     @property
     def penalised(self) -> bool:
@@ -149,7 +205,8 @@ class CompletionOutput:
 class RequestOutput:
     """A request's prompt and what was generated for it.
 
-    `prompt_logprobs` has None for the first token. `cached_tokens` of the prompt were taken up from earlier ones.
+    `prompt_logprobs` has None for the first token. `cached_tokens` of the prompt were taken up from earlier ones. Of
+    `drafted_tokens`, guessed where the engine guesses, `accepted_tokens` stood.
     """
 
     request_id: str
@@ -159,3 +216,5 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from gptoss_jax.engine.sampling import Adjustments, SamplingState
+from gptoss_jax.engine.constraints import TokenConstraint
+from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.engine.sampling import Adjustments, Means, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
 from gptoss_jax.engine.step import (
     DeviceState,
@@ -24,25 +27,15 @@ from gptoss_jax.engine.step import (
     run_step,
     seed_key,
 )
+from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
+from pallas_kernels import use_backend
 from sharding import replicate
 
 SNAPSHOTS_A_CHUNK = 2
 BIASES = 64
 """Tokens of a row that may be biased, in steps of this."""
-
-
-class TokenConstraint(Protocol):
-    """What a sequence's next token may be, for structured output."""
-
-    def fill(self, words: np.ndarray) -> None:
-        """Set the bits of the tokens that may come next in uint32 words, which are all ones."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """Take note of the token that came."""
-        ...
 
 
 @dataclasses.dataclass
@@ -59,11 +52,20 @@ class Runner:
     """The model, the cache and what else stays on the device."""
 
     def __init__(
-        self, model: GptOss, shape: CacheShape, limits: Limits, dtype: DTypeLike, drafts: int, eos: frozenset[int]
+        self,
+        model: GptOss,
+        shape: CacheShape,
+        limits: Limits,
+        dtype: DTypeLike,
+        drafts: int,
+        eos: frozenset[int],
+        kernels: str = "auto",
     ) -> None:
         self._config, self._partition = model.config, model.partition
         self._structure, self._weights = Structure.of(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
+        self._kernels = kernels
+        self._last: tuple[StepKind, StepInputs] | None = None
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
         self._most_pages = min(most_pages, shape.pages)
@@ -87,6 +89,7 @@ class Runner:
             kind = dataclasses.replace(kind, rounds=rounds)
         self._prepare_counts(plans, kind)
         inputs = self._inputs(kind, plans, constraints)
+        self._last = (kind, inputs)
         outputs, self._state = self._step(kind)(self._weights, self._state, inputs)
         outputs = replicate(outputs)
         for output in jax.tree.leaves(outputs):
@@ -148,18 +151,16 @@ class Runner:
         longest = max((c.stop - c.start for c in chunks), default=0)
         decodes = max(len(plan.decodes) for plan in plans)
         prefills = max(len(plan.chunks) for plan in plans)
-        drawn = [s.params for s in everyone if s.params.temperature > 0]
         return StepKind(
             decodes=_bucket(decodes, 4, self._shape.slots) if decodes or not prefills else 0,
             prefills=_bucket(prefills, 4) if prefills else 0,
             chunk=_bucket(longest, 4, self._limits.chunk, least=16) if prefills else 1,
             pages=_bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
-            draws=bool(drawn),
-            cuts=any(params.top_k > 0 or params.top_p < 1 for params in drawn),
             logprobs=any(s.params.logprobs is not None for s in everyone),
             prompt_logprobs=any(c.sequence.params.prompt_logprobs is not None for c in chunks),
             adjusted=any(needs_adjusting(s) or s in constraints for s in everyone),
+            sampling=_means([s.params for s in everyone]),
         )
 
     def _inputs(
@@ -249,20 +250,25 @@ class Runner:
 
     def _step(self, kind: StepKind) -> Callable[..., Any]:
         if kind not in self._steps:
-            self._steps[kind] = jax.jit(partial(run_step, self._structure, kind), donate_argnums=1)
+            cuts = dataclasses.replace(kind, sampling="cut")
+            if kind.sampling == "draw" and cuts in self._steps:
+                return self._steps[cuts]
+            step = _computed_by(self._kernels, partial(run_step, self._structure, kind))
+            self._steps[kind] = jax.jit(step, donate_argnums=1)
         return self._steps[kind]
 
     def kinds(self, most_rounds: int = 1) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
         sizes = partial(_buckets, 4)
+        means: tuple[Means, ...] = ("greedy", "cut")
         most = -(-self._limits.step_tokens // self._limits.chunk)
         chunks = list(itertools.product(sizes(1, most), sizes(16, self._limits.chunk)))
         decodes = sizes(1, self._shape.slots)
         rows = [(count, 0, 1) for count in decodes]
         rows += [(count, *own) for count in (0, *decodes) for own in chunks]
-        for pages, own, draws in itertools.product(sizes(4, self._most_pages), rows, (False, True)):
+        for pages, own, sampling in itertools.product(sizes(4, self._most_pages), rows, means):
             for rounds in {1, most_rounds} if own[1] == 0 else {1}:
-                yield StepKind(*own, pages, rounds=rounds, draws=draws)
+                yield StepKind(*own, pages, rounds=rounds, sampling=sampling)
 
     def compile(self, kind: StepKind) -> None:
         """Compile a kind of step without running it."""
@@ -271,11 +277,42 @@ class Runner:
         step: Any = self._step(kind)
         self._steps[kind] = step.lower(self._weights, self._state, inputs).compile()
 
+    @property
+    def compiled(self) -> int:
+        """How many kinds of step there have been."""
+        return len(self._steps)
+
+    def replay(self, times: int) -> float:
+        """Seconds of one of several launches of the last step; see Engine.replay."""
+        assert self._last is not None
+        kind, inputs = self._last
+        jax.block_until_ready(self._state)
+        started = time.perf_counter()
+        for _ in range(times):
+            _, self._state = self._step(kind)(self._weights, self._state, inputs)
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - started) / times
+
+    def program(self) -> str:
+        """The compiled text of the last step."""
+        assert self._last is not None
+        kind, inputs = self._last
+        step: Any = self._step(kind)
+        compiled = step.lower(self._weights, self._state, inputs).compile() if hasattr(step, "lower") else step
+        return str(compiled.as_text())
+
 
 def needs_adjusting(sequence: Sequence) -> bool:
     """Whether a sequence's logits are changed before sampling."""
     params = sequence.params
     return params.penalised or bool(params.logit_bias) or sequence.generated < params.min_tokens
+
+
+def _means(batch: list[SamplingParams]) -> Means:
+    """The least that these need."""
+    if any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in batch):
+        return "cut"
+    return "draw" if any(p.temperature > 0 for p in batch) else "greedy"
 
 
 @dataclasses.dataclass
@@ -310,6 +347,19 @@ class _Settings:
         """[B, R] of the given slots."""
         part = np.arange(len(slots))[:, None]
         return jax.tree.map(lambda x: x[part, slots], self.state)
+
+
+def _computed_by[**P, T](kernels: str, step: Callable[P, T]) -> Callable[P, T]:
+    """The step, traced with these kernels. Raises UsageError where they do not cover it."""
+
+    def traced(*args: P.args, **kwargs: P.kwargs) -> T:
+        with use_backend(kernels):
+            try:
+                return step(*args, **kwargs)
+            except NotImplementedError as reason:
+                raise UsageError(f"kernels: {kernels}: {reason}") from None
+
+    return traced
 
 
 def _of_host[T](make: Callable[..., T], *arrays: np.ndarray) -> T:

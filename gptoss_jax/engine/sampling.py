@@ -1,19 +1,23 @@
 """Sampling on the device, vectorised over requests, each with its own settings and its own randomness.
 
-Nothing here sorts or gathers the vocabulary: what top-k and top-p keep is found by narrowing down a threshold with
-sums over the vocabulary, which works on logits that are split over devices as it does on one.
+Nothing here sorts or gathers the vocabulary: what top-k and top-p keep is found with sums over the vocabulary, which
+works on logits that are split over devices as it does on one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-BITS_A_PASS = 4
+BITS_A_PASS = 2
 """Each pass over the logits tries 2^bits - 1 thresholds at once, so that it narrows one down by as many bits."""
+
+Means = Literal["greedy", "draw", "cut"]
+"""What a batch needs: the likeliest tokens alone, draws as well, or draws from what top-k or top-p keep as well."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,24 +32,63 @@ class SamplingState:
     keys: jax.Array
 
 
-def sample(
-    logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, *, draws: bool = True, cuts: bool = True
-) -> jax.Array:
+def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, means: Means = "cut") -> jax.Array:
     """Choose a token int32 [..., R] a row from logits float32 [..., R, V].
 
-    The same seed, position and logits give the same token in any batch. Without `draws` no row has a temperature, and
-    without `cuts` none has a top-k or top-p: what that saves is decided when the program is made, because a condition
-    on the device would make the host wait for it.
+    The same seed, position and logits give the same token in any batch, and by any means that do for the row.
     """
     greedy_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
-    if not draws:
+    if means == "greedy":
         return greedy_R
     scaled_RV = logits_RV / jnp.maximum(state.temperature, 1e-6)[..., None]
-    kept_RV = _top_k_top_p(scaled_RV, state) if cuts else scaled_RV
-    largest_R1 = jnp.max(kept_RV, axis=-1, keepdims=True)
-    kept_RV = jnp.where(kept_RV >= largest_R1 + jnp.log(state.min_p)[..., None], kept_RV, -jnp.inf)
-    drawn_R = jnp.argmax(kept_RV + _gumbel(state.keys, positions_R, kept_RV.shape[-1]), axis=-1)
-    return jnp.where(state.temperature > 0, drawn_R.astype(jnp.int32), greedy_R)
+    noisy_RV = scaled_RV + _gumbel(state.keys, positions_R, scaled_RV.shape[-1])
+    least_R = jnp.max(scaled_RV, axis=-1) + jnp.log(state.min_p)
+    noisy_RV = jnp.where(scaled_RV >= least_R[..., None], noisy_RV, -jnp.inf)
+    if means == "draw":
+        drawn_R = jnp.argmax(noisy_RV, axis=-1).astype(jnp.int32)
+    else:
+        drawn_R = _draw_within(noisy_RV, scaled_RV, state)
+    return jnp.where(state.temperature > 0, drawn_R, greedy_R)
+
+
+def _draw_within(noisy_RV: jax.Array, logits_RV: jax.Array, state: SamplingState) -> jax.Array:
+    """The largest of `noisy` among the tokens that top-k and top-p keep.
+
+    These are the tokens of at least some logit, which need not be known: where the largest of more of them is kept, it
+    is the largest of those that are kept. Where it is not, nothing of its logit or less is, and the largest of the
+    rest is tried: as the largest has mostly much of the mass, few tries do.
+    """
+    mass_RV = jnp.exp(logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True))
+    top_k_R = jnp.where(state.top_k > 0, state.top_k, logits_RV.shape[-1]).astype(jnp.float32)
+    # Of the mass that top-k leaves; at 1 everything stays, whatever rounding makes of the sum.
+    both = jnp.any((state.top_k > 0) & (state.top_p < 1))
+    whole_R = lax.cond(both, lambda: _largest_mass(logits_RV, mass_RV, top_k_R), lambda: jnp.sum(mass_RV, axis=-1))
+    top_p_R = jnp.where(state.top_p < 1, state.top_p * whole_R, jnp.inf)
+
+    def tries_left(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return ~jnp.all(carry[2])
+
+    def attempt(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        tried_RV = jnp.where(logits_RV > carry[0][..., None], noisy_RV, -jnp.inf)
+        drawn_R = jnp.argmax(tried_RV, axis=-1).astype(jnp.int32)
+        chosen_RV = jnp.arange(logits_RV.shape[-1]) == drawn_R[..., None]
+        logit_R = jnp.max(jnp.where(chosen_RV, logits_RV, -jnp.inf), axis=-1)
+        above_RV = logits_RV > logit_R[..., None]
+        count_R = jnp.sum(above_RV, axis=-1, dtype=jnp.float32)
+        kept_R = (count_R < top_k_R) & (jnp.sum(jnp.where(above_RV, mass_RV, 0), axis=-1) < top_p_R)
+        # Logits that are no numbers must not make it try for ever.
+        return logit_R, drawn_R, kept_R | ~(logit_R > carry[0])
+
+    def step(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        below, drawn, kept = (
+            jnp.where(carry[2], old, new) for old, new in zip(carry, attempt(carry), strict=True)
+        )
+        return below, drawn, kept
+
+    # What a row draws that takes the likeliest does not matter.
+    none_R = jnp.full(whole_R.shape, -jnp.inf)
+    start = (none_R, jnp.zeros(none_R.shape, jnp.int32), state.temperature <= 0)
+    return lax.while_loop(tries_left, step, start)[1]
 
 
 def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, vocab: int) -> jax.Array:
@@ -60,33 +103,22 @@ def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, vocab: int) -> jax.Array
     return row(keys_R2, positions_R)
 
 
-def _top_k_top_p(logits_RV: jax.Array, state: SamplingState) -> jax.Array:
-    """-inf for what top-k leaves out, then for what top-p leaves out of the rest; ties with the last stay."""
-    vocab = logits_RV.shape[-1]
-    wanted_R = jnp.where(state.top_k > 0, jnp.minimum(state.top_k, vocab), vocab).astype(jnp.float32)
-    logits_RV = _keep_until(logits_RV, jnp.ones_like(logits_RV), wanted_R)
-    probs_RV = jax.nn.softmax(logits_RV, axis=-1)
-    # At 1 everything stays, whatever rounding makes of the sum.
-    return _keep_until(logits_RV, probs_RV, jnp.where(state.top_p < 1, state.top_p, jnp.inf))
+def _largest_mass(logits_RV: jax.Array, mass_RV: jax.Array, count_R: jax.Array) -> jax.Array:
+    """The mass of the `count` largest logits, and of those that tie with the last of them.
 
-
-def _keep_until(logits_RV: jax.Array, mass_RV: jax.Array, wanted_R: jax.Array) -> jax.Array:
-    """Keep the largest logits until their mass reaches what is wanted; the others become -inf.
-
-    The threshold is the largest float whose logits at or above it have the mass, found bit by bit.
+    The least of them is the largest float that so many logits reach, found bit by bit.
     """
     order_RV = _ordered_bits(logits_RV)
     steps = jnp.arange(1, 1 << BITS_A_PASS, dtype=jnp.uint32)
 
-    def narrow(index: jax.Array, threshold_R: jax.Array) -> jax.Array:
+    def narrow(index: jax.Array, least_R: jax.Array) -> jax.Array:
         shift = (32 - BITS_A_PASS * (index + 1)).astype(jnp.uint32)
-        tried_SR = threshold_R + (steps << shift).reshape(-1, *(1,) * threshold_R.ndim)
-        # One fused pass: a compare and a sum for each step.
-        mass_SR = jnp.sum(jnp.where(order_RV >= tried_SR[..., None], mass_RV, 0), axis=-1)
-        return threshold_R + (jnp.sum(mass_SR >= wanted_R, axis=0, dtype=jnp.uint32) << shift)
+        tried_SR = least_R + (steps << shift).reshape(-1, *(1,) * least_R.ndim)
+        count_SR = jnp.sum(order_RV >= tried_SR[..., None], axis=-1, dtype=jnp.float32)
+        return least_R + (jnp.sum(count_SR >= count_R, axis=0, dtype=jnp.uint32) << shift)
 
-    threshold_R = lax.fori_loop(0, 32 // BITS_A_PASS, narrow, jnp.zeros(logits_RV.shape[:-1], jnp.uint32))
-    return jnp.where(order_RV >= threshold_R[..., None], logits_RV, -jnp.inf)
+    least_R = lax.fori_loop(0, 32 // BITS_A_PASS, narrow, jnp.zeros(logits_RV.shape[:-1], jnp.uint32))
+    return jnp.sum(jnp.where(order_RV >= least_R[..., None], mass_RV, 0), axis=-1)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:

@@ -65,6 +65,8 @@ class Sequence:
     prefilled: bool = False
     epoch: int = 0
     drafts: list[int] = dataclasses.field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def known(self) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from gptoss_jax.engine.sampling import Adjustments, SamplingState, adjust, logprobs_of, sample
+from gptoss_jax.engine.sampling import Adjustments, Means, SamplingState, adjust, logprobs_of, sample
 from gptoss_jax.kv_cache import KVCache, Segments, StepCache
 from gptoss_jax.model import GptOss
 from sharding import constrain, on_shards
@@ -33,11 +33,10 @@ class StepKind:
       prefills: sequences that prefill, each a chunk of `chunk` tokens.
       pages: pages in a sequence's table.
       rounds: decode steps in a row, when nothing else is computed; the host then waits and works once for all.
-      draws: some sequence has a temperature.
-      cuts: some sequence has a top-k or top-p.
       logprobs: report log-probabilities of new tokens.
       prompt_logprobs: report those of the chunks' tokens.
       adjusted: apply penalties, biases and masks to the logits.
+      sampling: what tokens are chosen by.
     """
 
     decodes: int
@@ -46,11 +45,10 @@ class StepKind:
     pages: int
     drafts: int = 0
     rounds: int = 1
-    draws: bool = False
-    cuts: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
     adjusted: bool = False
+    sampling: Means = "greedy"
 
 
 @jax.tree_util.register_dataclass
@@ -183,7 +181,7 @@ def _one_step(
     adjusted_BRV = logits_BRV
     if kind.adjusted:
         adjusted_BRV = adjust(logits_BRV, _adjustments(state, inputs, kind))
-    sampled_BR = sample(adjusted_BRV, sampling, positions_BR, draws=kind.draws, cuts=kind.cuts)
+    sampled_BR = sample(adjusted_BRV, sampling, positions_BR, kind.sampling)
     outputs = _outputs(kind, inputs, sampled_BR, logits_BRV)
     if kind.prompt_logprobs:
         outputs = dataclasses.replace(outputs, prompt_logprobs=_prompt_logprobs(model, x_BTD, inputs, kind))

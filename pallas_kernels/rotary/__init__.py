@@ -7,9 +7,9 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.backend import Backend, dispatch
 from pallas_kernels.rotary import reference, triton
-from pallas_kernels.rotary.reference import rotate
+from pallas_kernels.rotary.reference import as_kept, rotate
 
-__all__ = ["rotate", "rotate_and_keep"]
+__all__ = ["as_kept", "rotate", "rotate_and_keep"]
 
 _BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.rotate_and_keep),)
 

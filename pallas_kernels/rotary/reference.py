@@ -17,6 +17,14 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def as_kept(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Keys and values in the cache's dtype; what is past the range of float8 becomes its largest value, not NaN."""
+    if jnp.dtype(dtype).itemsize > 1:
+        return x.astype(dtype)
+    most = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -most, most).astype(dtype)
+
+
 def rotate_and_keep(
     q_BTHD: jax.Array,
     k_BTKD: jax.Array,
@@ -33,5 +41,5 @@ def rotate_and_keep(
     """See `pallas_kernels.rotary.rotate_and_keep`, whose meaning this is."""
     dtype = kv_pages_PSKE.dtype
     q_BTHD, k_BTKD = (rotate(x, positions_BT, frequencies_F, concentration) for x in (q_BTHD, k_BTKD))
-    kv_BTKE = jnp.concatenate([k_BTKD.astype(dtype), v_BTKD.astype(dtype)], axis=-1)
+    kv_BTKE = jnp.concatenate([as_kept(k_BTKD, dtype), as_kept(v_BTKD, dtype)], axis=-1)
     return q_BTHD.astype(out_dtype), kv_pages_PSKE.at[pages_BT, slots_BT].set(kv_BTKE, mode="drop")

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from pallas_kernels.rotary import reference
+from pallas_kernels.rotary.reference import as_kept
 
 
 def rotate_and_keep(
@@ -103,7 +104,7 @@ def _kernel(
     def _() -> None:
         first = k_ref[sequence, kv_head, pl.ds(0, half)].astype(jnp.float32)
         second = k_ref[sequence, kv_head, pl.ds(half, half)].astype(jnp.float32)
-        kv_ref[page, slot, kv_head, pl.ds(0, half)] = (first * cos - second * sin).astype(kv_ref.dtype)
-        kv_ref[page, slot, kv_head, pl.ds(half, half)] = (second * cos + first * sin).astype(kv_ref.dtype)
+        kv_ref[page, slot, kv_head, pl.ds(0, half)] = as_kept(first * cos - second * sin, kv_ref.dtype)
+        kv_ref[page, slot, kv_head, pl.ds(half, half)] = as_kept(second * cos + first * sin, kv_ref.dtype)
         value = v_ref[sequence, kv_head, pl.ds(0, head_dim)]
-        kv_ref[page, slot, kv_head, pl.ds(head_dim, head_dim)] = value.astype(kv_ref.dtype)
+        kv_ref[page, slot, kv_head, pl.ds(head_dim, head_dim)] = as_kept(value, kv_ref.dtype)

@@ -16,24 +16,11 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.errors import UsageError
+from gptoss_jax.kv_cache import _stored
 from gptoss_jax.loading import random_model
 from gptoss_jax.model import GptOss
+from tests.engine.schedules import TINY, assert_empty, greedy_requests, play, prompts
 
-TINY = ModelConfig(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_local_experts=5,
-    num_experts_per_tok=2,
-    sliding_window=7,
-    layer_types=("sliding_attention", "full_attention"),
-    max_position_embeddings=512,
-    eos_token_id=(),
-)
 OPTIONS = EngineOptions(max_batch=4, page_size=4, prefill_chunk=16, step_tokens=32)
 
 
@@ -80,16 +67,6 @@ def assert_greedy(model: GptOss, prompt: list[int], tokens: list[int], size: int
         assert row[token] >= row.max() - 2e-4
 
 
-def prompts(seed: int, count: int) -> list[list[int]]:
-    """Prompts of mixed lengths, half of which begin alike."""
-    rng = random.Random(seed)
-    shared = [rng.randrange(96) for _ in range(40)]
-    return [
-        shared[: rng.randint(0, 40) * rng.randint(0, 1)] + [rng.randrange(96) for _ in range(rng.randint(1, 30))]
-        for _ in range(count)
-    ]
-
-
 CONFIGS = st.builds(
     lambda head_dim, groups, kv_heads, experts, top_k, window, types: dataclasses.replace(
         TINY,
@@ -126,27 +103,14 @@ def test_any_shape_decodes_as_a_full_forward_does(config: ModelConfig, seed: int
 @given(st.integers(0, 10**6))
 def test_any_schedule_gives_the_tokens_of_the_request_alone(seed: int) -> None:
     """Arrivals and cancels at random moments, shared prefixes, few pages, so that sequences are pre-empted."""
-    rng = random.Random(seed)
     shared = engine(dataclasses.replace(OPTIONS, kv_cache_memory=60_000))
-    todo = {str(i): (p, greedy(rng.randint(1, 20))) for i, p in enumerate(prompts(seed, 10))}
-    out: dict[str, list[int]] = {name: [] for name in todo}
-    waiting, cancelled = list(todo), set()
-    while waiting or shared.unfinished:
-        for _ in range(rng.choice([0, 0, 1, 3])):
-            if waiting:
-                name = waiting.pop()
-                shared.add(name, *todo[name])
-        if rng.random() < 0.05:
-            victim = rng.choice(list(todo))
-            if shared.cancel(victim):
-                cancelled.add(victim)
-        for event in shared.step():
-            assert event.request_id not in cancelled
-            out[event.request_id].append(event.token_id)
-    assert shared.load.pages_held == 0
+    todo = greedy_requests(seed, 10)
+    out, cancelled = play(shared, todo, random.Random(seed))
+    assert_empty(shared)
     for name, (prompt, params) in todo.items():
-        assert name in cancelled or len(out[name]) == params.max_tokens
-        assert_greedy(tiny(), prompt, out[name])
+        tokens = out[name].get(0, [])
+        assert name in cancelled or len(tokens) == params.max_tokens
+        assert_greedy(tiny(), prompt, tokens)
 
 
 def test_sequences_were_preempted_and_prefixes_taken_up() -> None:
@@ -293,6 +257,22 @@ def test_smaller_caches_stay_close(dtype: str) -> None:
     ]
     logits = np.asarray(forward()(tiny(), jnp.asarray([prompt + [0] * (128 - len(prompt))]))[0, len(prompt) - 1])
     assert logits[tokens[0]] > logits.max() - 0.5
+
+
+def test_keys_past_the_range_of_float8_stay_numbers() -> None:
+    kept = _stored(jnp.asarray([1e4, -1e4, 0.5]), jnp.float8_e4m3fn)
+    assert kept.tolist() == [448.0, -448.0, 0.5]
+
+
+def test_what_is_warmed_up_compiles_no_more() -> None:
+    options = dataclasses.replace(OPTIONS, max_batch=1, page_size=512, prefill_chunk=32)
+    warm = Engine(tiny(), options)
+    count = warm.warm_up(progress=False)
+    assert warm.load.compiled == count
+    params = SamplingParams(max_tokens=4, temperature=0.5, seed=1)
+    requests = {"a": (prompts(1, 1)[0], greedy(4)), "b": ([1, 2, 3], params), "c": ([5], greedy(3))}
+    run(warm, requests)
+    assert warm.load.compiled == count
 
 
 @pytest.mark.parametrize(

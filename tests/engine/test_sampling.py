@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.engine.sampling import Adjustments, SamplingState, adjust, logprobs_of, sample
+from gptoss_jax.engine.sampling import Adjustments, SamplingState, _gumbel, adjust, logprobs_of, sample
 from gptoss_jax.engine.step import seed_key
 from gptoss_jax.errors import UsageError
 
 VOCAB = 40
+draw = jax.jit(sample, static_argnums=3)
 
 
 def settings(params: list[SamplingParams]) -> SamplingState:
@@ -26,9 +27,7 @@ def settings(params: list[SamplingParams]) -> SamplingState:
 def draws(logits: np.ndarray, count: int = 4000, **params: object) -> np.ndarray:
     """How often each token is drawn."""
     state = settings([SamplingParams(seed=seed, **params) for seed in range(count)])
-    tokens = jax.jit(sample)(
-        jnp.broadcast_to(jnp.asarray(logits), (count, len(logits))), state, jnp.zeros(count, jnp.int32)
-    )
+    tokens = draw(jnp.broadcast_to(jnp.asarray(logits), (count, len(logits))), state, jnp.zeros(count, jnp.int32))
     return np.bincount(tokens, minlength=len(logits)) / count
 
 
@@ -68,8 +67,58 @@ def test_draws_follow_the_distribution(params: dict) -> None:
 def test_temperature_zero_takes_the_likeliest_beside_requests_that_draw() -> None:
     logits = np.random.default_rng(1).standard_normal((2, VOCAB)).astype(np.float32)
     state = settings([SamplingParams(temperature=0), SamplingParams(temperature=2, seed=3)])
-    tokens = sample(jnp.asarray(logits), state, jnp.asarray([5, 5]))
+    tokens = draw(jnp.asarray(logits), state, jnp.asarray([5, 5]))
     assert tokens[0] == np.argmax(logits[0])
+
+
+@given(st.integers(0, 10**9))
+def test_few_tries_find_what_all_of_the_noise_says(seed: int) -> None:
+    """Against the definition: of what top-k, then top-p, then min-p keep, the largest sum of logit and noise."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(
+        rng.standard_normal((4, VOCAB)).astype(np.float32) * rng.choice([0.1, 2, 6]), rng.choice([1, 5])
+    )
+    params = [
+        SamplingParams(
+            temperature=float(rng.choice([0.3, 1, 2])),
+            top_k=int(rng.choice([0, 1, 2, 5, VOCAB])),
+            top_p=float(rng.choice([1, 0.05, 0.5, 0.9])),
+            min_p=float(rng.choice([0, 0.1, 1])),
+            seed=int(rng.integers(2**32)),
+        )
+        for _ in logits
+    ]
+    state, positions = settings(params), jnp.asarray(rng.integers(0, 99, 4), jnp.int32)
+    noise = np.asarray(_gumbel(state.keys, positions, VOCAB), np.float64)
+    tokens = draw(jnp.asarray(logits), state, positions)
+    for row, p in enumerate(params):
+        scaled = logits[row].astype(np.float64) / p.temperature
+        probs = np.exp(scaled - scaled.max())
+        if p.top_k:
+            probs[scaled < np.sort(scaled)[-min(p.top_k, VOCAB)]] = 0
+        probs /= probs.sum()
+        before = np.array([probs[scaled > at].sum() for at in scaled])
+        near = np.abs(before - p.top_p).min() < 1e-5 or np.abs(probs / probs.max() - p.min_p).min() < 1e-5
+        kept = (probs > 0) & ((before < p.top_p) | (p.top_p == 1)) & (probs >= p.min_p * probs.max())
+        best = np.argmax(np.where(kept, scaled + noise[row], -np.inf))
+        assert tokens[row] == best or (near and p.min_p < 1)
+
+
+def test_logits_that_are_no_numbers_end() -> None:
+    state = settings([SamplingParams(top_p=0.9, top_k=3)] * 2)
+    tokens = draw(jnp.asarray([[jnp.nan] * VOCAB, [-jnp.inf] * VOCAB]), state, jnp.zeros(2, jnp.int32))
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+
+
+def test_draws_are_the_same_by_any_means_that_do() -> None:
+    logits = jnp.asarray(np.random.default_rng(4).standard_normal((50, VOCAB)), jnp.float32)
+    state = settings([SamplingParams(temperature=1.3, min_p=0.02, seed=seed) for seed in range(50)])
+    positions = jnp.arange(50, dtype=jnp.int32)
+    np.testing.assert_array_equal(draw(logits, state, positions, "draw"), draw(logits, state, positions, "cut"))
+    greedy = settings([SamplingParams(temperature=0)] * 50)
+    np.testing.assert_array_equal(
+        draw(logits, greedy, positions, "greedy"), draw(logits, greedy, positions, "cut")
+    )
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 100), st.integers(0, 6))
@@ -80,8 +129,8 @@ def test_a_seed_gives_the_same_token_in_any_batch(seed: int, position: int, othe
         SamplingParams(temperature=float(rng.random() * 2)) for _ in range(others)
     ]
     positions = jnp.asarray([position, *rng.integers(0, 100, others)], jnp.int32)
-    together = sample(jnp.asarray(logits), settings(params), positions)[0]
-    alone = sample(jnp.asarray(logits[:1]), settings(params[:1]), positions[:1])[0]
+    together = draw(jnp.asarray(logits), settings(params), positions)[0]
+    alone = draw(jnp.asarray(logits[:1]), settings(params[:1]), positions[:1])[0]
     assert together == alone
 
 

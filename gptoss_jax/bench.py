@@ -1,0 +1,248 @@
+"""python -m gptoss_jax.bench: how fast a model runs here, beside what the device could do."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax import cli
+from gptoss_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.engine.params import SamplingParams
+    from gptoss_jax.model import GptOss
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = cli.parser("bench", "Measure how fast a model runs here; a subcommand's --help lists its flags.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="latency|throughput|start")
+    latency = _add(commands, "latency", "Time to first token and time a step of alike requests that run together.")
+    latency.add_argument("--batch", type=_sizes, default=[1], metavar="N,...", help="requests (default: 1)")
+    latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
+    throughput = _add(commands, "throughput", "Tokens a second of many requests, and what each of them sees.")
+    throughput.add_argument("--requests", type=int, default=64, metavar="N", help="default: 64, all at once")
+    throughput.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="requests that come one by one: {arrival_s, prompt_tokens, output_tokens} a line",
+    )
+    throughput.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
+    throughput.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs (default: 1)")
+    start = _add(
+        commands, "start", "Seconds from a process's start to its first tokens, compile cache cold and warm."
+    )
+    start.add_argument("--started-at", type=float, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
+    lengths = name == "latency"
+    kind, help_ = (_sizes, " (several: each in turn)") if lengths else (int, "")
+    default: Any = [512] if lengths else 512
+    parser.add_argument(
+        "--prompt-tokens", type=kind, default=default, metavar="N", help=f"of random tokens; default: 512{help_}"
+    )
+    parser.add_argument(
+        "--output-tokens", type=int, default=128, metavar="N", help="of each request (default: 128)"
+    )
+    cli.add_model_flags(parser, "a checkpoint's directory or Hub name, or a config.json for random weights")
+    cli.add_engine_flags(parser, max_batch=False)
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
+    sampling.add_argument("--top-p", type=float, default=1.0)
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K")
+    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, prompts and draws")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (extra: plot)")
+    return parser
+
+
+def _sizes(text: str) -> list[int]:
+    """The type of a flag that takes sizes with commas between."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes such as 1,8,32, found {text!r:.60}") from None
+    return sizes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = flags().parse_args(arguments)
+    _check(options)
+    if options.plot:
+        from gptoss_jax.benching.report import figure
+
+        figure()
+    if options.command == "start":
+        return _start(options, arguments)
+    run: dict[str, Callable[[argparse.Namespace], int]] = {"latency": _latency, "throughput": _throughput}
+    return run[options.command](options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("batch", "prompt_tokens", "output_tokens", "repeats", "requests"):
+        value = getattr(options, name, None)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: expected 1 or more, found {one}")
+    if options.command == "latency" and options.output_tokens < 8:
+        raise UsageError(f"--output-tokens: expected 8 or more steps to measure, found {options.output_tokens}")
+
+
+def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams]:
+    """The engine's and the sampling flags. Raises UsageError."""
+    from gptoss_jax.compile_cache import enable_compile_cache
+
+    enable_compile_cache()
+    options.max_new_tokens, options.min_p, options.stop = None, 0.0, []
+    return cli.engine_options(options), cli.sampling_params(options)
+
+
+def _load(options: argparse.Namespace) -> GptOss:
+    from gptoss_jax.benching.workload import load
+
+    _progress(f"loading {options.model or 'the model that ships with the project'}")
+    return load(options.model, options.mesh, options.dtype, options.seed)
+
+
+def _latency(options: argparse.Namespace) -> int:
+    engine_options, params = _prepare(options)
+    from gptoss_jax.benching import report
+    from gptoss_jax.benching.ceilings import measure_ceilings
+    from gptoss_jax.benching.latency import Case, measure
+
+    model = _load(options)
+    ceilings = measure_ceilings(options.dtype)
+    found = []
+    for prompt_tokens in options.prompt_tokens:
+        for batch in options.batch:
+            _progress(f"batch {batch}, prompts of {prompt_tokens} tokens")
+            case = Case(batch, prompt_tokens, options.output_tokens)
+            # The cache takes a share of what is free, so the last one's must be gone.
+            gc.collect()
+            found.append(measure(model, engine_options, params, case, ceilings, options.repeats, options.seed))
+    if options.plot:
+        report.plot_latency(found, options.plot)
+    rows = {"ceilings": dataclasses.asdict(ceilings), "rows": [dataclasses.asdict(one) for one in found]}
+    _show(options, rows, report.latency_tables(found, ceilings))
+    return 0
+
+
+def _throughput(options: argparse.Namespace) -> int:
+    engine_options, params = _prepare(options)
+    from gptoss_jax.benching import report
+    from gptoss_jax.benching.throughput import alike, measure, repeated
+    from gptoss_jax.benching.workload import read_trace
+    from gptoss_jax.engine.engine import Engine
+
+    if options.trace:
+        arrivals = read_trace(options.trace)
+    else:
+        arrivals = alike(options.requests, options.prompt_tokens, options.output_tokens)
+    engine = Engine(_load(options), engine_options, eos_token_ids=())
+    if options.warm_up:
+        engine.warm_up()
+    _progress(f"{len(arrivals)} requests, once to compile and {options.repeats} times to measure")
+    one = repeated([measure(engine, params, arrivals, options.seed + i) for i in range(options.repeats)])
+    if options.plot:
+        report.plot_throughput(one, options.plot)
+    _show(options, dataclasses.asdict(one), report.throughput_table(one))
+    return 0
+
+
+def _start(options: argparse.Namespace, arguments: list[str]) -> int:
+    if options.started_at is not None:
+        return _start_here(options)
+    from gptoss_jax.benching import report, start
+
+    found = start.measure(arguments)
+    if options.plot:
+        report.plot_start(found, options.plot)
+    if options.json:
+        print(json.dumps({"starts": [dataclasses.asdict(one) for one in found]}))
+    else:
+        print(report.start_table(found))
+    return 0
+
+
+def _start_here(options: argparse.Namespace) -> int:
+    """What a fresh process does: its phases go to standard output, as JSON."""
+    from gptoss_jax.benching.start import Stopwatch
+
+    watch = Stopwatch(options.started_at)
+    engine_options, params = _prepare(options)
+    import jax
+    import numpy as np
+
+    from gptoss_jax.benching.workload import load, random_prompt
+    from gptoss_jax.engine.engine import Engine
+
+    watch.lap("import")
+    jax.devices()
+    watch.lap("devices")
+    model = jax.block_until_ready(load(options.model, options.mesh, options.dtype, options.seed))
+    watch.lap("weights")
+    engine = Engine(model, dataclasses.replace(engine_options, max_batch=1), eos_token_ids=())
+    if options.warm_up:
+        engine.warm_up()
+    watch.lap("engine")
+    rng = np.random.default_rng(options.seed)
+    params = dataclasses.replace(params, max_tokens=options.output_tokens, ignore_eos=True)
+    again = Stopwatch(0.0)
+    for request in ("first", "again"):
+        engine.add(request, random_prompt(rng, model.config.vocab_size, options.prompt_tokens), params)
+        again.lap("added")
+        while not engine.step():
+            pass
+        (watch if request == "first" else again).lap("first_token")
+        while engine.unfinished:
+            engine.step()
+        if request == "first":
+            watch.lap("more_tokens")
+    print(json.dumps({"phases": watch.phases, "total": watch.total, "again": again.phases["first_token"]}))
+    return 0
+
+
+def _show(options: argparse.Namespace, found: dict[str, Any], table: str) -> None:
+    import jax
+
+    device = jax.devices()[0]
+    facts = {
+        "command": options.command,
+        "model": str(options.model or "embedded"),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "mesh": options.mesh,
+        "dtype": options.dtype,
+        "kv_cache_dtype": options.kv_cache_dtype,
+        "kernels": options.kernels or "auto",
+        "jax": jax.__version__,
+    }
+    if options.json:
+        print(json.dumps(facts | found))
+        return
+    told = ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value and key != "command"
+    )
+    print(f"{told}\n\n{table}")
+
+
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

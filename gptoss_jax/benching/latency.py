@@ -1,0 +1,206 @@
+"""How long a batch of alike requests waits for its first tokens, and how long a step that decodes all of it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.benching.ceilings import Ceilings, sampling_seconds
+from gptoss_jax.benching.profile import DeviceTime, traced
+from gptoss_jax.benching.workload import random_prompt
+from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.memory import kv_dtype
+from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.model import GptOss
+from gptoss_jax.planner.work import Load, Work, work_of
+from sharding.program import count_kernels
+
+TRACED_STEPS = 16
+REPLAYS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How many requests run together, and how long their prompts and outputs are."""
+
+    batch: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """One case, measured; seconds, bytes and tokens a second, medians over the repeats.
+
+    `first_token` is the median request's, `last_first_token` that of the one that waits longest. `step` is a step in
+    which every request decodes. `floor` is the least time in which its `step_bytes` could be read, and `reached` the
+    share of the step that this is; `prefill_reached` likewise, of the operations or bytes of a prompt's chunks.
+    `device` is a step whose host part is left out, `waits` the share of a step in which the device has nothing to do.
+    `sampling` has the time of choosing the batch's tokens in each way. `kernels` are those launched in a step.
+    """
+
+    case: Case
+    first_token: float
+    last_first_token: float
+    prefill_rate: float
+    prefill_reached: float
+    step: float
+    step_spread: tuple[float, float]
+    rate: float
+    step_bytes: float
+    floor: float
+    reached: float
+    device: float
+    waits: float
+    sampling: dict[str, float]
+    kernels: int
+    kernels_a_layer: float
+    drafted: int
+    accepted: int
+
+
+@dataclasses.dataclass
+class _Run:
+    """One repeat: when each request had its first token, and the seconds and tokens of each step after the last."""
+
+    first: list[float]
+    steps: list[float]
+    tokens: int
+
+
+def measure(
+    model: GptOss,
+    options: EngineOptions,
+    params: SamplingParams,
+    case: Case,
+    ceilings: Ceilings,
+    repeats: int,
+    seed: int,
+) -> Latency:
+    """Measure one case, after one run that compiles what it needs."""
+    options = dataclasses.replace(options, max_batch=case.batch)
+    engine = Engine(model, options, eos_token_ids=())
+    rng = np.random.default_rng(seed)
+    _run(engine, params, case, rng)
+    before = engine.load
+    runs = [_run(engine, params, case, rng) for _ in range(repeats)]
+    load = engine.load
+    device, profiled, program = _device_time(engine, params, case, rng)
+    step = statistics.median(t for run in runs for t in run.steps)
+    waits = max(0.0, 1 - device / step)
+    if profiled.span:
+        device, waits = profiled.busy / TRACED_STEPS, 1 - profiled.busy / profiled.span
+    prefill = statistics.median(max(run.first) for run in runs)
+    needed = work(model, options, case)
+    floor = needed.num_bytes / ceilings.copy_bytes
+    kernels = count_kernels(program)
+    return Latency(
+        case=case,
+        first_token=statistics.median(statistics.median(run.first) for run in runs),
+        last_first_token=prefill,
+        prefill_rate=case.batch * case.prompt_tokens / prefill,
+        prefill_reached=prefill_floor(model, options, case, ceilings) / prefill,
+        step=step,
+        step_spread=(min(min(run.steps) for run in runs), max(max(run.steps) for run in runs)),
+        rate=statistics.median(run.tokens / sum(run.steps) for run in runs),
+        step_bytes=needed.num_bytes,
+        floor=floor,
+        reached=floor / step,
+        device=device,
+        waits=waits,
+        sampling=sampling_seconds(case.batch, model.config.vocab_size),
+        kernels=kernels,
+        kernels_a_layer=kernels / model.config.num_hidden_layers,
+        drafted=load.drafted - before.drafted,
+        accepted=load.accepted - before.accepted,
+    )
+
+
+def work(model: GptOss, options: EngineOptions, case: Case, tokens: int = 1, context: int | None = None) -> Work:
+    """What a step must read and compute on a device, half way through the output; routing counts as uniform."""
+    context = case.prompt_tokens + case.output_tokens // 2 if context is None else context
+    dtype = model.embed_tokens[...].dtype
+    needed = work_of(model.config, model.partition, Load(case.batch, tokens, context), dtype)
+    held = jnp.dtype(kv_dtype(options.kv_cache_dtype or str(dtype))).itemsize
+    return dataclasses.replace(needed, cache_bytes=needed.cache_bytes * held / dtype.itemsize)
+
+
+def prefill_floor(model: GptOss, options: EngineOptions, case: Case, ceilings: Ceilings) -> float:
+    """The least time of all prompts' steps, each the larger of its bytes' and its operations' time."""
+    total, chunk = 0.0, options.prefill_chunk
+    together = max(1, options.step_tokens // min(chunk, case.prompt_tokens))
+    alone = dataclasses.replace(case, batch=min(together, case.batch))
+    for start in range(0, case.prompt_tokens, chunk):
+        stop = min(start + chunk, case.prompt_tokens)
+        needed = work(model, options, alone, stop - start, stop)
+        total += max(needed.num_bytes / ceilings.copy_bytes, needed.flops / ceilings.matmul_flops)
+    return total * case.batch / alone.batch
+
+
+def _start(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> None:
+    # Those that are prefilled first must still run when the last one has been.
+    chunks = case.batch * -(-case.prompt_tokens // engine.options.prefill_chunk)
+    ahead = chunks * (1 + engine.options.speculative_tokens)
+    room = engine.config.max_position_embeddings - case.prompt_tokens
+    most = min(case.output_tokens * (1 + engine.options.speculative_tokens) + ahead + 2 * TRACED_STEPS, room)
+    params = dataclasses.replace(params, max_tokens=most, ignore_eos=True)
+    for i in range(case.batch):
+        engine.add(str(i), random_prompt(rng, engine.config.vocab_size, case.prompt_tokens), params)
+
+
+def _prefill(engine: Engine, case: Case) -> dict[str, float]:
+    """Step until every request has a token; when each had its first."""
+    first: dict[str, float] = {}
+    while len(first) < case.batch:
+        events = engine.step()
+        now = time.perf_counter()
+        for event in events:
+            first.setdefault(event.request_id, now)
+    return first
+
+
+def _stop(engine: Engine, case: Case) -> None:
+    for i in range(case.batch):
+        engine.cancel(str(i))
+    while engine.unfinished:
+        engine.step()
+
+
+def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> _Run:
+    started = time.perf_counter()
+    _start(engine, params, case, rng)
+    first = _prefill(engine, case)
+    steps, tokens, last = [], 0, time.perf_counter()
+    for _ in range(case.output_tokens - 1):
+        events = engine.step()
+        if engine.unfinished < case.batch or not events:
+            break
+        tokens += len(events)
+        now = time.perf_counter()
+        steps.append(now - last)
+        last = now
+    _stop(engine, case)
+    return _Run([at - started for at in first.values()], steps or [float("nan")], tokens)
+
+
+def _device_time(
+    engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator
+) -> tuple[float, DeviceTime, str]:
+    """Seconds of a step that is launched again and again, what the profiler saw of steps, and the program's text."""
+    _start(engine, params, case, rng)
+    _prefill(engine, case)
+    for _ in range(4):
+        engine.step()
+    profiled = DeviceTime()
+    if jax.default_backend() == "gpu":
+        with traced() as profiled:
+            for _ in range(TRACED_STEPS):
+                engine.step()
+    seconds, program = engine.replay(REPLAYS), engine.program()
+    _stop(engine, case)
+    return seconds, profiled, program
