@@ -16,9 +16,9 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.errors import UsageError
-from gptoss_jax.kv_cache import _stored
 from gptoss_jax.loading import random_model
 from gptoss_jax.model import GptOss
+from pallas_kernels.rotary import as_kept
 from tests.engine.schedules import TINY, assert_empty, greedy_requests, play, prompts
 
 OPTIONS = EngineOptions(max_batch=4, page_size=4, prefill_chunk=16, step_tokens=32)
@@ -260,7 +260,7 @@ def test_smaller_caches_stay_close(dtype: str) -> None:
 
 
 def test_keys_past_the_range_of_float8_stay_numbers() -> None:
-    kept = _stored(jnp.asarray([1e4, -1e4, 0.5]), jnp.float8_e4m3fn)
+    kept = as_kept(jnp.asarray([1e4, -1e4, 0.5]), jnp.float8_e4m3fn)
     assert kept.tolist() == [448.0, -448.0, 0.5]
 
 
