@@ -104,6 +104,7 @@ def add_engine_flags(flags: argparse.ArgumentParser, max_batch: bool = True) -> 
     )
     group.add_argument("--kv-cache-dtype", choices=("bfloat16", "float32", "float8"), help="default: as --dtype")
     group.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens of one sequence in a step")
+    group.add_argument("--step-tokens", type=int, metavar="N", help="prompt tokens of all sequences in a step")
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
     group.add_argument(
         "--speculative-tokens",
@@ -229,10 +230,13 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
     """The engine flags as EngineOptions; `more` has precedence. A value out of range is reported by its flag."""
     from gptoss_jax.engine.engine import EngineOptions
 
-    names = ("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "speculative_tokens", "kernels")
+    names = [
+        *("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "step_tokens"),
+        *("speculative_tokens", "kernels"),
+    ]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     # A chunk is part of one step.
-    given["step_tokens"] = max(EngineOptions.step_tokens, given.get("prefill_chunk", 0))
+    given["step_tokens"] = max(given.get("step_tokens", EngineOptions.step_tokens), given.get("prefill_chunk", 0))
     with _by_flag():
         return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
 

@@ -90,11 +90,11 @@ def measure(
     before = engine.load
     runs = [_run(engine, params, case, rng) for _ in range(repeats)]
     load = engine.load
-    device, profiled, program = _device_time(engine, params, case, rng)
+    device, profiled, traced_steps, program = _device_time(engine, params, case, rng)
     step = statistics.median(t for run in runs for t in run.steps)
     waits = max(0.0, 1 - device / step)
     if profiled.span:
-        device, waits = profiled.busy / TRACED_STEPS, 1 - profiled.busy / profiled.span
+        device, waits = profiled.busy / traced_steps, 1 - profiled.busy / profiled.span
     prefill = statistics.median(max(run.first) for run in runs)
     needed = work(model, options, case)
     floor = needed.num_bytes / ceilings.copy_bytes
@@ -147,7 +147,8 @@ def _start(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Ge
     chunks = case.batch * -(-case.prompt_tokens // engine.options.prefill_chunk)
     ahead = chunks * (1 + engine.options.speculative_tokens)
     room = engine.config.max_position_embeddings - case.prompt_tokens
-    most = min(case.output_tokens * (1 + engine.options.speculative_tokens) + ahead + 2 * TRACED_STEPS, room)
+    after = 2 * TRACED_STEPS * engine.decode_rounds
+    most = min(case.output_tokens * (1 + engine.options.speculative_tokens) + ahead + after, room)
     params = dataclasses.replace(params, max_tokens=most, ignore_eos=True)
     for i in range(case.batch):
         engine.add(str(i), random_prompt(rng, engine.config.vocab_size, case.prompt_tokens), params)
@@ -176,13 +177,15 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
     _start(engine, params, case, rng)
     first = _prefill(engine, case)
     steps, tokens, last = [], 0, time.perf_counter()
-    for _ in range(case.output_tokens - 1):
+    while tokens < (case.output_tokens - 1) * case.batch:
         events = engine.step()
         if engine.unfinished < case.batch or not events:
             break
         tokens += len(events)
         now = time.perf_counter()
-        steps.append(now - last)
+        # With guesses a step gives a sequence more than one token; a launch of several rounds is as many steps.
+        launched = 1 if engine.options.speculative_tokens else len(events) / case.batch
+        steps.append((now - last) / launched)
         last = now
     _stop(engine, case)
     return _Run([at - started for at in first.values()], steps or [float("nan")], tokens)
@@ -190,17 +193,17 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
 
 def _device_time(
     engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator
-) -> tuple[float, DeviceTime, str]:
-    """Seconds of a step that is launched again and again, what the profiler saw of steps, and the program's text."""
+) -> tuple[float, DeviceTime, float, str]:
+    """Seconds of a step that is launched again and again, what the profiler saw of some, how many, the program's text."""
     _start(engine, params, case, rng)
     _prefill(engine, case)
     for _ in range(4):
         engine.step()
-    profiled = DeviceTime()
+    profiled, tokens = DeviceTime(), 0
     if jax.default_backend() == "gpu":
         with traced() as profiled:
             for _ in range(TRACED_STEPS):
-                engine.step()
+                tokens += len(engine.step())
     seconds, program = engine.replay(REPLAYS), engine.program()
     _stop(engine, case)
-    return seconds, profiled, program
+    return seconds, profiled, tokens / case.batch, program

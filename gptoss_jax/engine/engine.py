@@ -144,7 +144,7 @@ class Engine:
             min(options.prefill_chunk, options.step_tokens),
             options.prefix_cache,
         )
-        self._rounds = options.decode_rounds or (1 if device.platform == "cpu" else DECODE_ROUNDS)
+        self.decode_rounds = options.decode_rounds or (1 if device.platform == "cpu" else DECODE_ROUNDS)
         self._scheduler = Scheduler(limits, parts)
         self._runner = Runner(
             model, self.shape, limits, dtype, options.speculative_tokens, self._eos, options.kernels
@@ -280,7 +280,7 @@ class Engine:
             return False
         if not any(plan.decodes or plan.chunks for plan in plans):
             return False
-        rounds = 1 if self._must_wait() else self._scheduler.rounds(plans, self._rounds)
+        rounds = 1 if self._must_wait() else self._scheduler.rounds(plans, self.decode_rounds)
         launched = self._runner.launch(plans, self._constraints, rounds)
         self._in_flight.append(launched)
         self._steps += launched.kind.rounds
@@ -382,7 +382,7 @@ class Engine:
             kept.append(_token_logprobs(token, logprobs, at, sequence.params.prompt_logprobs))
 
     def replay(self, times: int) -> float:
-        """Seconds of one of several launches of the last step, with nothing else for the host to do.
+        """Seconds of a step when the last launch is repeated, with nothing else for the host to do.
 
         What runs is spoilt by it: for measuring, before it is cancelled.
         """
@@ -396,7 +396,7 @@ class Engine:
         """Compile every kind of step that requests with plain settings can need; returns how many."""
         from tqdm import tqdm
 
-        kinds = list(self._runner.kinds(self._rounds))
+        kinds = list(self._runner.kinds(self.decode_rounds))
         shown = sys.stderr.isatty() if progress is None else progress
         for kind in tqdm(kinds, desc="Compiling", file=sys.stderr, disable=not shown):
             self._runner.compile(kind)

@@ -283,7 +283,7 @@ class Runner:
         return len(self._steps)
 
     def replay(self, times: int) -> float:
-        """Seconds of one of several launches of the last step; see Engine.replay."""
+        """Seconds of a step of several launches of the last one; see Engine.replay."""
         assert self._last is not None
         kind, inputs = self._last
         jax.block_until_ready(self._state)
@@ -291,7 +291,7 @@ class Runner:
         for _ in range(times):
             _, self._state = self._step(kind)(self._weights, self._state, inputs)
         jax.block_until_ready(self._state)
-        return (time.perf_counter() - started) / times
+        return (time.perf_counter() - started) / times / kind.rounds
 
     def program(self) -> str:
         """The compiled text of the last step."""
