@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.backend import Backend, dispatch
-from pallas_kernels.mxfp4_matmul import reference, triton, triton_vector
+from pallas_kernels.mxfp4_matmul import mosaic_tpu, reference, triton, triton_vector
 from pallas_kernels.mxfp4_matmul.reference import ExpertWeight
 
 __all__ = ["ExpertWeight", "expert_mlp"]
@@ -13,6 +13,7 @@ __all__ = ["ExpertWeight", "expert_mlp"]
 _BACKENDS = (
     Backend("triton_vector", frozenset({"cuda"}), triton_vector.expert_mlp),
     Backend("triton", frozenset({"cuda"}), triton.expert_mlp),
+    Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.expert_mlp),
 )
 
 
@@ -37,7 +38,7 @@ def expert_mlp(
         adds nothing.
       expert_weights_Tk: float32, the router's weight of each.
       gate_up_EFD: [E, F = 2I, D] with the gate in even and the up projection in odd rows; MXFP4Tensor,
-        floats, or packed in a backend's own layout (`gpu_layout.prepare`), which every backend's result agrees on.
+        floats, or packed in a backend's own layout (`gpu_layout.prepare`, `tpu_layout.prepare`), which every backend's result agrees on.
       gate_up_bias_EF: added before the clamped SwiGLU.
       down_EDI: [E, D, I].
       down_bias_ED: added before the router's weight.

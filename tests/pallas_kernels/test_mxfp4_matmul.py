@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
-from pallas_kernels.mxfp4_matmul import expert_mlp, gpu_layout, tiles, triton
+from pallas_kernels.mxfp4_matmul import expert_mlp, gpu_layout, tiles, tpu_layout, triton
 from pallas_kernels.mxfp4_matmul.reference import tiling
 
 LIMIT = 7.0
