@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mxfp4_matmul.format import GROUP
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
 from pallas_kernels.mxfp4_matmul.tiles import tiles_by_expert
 from pallas_kernels.mxfp4_matmul.tpu_layout import LANES, RUN, STEP, TpuExperts, pad_to, to_lanes
@@ -223,7 +224,7 @@ def _few_tokens_kernel(
         def chunk(local: Any, lanes: Any, width: int) -> None:
             product = _product(x_ref, up_blocks_ref, up_factors_ref, local, width, interpret)
             gate_up = product + up_bias_ref[0, :, pl.ds(lanes, width)]
-            hidden_ref[:, pl.ds(lanes // 2, width // 2)] = _swiglu(gate_up, limit).astype(hidden_ref.dtype)
+            hidden_ref[:, pl.ds(_divided(lanes, 2, CHUNK), width // 2)] = _swiglu(gate_up, limit).astype(hidden_ref.dtype)
 
         _for_chunks(step, up, chunk)
 
@@ -363,7 +364,7 @@ def _grouped_kernel(
             if limit is None:
                 out_ref[:, pl.ds(local, width)] = result.astype(out_ref.dtype)
             else:
-                out_ref[:, pl.ds(local // 2, width // 2)] = _swiglu(result, limit).astype(out_ref.dtype)
+                out_ref[:, pl.ds(_divided(local, 2, CHUNK), width // 2)] = _swiglu(result, limit).astype(out_ref.dtype)
 
         _for_chunks(j, weight, chunk)
 
@@ -453,12 +454,15 @@ def _unpacked(
     blocks_ref: Any, factors_ref: Any, at: Any, size: int, lane: Any, width: int, interpret: Interpret
 ) -> jax.Array:
     """Values `at`... of the contracting dimension, in some lanes: bfloat16 [size, width]."""
-    lanes = pl.ds(lane, width)
-    return _unpack(
-        blocks_ref[0, pl.ds(at // 2, size // 2), lanes],
-        factors_ref[pl.ds(at // 32, size // 32), lanes],
-        interpret,
-    )
+
+    bytes_at, groups_at = (_divided(at, by, UNPACKED_AT_ONCE) for by in (2, GROUP))
+    packed = blocks_ref[0, pl.ds(bytes_at, size // 2), pl.ds(lane, width)]
+    return _unpack(packed, factors_ref[pl.ds(groups_at, size // GROUP), pl.ds(lane, width)], interpret)
+
+
+def _divided(index: Any, by: int, multiple: int) -> Any:
+    """index / by, told to be whole: the index is a multiple of `multiple`, which the compiler cannot see."""
+    return index // by if isinstance(index, int) else pl.multiple_of(index // by, multiple // by)
 
 
 def _unpack(packed: jax.Array, factors: jax.Array, interpret: Interpret) -> jax.Array:
