@@ -38,7 +38,8 @@ def expert_mlp(
         adds nothing.
       expert_weights_Tk: float32, the router's weight of each.
       gate_up_EFD: [E, F = 2I, D] with the gate in even and the up projection in odd rows; MXFP4Tensor,
-        floats, or packed in a backend's own layout (`gpu_layout.prepare`, `tpu_layout.prepare`), which every backend's result agrees on.
+        floats, or packed in a backend's own layout (`prepare` of `gpu_layout` and `tpu_layout`), which every
+        backend's result agrees on.
       gate_up_bias_EF: added before the clamped SwiGLU.
       down_EDI: [E, D, I].
       down_bias_ED: added before the router's weight.

@@ -15,6 +15,7 @@ intermediate, K contracting dimension, N lanes (rows of the weights).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -42,13 +43,27 @@ BLOCK_LANES = {1: 12 * LANES, 2: 16 * LANES}
 CHUNK = 2 * LANES
 """Lanes that are multiplied at a time."""
 
-VMEM_LIMIT = 48 << 20
-"""What a kernel may take of a core's vector memory, 64 MiB on the chips that have least."""
+COMPILER_PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("arbitrary", "arbitrary"),
+    # Of a core's vector memory, which is 64 MiB on the chips that have least.
+    vmem_limit_bytes=48 << 20,
+)
 
 BIAS = 13
-"""log2 of a released value over the float8 number that `_unpack` makes of its nibble."""
+"""log2 of a released value over the float8 number that `_as_float8` makes of its nibble."""
 
 Interpret = bool | pltpu.InterpretParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpacking:
+    """How nibbles become numbers: by the chip's float4, else by integer operations and float8.
+
+    `by_bits` packs pairs of bfloat16 by integer operations, where the interpreter lacks the instruction.
+    """
+
+    float4: bool
+    by_bits: bool
 
 
 def expert_mlp(
@@ -63,6 +78,7 @@ def expert_mlp(
     swiglu_limit: float,
     residual_TD: jax.Array | None,
     interpret: Interpret,
+    float4: bool | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts as `tpu_layout.prepare` makes them."""
     if not isinstance(gate_up_EFD, TpuExperts) or not isinstance(down_EDI, TpuExperts):
@@ -82,8 +98,17 @@ def expert_mlp(
         to_lanes(down_bias_ED, 1).astype(jnp.float32),
         limit=swiglu_limit,
         interpret=interpret,
+        unpacking=Unpacking(_has_float4() if float4 is None else float4, by_bits=bool(interpret)),
     )
     return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
+
+
+def _has_float4() -> bool:
+    """Whether the chip that is traced for converts float4 itself: TPU7x, by the mesh in context or the device."""
+    try:
+        return pltpu.get_tpu_info().generation >= 7
+    except ValueError:
+        return False
 
 
 def _few_tokens(
@@ -97,6 +122,7 @@ def _few_tokens(
     *,
     limit: float,
     interpret: Interpret,
+    unpacking: Unpacking,
 ) -> jax.Array:
     """The weighted sum [T, D] in float32, by one kernel that goes over the experts in use."""
     tokens, hidden = x_TD.shape
@@ -130,7 +156,7 @@ def _few_tokens(
         return u, 0, 0
 
     sums_TN = pl.pallas_call(
-        functools.partial(_few_tokens_kernel, ups=ups, up=gate_up, down=down, limit=limit, interpret=interpret),
+        functools.partial(_few_tokens_kernel, ups=ups, up=gate_up, down=down, limit=limit, unpacking=unpacking),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(len(used_U), ups + downs),
@@ -150,7 +176,7 @@ def _few_tokens(
             ],
         ),
         out_shape=out_TN,
-        compiler_params=_compiler_params(2),
+        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         name="mxfp4_few_tokens",
     )(
@@ -207,7 +233,7 @@ def _few_tokens_kernel(
     up: TpuExperts,
     down: TpuExperts,
     limit: float,
-    interpret: Interpret,
+    unpacking: Unpacking,
 ) -> None:
     del used_ref
     u, step = pl.program_id(0), pl.program_id(1)
@@ -219,23 +245,25 @@ def _few_tokens_kernel(
 
     @pl.when(here & (step < ups))
     def _() -> None:
-        up_factors_ref[...] = _factors(up_scales_ref[0])
+        up_factors_ref[...] = _factors(up_scales_ref[0], unpacking)
 
         def chunk(local: Any, lanes: Any, width: int) -> None:
-            product = _product(x_ref, up_blocks_ref, up_factors_ref, local, width, interpret)
+            product = _product(x_ref, up_blocks_ref, up_factors_ref, local, width, unpacking)
             gate_up = product + up_bias_ref[0, :, pl.ds(lanes, width)]
-            hidden_ref[:, pl.ds(_divided(lanes, 2, CHUNK), width // 2)] = _swiglu(gate_up, limit).astype(hidden_ref.dtype)
+            hidden_ref[:, pl.ds(_divided(lanes, 2, CHUNK), width // 2)] = _swiglu(gate_up, limit).astype(
+                hidden_ref.dtype
+            )
 
         _for_chunks(step, up, chunk)
 
     @pl.when(here & (step >= ups))
     def _() -> None:
-        down_factors_ref[...] = _factors(down_scales_ref[0])
+        down_factors_ref[...] = _factors(down_scales_ref[0], unpacking)
         column = lax.broadcasted_iota(jnp.int32, weights_ref.shape, 1)
         weight_T1 = jnp.sum(jnp.where(column == u, weights_ref[...], 0), axis=1, keepdims=True)
 
         def chunk(local: Any, lanes: Any, width: int) -> None:
-            product = _product(hidden_ref, down_blocks_ref, down_factors_ref, local, width, interpret)
+            product = _product(hidden_ref, down_blocks_ref, down_factors_ref, local, width, unpacking)
             own = weight_T1 * (product + down_bias_ref[0, :, pl.ds(lanes, width)])
             # A token that did not choose the expert may have overflowed in it.
             out_ref[:, pl.ds(lanes, width)] += jnp.where(weight_T1 == 0, 0, own)
@@ -254,6 +282,7 @@ def _many_tokens(
     *,
     limit: float,
     interpret: Interpret,
+    unpacking: Unpacking,
 ) -> jax.Array:
     """The weighted sum [T, D] in float32, over rows that are sorted by expert."""
     tokens, k = ids_Tk.shape
@@ -269,8 +298,8 @@ def _many_tokens(
     row_S = tiles.rows_R[jnp.minimum(tiles.start_M[:, None] + place_MS, rows - 1)].reshape(-1)
     x_SK = pad_to(x_TD, 1, STEP)[row_S // k]
     args = (expert_M, at_M, tiles.count_M)
-    hidden_SI = _grouped(*args, x_SK, gate_up, gate_up_bias_EN, tile_rows, x_TD.dtype, limit, interpret)
-    out_SN = _grouped(*args, hidden_SI, down, down_bias_EN, tile_rows, jnp.float32, None, interpret)
+    hidden_SI = _grouped(*args, x_SK, gate_up, gate_up_bias_EN, tile_rows, x_TD.dtype, limit, interpret, unpacking)
+    out_SN = _grouped(*args, hidden_SI, down, down_bias_EN, tile_rows, jnp.float32, None, interpret, unpacking)
     # Where each row landed; gathering keeps a token's sum independent of the others.
     row_S = jnp.where(inside_MS.reshape(-1), row_S, rows)
     slot_R = jnp.zeros(rows, jnp.int32).at[row_S].set(jnp.arange(len(row_S), dtype=jnp.int32), mode="drop")
@@ -290,6 +319,7 @@ def _grouped(
     out_dtype: Any,
     limit: float | None,
     interpret: Interpret,
+    unpacking: Unpacking,
 ) -> jax.Array:
     """Each tile of rows times its expert, plus the bias; with a limit the clamped SwiGLU follows."""
     lanes, blocks = _block_lanes(weight), _blocks(weight)
@@ -300,7 +330,7 @@ def _grouped(
         return expert[m], 0, j
 
     return pl.pallas_call(
-        functools.partial(_grouped_kernel, weight=weight, limit=limit, interpret=interpret),
+        functools.partial(_grouped_kernel, weight=weight, limit=limit, unpacking=unpacking),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(blocks, len(expert_M)),
@@ -316,7 +346,7 @@ def _grouped(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((len(x_SK), blocks * lanes // halved), out_dtype),
-        compiler_params=_compiler_params(2),
+        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         name="mxfp4_grouped_down" if limit is None else "mxfp4_grouped_gate_up",
     )(expert_M, at_M, count_M, x_SK, weight.blocks, weight.scales, bias_EN[:, None])
@@ -336,7 +366,7 @@ def _grouped_kernel(
     *,
     weight: TpuExperts,
     limit: float | None,
-    interpret: Interpret,
+    unpacking: Unpacking,
 ) -> None:
     del at_ref
     j, m = pl.program_id(0), pl.program_id(1)
@@ -345,11 +375,11 @@ def _grouped_kernel(
 
     @pl.when(here & new)
     def _() -> None:
-        factors_ref[...] = _factors(scales_ref[0])
+        factors_ref[...] = _factors(scales_ref[0], unpacking)
 
         def chunk(local: Any, lanes: Any, width: int) -> None:
             def some(at: Any, size: int, carry: None) -> None:
-                values = _unpacked(blocks_ref, factors_ref, at, size, local, width, interpret)
+                values = _unpacked(blocks_ref, factors_ref, at, size, local, width, unpacking)
                 weight_ref[pl.ds(at, size), pl.ds(local, width)] = values
 
             _for_steps(weight_ref.shape[0], some, None)
@@ -364,7 +394,9 @@ def _grouped_kernel(
             if limit is None:
                 out_ref[:, pl.ds(local, width)] = result.astype(out_ref.dtype)
             else:
-                out_ref[:, pl.ds(_divided(local, 2, CHUNK), width // 2)] = _swiglu(result, limit).astype(out_ref.dtype)
+                out_ref[:, pl.ds(_divided(local, 2, CHUNK), width // 2)] = _swiglu(result, limit).astype(
+                    out_ref.dtype
+                )
 
         _for_chunks(j, weight, chunk)
 
@@ -381,10 +413,6 @@ def _blocks(weight: TpuExperts) -> int:
 def _weight_specs(weight: TpuExperts, index_map: Callable[..., Any]) -> list[pl.BlockSpec]:
     lanes = _block_lanes(weight)
     return [pl.BlockSpec((1, x.shape[1], lanes), index_map) for x in (weight.blocks, weight.scales)]
-
-
-def _compiler_params(dimensions: int) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("arbitrary",) * dimensions, vmem_limit_bytes=VMEM_LIMIT)
 
 
 def _for_chunks(block: Any, weight: TpuExperts, body: Callable[[Any, Any, int], None]) -> None:
@@ -412,12 +440,12 @@ def _for_steps[Carry](length: int, body: Callable[[Any, int, Carry], Carry], car
 
 
 def _product(
-    x_ref: Any, blocks_ref: Any, factors_ref: Any, lane: Any, width: int, interpret: Interpret
+    x_ref: Any, blocks_ref: Any, factors_ref: Any, lane: Any, width: int, unpacking: Unpacking
 ) -> jax.Array:
     """x times the weights of some lanes of the block: float32 [rows, width]."""
 
     def some(at: Any, size: int, sums: jax.Array) -> jax.Array:
-        weight = _unpacked(blocks_ref, factors_ref, at, size, lane, width, interpret)
+        weight = _unpacked(blocks_ref, factors_ref, at, size, lane, width, unpacking)
         return sums + _dot(x_ref[:, pl.ds(at, size)], weight)
 
     return _for_steps(2 * blocks_ref.shape[1], some, jnp.zeros((x_ref.shape[0], width), jnp.float32))
@@ -445,19 +473,20 @@ def _swiglu(gate_up_RN: jax.Array, limit: float) -> jax.Array:
     return jnp.concatenate(results, axis=1) if len(results) > 1 else results[0]
 
 
-def _factors(scales: jax.Array) -> jax.Array:
-    """2^(s - 127 + BIAS) as float32, from its bits."""
-    return lax.bitcast_convert_type((scales.astype(jnp.int32) + BIAS) << 23, jnp.float32)
+def _factors(scales: jax.Array, unpacking: Unpacking) -> jax.Array:
+    """What unpacked nibbles are multiplied with: a power of two as float32, from its bits."""
+    bias = 0 if unpacking.float4 else BIAS
+    return lax.bitcast_convert_type((scales.astype(jnp.int32) + bias) << 23, jnp.float32)
 
 
 def _unpacked(
-    blocks_ref: Any, factors_ref: Any, at: Any, size: int, lane: Any, width: int, interpret: Interpret
+    blocks_ref: Any, factors_ref: Any, at: Any, size: int, lane: Any, width: int, unpacking: Unpacking
 ) -> jax.Array:
     """Values `at`... of the contracting dimension, in some lanes: bfloat16 [size, width]."""
 
     bytes_at, groups_at = (_divided(at, by, UNPACKED_AT_ONCE) for by in (2, GROUP))
     packed = blocks_ref[0, pl.ds(bytes_at, size // 2), pl.ds(lane, width)]
-    return _unpack(packed, factors_ref[pl.ds(groups_at, size // GROUP), pl.ds(lane, width)], interpret)
+    return _unpack(packed, factors_ref[pl.ds(groups_at, size // GROUP), pl.ds(lane, width)], unpacking)
 
 
 def _divided(index: Any, by: int, multiple: int) -> Any:
@@ -465,30 +494,47 @@ def _divided(index: Any, by: int, multiple: int) -> Any:
     return index // by if isinstance(index, int) else pl.multiple_of(index // by, multiple // by)
 
 
-def _unpack(packed: jax.Array, factors: jax.Array, interpret: Interpret) -> jax.Array:
-    """The values, bfloat16 [2 S, N], of bytes [S, N] times the factors [S / 16, N] of their groups.
+def _unpack(packed: jax.Array, factors: jax.Array, unpacking: Unpacking) -> jax.Array:
+    """The values, bfloat16 [2 S, N], of bytes [S, N] times the factors [S / 16, N] of their groups."""
+    if unpacking.float4:
+        values = pltpu.bitcast(packed, jnp.float4_e2m1fn).astype(jnp.bfloat16)
+        return values * _over_groups(factors.astype(jnp.bfloat16), GROUP)
+    factor = _over_groups(factors, GROUP // 2)
+    even, odd = (pltpu.bitcast(x, jnp.float8_e5m2).astype(jnp.float32) * factor for x in _as_float8(packed))
+    pack = (
+        _pack_by_bits
+        if unpacking.by_bits
+        else functools.partial(pltpu.pack_elementwise, packed_dtype=jnp.bfloat16)
+    )
+    return pltpu.bitcast(pack([even, odd]), jnp.bfloat16)
 
-    All chips convert float8_e5m2 by one instruction, and no hardware is asked about subnormal numbers: the eight
-    magnitudes become the float8 numbers 0, 2^-14, 2^-13, 1.5 x 2^-13 ... 1.5 x 2^-11, whose bits are twice
-    0, 2, 4, 5 ... 9. A word of 32 bits is eight nibbles, added to at once: a nibble of at least 1, and again of at
-    least 2, overflows into its top bit and counts one more.
+
+def _over_groups(factors: jax.Array, rows: int) -> jax.Array:
+    """Each row of factors repeated for the rows of its group."""
+    groups, lanes = factors.shape
+    return jnp.concatenate([jnp.broadcast_to(factors[g : g + 1], (rows, lanes)) for g in range(groups)], axis=0)
+
+
+def _as_float8(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The low and the high nibbles of bytes [S, N] as the bits of float8_e5m2, times 2^-BIAS: uint32 [S / 4, N].
+
+    All chips convert float8_e5m2 by one instruction, and none is asked about subnormal numbers: the magnitudes
+    become 0, 2^-14, 2^-13, 1.5 x 2^-13 ... 1.5 x 2^-11, whose bits are twice 0, 2, 4, 5 ... 9. A word is eight
+    nibbles, added to at once: a magnitude of at least 1, and again of at least 2, carries into the top bit of its
+    nibble and counts one more.
     """
     word = pltpu.bitcast(packed, jnp.uint32)
-    magnitude = word & jnp.uint32(0x77777777)
-    some = ((magnitude + jnp.uint32(0x77777777)) >> jnp.uint32(3)) & jnp.uint32(0x11111111)
-    more = ((magnitude + jnp.uint32(0x66666666)) >> jnp.uint32(3)) & jnp.uint32(0x11111111)
+    bits = jnp.uint32
+    magnitude = word & bits(0x77777777)
+    some = ((magnitude + bits(0x77777777)) >> bits(3)) & bits(0x11111111)
+    more = ((magnitude + bits(0x66666666)) >> bits(3)) & bits(0x11111111)
     code = magnitude + some + more
-    low = ((code & jnp.uint32(0x0F0F0F0F)) << jnp.uint32(1)) | ((word & jnp.uint32(0x08080808)) << jnp.uint32(4))
-    high = ((code >> jnp.uint32(3)) & jnp.uint32(0x1E1E1E1E)) | (word & jnp.uint32(0x80808080))
-    factor = jnp.concatenate(
-        [jnp.broadcast_to(factors[g : g + 1], (16, factors.shape[1])) for g in range(factors.shape[0])], axis=0
-    )
-    even, odd = (pltpu.bitcast(x, jnp.float8_e5m2).astype(jnp.float32) * factor for x in (low, high))
-    pairs = _pack_by_bits(even, odd) if interpret else pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
-    return pltpu.bitcast(pairs, jnp.bfloat16)
+    low = ((code & bits(0x0F0F0F0F)) << bits(1)) | ((word & bits(0x08080808)) << bits(4))
+    high = ((code >> bits(3)) & bits(0x1E1E1E1E)) | (word & bits(0x80808080))
+    return low, high
 
 
-def _pack_by_bits(low: jax.Array, high: jax.Array) -> jax.Array:
-    """What `pltpu.pack_elementwise` does, which the interpreter lacks, for numbers that bfloat16 holds."""
-    low, high = (lax.bitcast_convert_type(x, jnp.uint32) for x in (low, high))
+def _pack_by_bits(pair: list[jax.Array]) -> jax.Array:
+    """What `pltpu.pack_elementwise` does to numbers that bfloat16 holds."""
+    low, high = (lax.bitcast_convert_type(x, jnp.uint32) for x in pair)
     return (low >> jnp.uint32(16)) | (high & jnp.uint32(0xFFFF0000))
