@@ -204,8 +204,7 @@ def _call(
         q.reshape(batch, blocks, kv_heads, rows, width),
         jnp.repeat(queries_BQT, group, axis=2)[:, :, None],
         sinks_K1R * math.log2(math.e),
-        # A key/value head of its own is the row itself.
-        kv_PSKE[:, :, 0] if kv_heads == 1 else kv_PSKE,
+        kv_PSKE.reshape(len(kv_PSKE), -1, width),
     ]
     in_specs = [
         block(kv_heads, rows, width),
@@ -224,6 +223,8 @@ def _call(
         window=window,
         scale=sm_scale * math.log2(math.e),
         has_positions=positions_BSN is not None,
+        # The TPU interpreter lacks views of other types; the other one does not race.
+        by_words=not isinstance(interpret, pltpu.InterpretParams) and kv_heads % 2 == 0,
     )
     out = pl.pallas_call(
         kernel,
@@ -233,7 +234,7 @@ def _call(
             in_specs=in_specs,
             out_specs=block(kv_heads, rows, head_dim),
             scratch_shapes=[
-                pltpu.VMEM((2, config.keys, *arrays[3].shape[2:]), kv_PSKE.dtype),
+                pltpu.VMEM((2, config.keys * kv_heads, width), kv_PSKE.dtype),
                 pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
                 pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
                 pltpu.VMEM((kv_heads, rows, width), jnp.float32),
@@ -266,10 +267,11 @@ def _kernel(
     window: int | None,
     scale: float,
     has_positions: bool,
+    by_words: bool,
 ) -> None:
     positions_ref = refs[0] if has_positions else None
     out_ref, held_ref, largest_ref, denominator_ref, sum_ref, next_ref, semaphores = refs[has_positions:]
-    kv_heads, rows, _ = q_ref.shape[2:]
+    kv_heads = q_ref.shape[2]
     program = pl.program_id(0) * blocks_of_queries + pl.program_id(1)
     programs = pl.num_programs(0) * blocks_of_queries
     first, last = first_ref[program], last_ref[program]
@@ -305,7 +307,7 @@ def _kernel(
             copies(after, following, 1 - place, lambda copy: copy.start())
 
         copies(program, block, place, lambda copy: copy.wait())
-        keys = held_ref.shape[1]
+        keys = held_ref.shape[1] // kv_heads
         if positions_ref is not None:
             position_1N = positions_ref[0, block]
         else:
@@ -314,7 +316,7 @@ def _kernel(
         if window is not None:
             seen_RN &= position_1N > position_R1 - window
         for k in range(kv_heads):
-            rows_NE = _rows_of_head(held_ref, place, k).astype(q_ref.dtype)
+            rows_NE = _rows_of_head(held_ref, place, k, kv_heads, by_words).astype(q_ref.dtype)
             state = (largest_ref.at[k], denominator_ref.at[k], sum_ref.at[k])
             _attend(q_ref[0, 0, k], rows_NE, seen_RN, scale, *state)
         return 1 - place
@@ -339,26 +341,27 @@ def _copies(
     act: Callable[[Any], None],
 ) -> None:
     """Act on the copy of each page of a block, as far as its program sees pages."""
-    page_size = kv_ref.shape[1]
-    pages = held_ref.shape[1] // page_size
+    page_rows = kv_ref.shape[1]
+    pages = held_ref.shape[1] // page_rows
     sequence = program // blocks_of_queries
 
     def one(index: jax.Array, carry: None) -> None:
         page = table_ref[sequence * table_width + block * pages + index]
-        there = held_ref.at[place, pl.ds(index * page_size, page_size)]
+        there = held_ref.at[place, pl.ds(index * page_rows, page_rows)]
         act(pltpu.make_async_copy(kv_ref.at[page], there, semaphores.at[place]))
 
     lax.fori_loop(0, jnp.minimum(pages, pages_ref[program] - block * pages), one, None)
 
 
-def _rows_of_head(held_ref: Any, place: Any, head: int) -> jax.Array:
+def _rows_of_head(held_ref: Any, place: Any, head: int, heads: int, by_words: bool) -> jax.Array:
     """Keys and values of one head: [N, E]."""
-    if len(held_ref.shape) == 3:
+    keys = held_ref.shape[1] // heads
+    if heads == 1:
         return held_ref[place]
-    if held_ref.dtype == jnp.float32 or held_ref.shape[2] % 2:
-        return held_ref[place, :, head]
-    # Heads lie in the sublanes, two bfloat16 in a word; words can be read with a stride.
-    words = held_ref.bitcast(jnp.uint32)[place, :, head // 2]
+    if held_ref.dtype == jnp.float32 or not by_words:
+        return held_ref[place, pl.ds(head, keys, stride=heads)]
+    # Only words are read with a stride, and a word holds two heads.
+    words = held_ref.bitcast(jnp.uint32)[place, pl.ds(head // 2, keys, stride=heads // 2)]
     bits = words << jnp.uint32(16) if head % 2 == 0 else words & jnp.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
