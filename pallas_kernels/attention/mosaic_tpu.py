@@ -323,7 +323,7 @@ def _kernel(
 
     next_ref[0] = lax.fori_loop(first, last, step, next_ref[0])
     for k in range(kv_heads):
-        result_RD = sum_ref[k, :, head_dim:] / denominator_ref[k, :, :1]
+        result_RD = sum_ref[k, :, head_dim:] * (1 / denominator_ref[k, :, :1])
         out_ref[0, 0, k] = result_RD.astype(out_ref.dtype)
 
 
