@@ -72,7 +72,8 @@ def attention(
     batch, keys, kv_heads, width = kv_BSKE.shape
     _check(q_BTHD, kv_BSKE, interpret)
     if config is None:
-        whole = [size for size in (KEYS, KEYS // 2) if keys % size == 0]
+        most = KEYS if window is None else max(LANES, pl.next_power_of_2(window))
+        whole = [size for size in (KEYS, KEYS // 2) if keys % size == 0 and size <= most]
         config = Config(_queries(q_BTHD, kv_heads), whole[0] if whole else LANES)
     padding = -keys % config.keys
     kv_BSKE = jnp.pad(kv_BSKE, ((0, 0), (0, padding), (0, 0), (0, 0)))
