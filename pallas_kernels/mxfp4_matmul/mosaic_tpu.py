@@ -34,8 +34,9 @@ from pallas_kernels.mxfp4_matmul.tpu_layout import LANES, RUN, STEP, TpuExperts,
 MOST_TOKENS = 64
 """Up to here multiplying all tokens with every expert in use takes no longer than reading its weights."""
 
-UNPACKED_AT_ONCE = 256
-"""Values along the contracting dimension: the depth of the newer matrix units, twice that of the older ones."""
+UNPACKED_AT_ONCE = 512
+"""Values along the contracting dimension: whole depths of the matrix units (128 or 256), enough for the compiler to
+overlap one's products with another's unpacking."""
 
 BLOCK_LANES = {1: 12 * LANES, 2: 16 * LANES}
 """Lanes of a block of down and of gate_up: 2.2 and 2.9 MB at 2880, of which two are held."""

@@ -186,7 +186,7 @@ def test_any_routing_equals_a_dense_computation(
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 100),
