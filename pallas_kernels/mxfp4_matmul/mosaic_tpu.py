@@ -44,16 +44,30 @@ BLOCK_LANES = {1: 12 * LANES, 2: 16 * LANES}
 CHUNK = 2 * LANES
 """Lanes that are multiplied at a time."""
 
-COMPILER_PARAMS = pltpu.CompilerParams(
-    dimension_semantics=("arbitrary", "arbitrary"),
-    # Of a core's vector memory, which is 64 MiB on the chips that have least.
-    vmem_limit_bytes=48 << 20,
-)
+VMEM_LIMIT = 48 << 20
+"""Of a core's vector memory, which is 64 MiB on the chips that have least."""
 
 BIAS = 13
 """log2 of a released value over the float8 number that `_as_float8` makes of its nibble."""
 
 Interpret = bool | pltpu.InterpretParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the kernels ask of a chip: whether it converts float4 itself, and cores that one program shares."""
+
+    float4: bool = False
+    cores: int = 1
+
+    @classmethod
+    def current(cls) -> Chip:
+        """The chip that is traced for, by the mesh in context or the device; where there is none, the plainest."""
+        try:
+            info = pltpu.get_tpu_info()
+        except ValueError:
+            return cls()
+        return cls(info.generation >= 7, info.num_cores if info.is_megacore else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +93,7 @@ def expert_mlp(
     swiglu_limit: float,
     residual_TD: jax.Array | None,
     interpret: Interpret,
-    float4: bool | None = None,
+    chip: Chip | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts as `tpu_layout.prepare` makes them."""
     if not isinstance(gate_up_EFD, TpuExperts) or not isinstance(down_EDI, TpuExperts):
@@ -88,7 +102,9 @@ def expert_mlp(
         raise NotImplementedError("gate_up must be prepared in two parts and down in one")
     if x_TD.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"tokens of {x_TD.dtype}")
-    form = _few_tokens if x_TD.shape[0] <= MOST_TOKENS else _many_tokens
+    chip = chip or Chip.current()
+    few = functools.partial(_few_tokens, cores=chip.cores)
+    form: Callable[..., jax.Array] = few if x_TD.shape[0] <= MOST_TOKENS else _many_tokens
     out_TD = form(
         x_TD,
         expert_ids_Tk,
@@ -99,17 +115,9 @@ def expert_mlp(
         to_lanes(down_bias_ED, 1).astype(jnp.float32),
         limit=swiglu_limit,
         interpret=interpret,
-        unpacking=Unpacking(_has_float4() if float4 is None else float4, by_bits=bool(interpret)),
+        unpacking=Unpacking(chip.float4, by_bits=bool(interpret)),
     )
     return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
-
-
-def _has_float4() -> bool:
-    """Whether the chip that is traced for converts float4 itself: TPU7x, by the mesh in context or the device."""
-    try:
-        return pltpu.get_tpu_info().generation >= 7
-    except ValueError:
-        return False
 
 
 def _few_tokens(
@@ -124,10 +132,11 @@ def _few_tokens(
     limit: float,
     interpret: Interpret,
     unpacking: Unpacking,
+    cores: int,
 ) -> jax.Array:
-    """The weighted sum [T, D] in float32, by one kernel that goes over the experts in use."""
+    """The weighted sum [T, D] in float32, by one kernel that goes over the experts in use, in turn on each core."""
     tokens, hidden = x_TD.shape
-    used_U, count, weights_TU = _experts_in_use(ids_Tk, weights_Tk, gate_up.shape[0])
+    used_U, count, weights_TU = _experts_in_use(ids_Tk, weights_Tk, gate_up.shape[0], cores)
     x_TK = pad_to(pad_to(x_TD, 0, 16), 1, STEP)
     weights_TU = pad_to(weights_TU, 0, 16)
     rows = x_TK.shape[0]
@@ -137,30 +146,32 @@ def _few_tokens(
         pad_to(bias_EN[used_U][:, None], 2, _block_lanes(weight))
         for bias_EN, weight in ((gate_up_bias_EN, gate_up), (down_bias_EN, down))
     )
-    out_TN = jax.ShapeDtypeStruct((rows, downs * _block_lanes(down)), jnp.float32)
+    out_CTN = jax.ShapeDtypeStruct((cores, rows, downs * _block_lanes(down)), jnp.float32)
 
-    def up_block(u: jax.Array, step: jax.Array, used: Any, count: Any) -> tuple[Any, ...]:
-        # Past the last expert in use the last block stays, and nothing more is read.
-        return used[u], 0, jnp.where(u < count[0], jnp.minimum(step, ups - 1), ups - 1)
+    def up_block(core: Any, i: Any, step: Any, used: Any, count: Any) -> tuple[Any, ...]:
+        u, last = i * cores + core, _last_of_core(core, cores, count)
+        # Past the core's last expert in use the last block stays, and nothing more is read.
+        return used[jnp.minimum(u, last)], 0, jnp.where(u < count[0], jnp.minimum(step, ups - 1), ups - 1)
 
-    def down_block(u: jax.Array, step: jax.Array, used: Any, count: Any) -> tuple[Any, ...]:
+    def down_block(core: Any, i: Any, step: Any, used: Any, count: Any) -> tuple[Any, ...]:
+        u, last = i * cores + core, _last_of_core(core, cores, count)
         # While gate_up is read the block before stays, so that each step reads one block.
         waits = (u < count[0]) & (step < ups)
         block = jnp.where(u < count[0], jnp.maximum(step - ups, 0), downs - 1)
-        expert = jnp.where(waits, used[jnp.maximum(u - 1, 0)], used[u])
-        return expert, 0, jnp.where(waits & (u > 0), downs - 1, block)
+        expert = used[jnp.where(waits & (i > 0), u - cores, jnp.minimum(u, last))]
+        return expert, 0, jnp.where(waits & (i > 0), downs - 1, block)
 
     def whole(*_: Any) -> tuple[int, int]:
         return 0, 0
 
-    def own(u: jax.Array, *_: Any) -> tuple[Any, ...]:
-        return u, 0, 0
+    def own(core: Any, i: Any, *_: Any) -> tuple[Any, ...]:
+        return i * cores + core, 0, 0
 
-    sums_TN = pl.pallas_call(
+    sums_CTN = pl.pallas_call(
         functools.partial(_few_tokens_kernel, ups=ups, up=gate_up, down=down, limit=limit, unpacking=unpacking),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(len(used_U), ups + downs),
+            grid=(cores, len(used_U) // cores, ups + downs),
             in_specs=[
                 pl.BlockSpec(x_TK.shape, whole),
                 pl.BlockSpec(weights_TU.shape, whole),
@@ -169,15 +180,17 @@ def _few_tokens(
                 *_weight_specs(down, down_block),
                 pl.BlockSpec((1, *down_bias_UN.shape[1:]), own),
             ],
-            out_specs=pl.BlockSpec(out_TN.shape, whole),
+            out_specs=pl.BlockSpec((1, *out_CTN.shape[1:]), lambda core, *_: (core, 0, 0)),
             scratch_shapes=[
                 pltpu.VMEM((gate_up.scales.shape[1], _block_lanes(gate_up)), jnp.float32),
                 pltpu.VMEM((down.scales.shape[1], _block_lanes(down)), jnp.float32),
                 pltpu.VMEM((rows, ups * _block_lanes(gate_up) // 2), x_TD.dtype),
             ],
         ),
-        out_shape=out_TN,
-        compiler_params=COMPILER_PARAMS,
+        out_shape=out_CTN,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         interpret=interpret,
         name="mxfp4_few_tokens",
     )(
@@ -192,15 +205,20 @@ def _few_tokens(
         down.scales,
         down_bias_UN,
     )
-    return sums_TN[:tokens, :hidden]
+    return jnp.sum(sums_CTN, axis=0)[:tokens, :hidden]
+
+
+def _last_of_core(core: Any, cores: int, count: Any) -> Any:
+    """The last expert in use of a core that takes every `cores`-th."""
+    return core + cores * (jnp.maximum(count[0] - 1 - core, 0) // cores)
 
 
 def _experts_in_use(
-    ids_Tk: jax.Array, weights_Tk: jax.Array, num_experts: int
+    ids_Tk: jax.Array, weights_Tk: jax.Array, num_experts: int, multiple: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The experts that any token chose, int32 [U], their number [1] and each token's weight of them [T, U].
 
-    U is the most there can be; entries past the number repeat the last expert, with weights of 0.
+    U is the most there can be, up to a multiple; entries past the number repeat the last expert, with weights of 0.
     """
     experts_E = jnp.arange(num_experts, dtype=jnp.int32)
     chosen_TkE = ids_Tk[..., None] == experts_E
@@ -208,7 +226,7 @@ def _experts_in_use(
     in_use_E = jnp.any(chosen_TkE, axis=(0, 1))
     count = jnp.sum(in_use_E, dtype=jnp.int32)
     place_E = jnp.cumsum(in_use_E, dtype=jnp.int32) - 1
-    slot_U = jnp.arange(min(num_experts, ids_Tk.size), dtype=jnp.int32)
+    slot_U = jnp.arange(pl.cdiv(min(num_experts, ids_Tk.size), multiple) * multiple, dtype=jnp.int32)
     own_UE = in_use_E & (place_E == jnp.minimum(slot_U, count - 1)[:, None])
     used_U = jnp.sum(jnp.where(own_UE, experts_E, 0), axis=1)
     return used_U, count[None], jnp.where(slot_U < count, weights_TE[:, used_U], 0)
@@ -237,10 +255,11 @@ def _few_tokens_kernel(
     unpacking: Unpacking,
 ) -> None:
     del used_ref
-    u, step = pl.program_id(0), pl.program_id(1)
+    core, i, step = (pl.program_id(axis) for axis in range(3))
+    u = i * pl.num_programs(0) + core
     here = u < count_ref[0]
 
-    @pl.when((u == 0) & (step == 0))
+    @pl.when((i == 0) & (step == 0))
     def _() -> None:
         out_ref[...] = jnp.zeros_like(out_ref)
 
@@ -267,7 +286,7 @@ def _few_tokens_kernel(
             product = _product(hidden_ref, down_blocks_ref, down_factors_ref, local, width, unpacking)
             own = weight_T1 * (product + down_bias_ref[0, :, pl.ds(lanes, width)])
             # A token that did not choose the expert may have overflowed in it.
-            out_ref[:, pl.ds(lanes, width)] += jnp.where(weight_T1 == 0, 0, own)
+            out_ref[0, :, pl.ds(lanes, width)] += jnp.where(weight_T1 == 0, 0, own)
 
         _for_chunks(step - ups, down, chunk)
 
@@ -347,7 +366,9 @@ def _grouped(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((len(x_SK), blocks * lanes // halved), out_dtype),
-        compiler_params=COMPILER_PARAMS,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         interpret=interpret,
         name="mxfp4_grouped_down" if limit is None else "mxfp4_grouped_gate_up",
     )(expert_M, at_M, count_M, x_SK, weight.blocks, weight.scales, bias_EN[:, None])

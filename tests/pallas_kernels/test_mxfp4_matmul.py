@@ -208,13 +208,16 @@ def test_both_tpu_forms_on_any_routing(
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=5e-3)
 
 
-@pytest.mark.parametrize("tokens", [3, 70])
-def test_tpu_kernels_race_with_nothing(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "cores"), [(3, 1), (3, 2), (70, 1)])
+def test_tpu_kernels_race_with_nothing(tokens: int, cores: int) -> None:
     """Several blocks and chunks of both products, on the TPU interpreter, whose unwritten memory is NaN."""
     arguments = case(tokens, tokens, 3, 2, 96, 1088)
-    interpret = pltpu.InterpretParams(detect_races=True)
     got = mosaic_tpu.expert_mlp(
-        **prepared(arguments, "mosaic_tpu"), swiglu_limit=LIMIT, residual_TD=None, interpret=interpret
+        **prepared(arguments, "mosaic_tpu"),
+        swiglu_limit=LIMIT,
+        residual_TD=None,
+        interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores),
+        chip=mosaic_tpu.Chip(cores=cores),
     )
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=1e-2)
     assert not interpret_pallas_call.races.races_found
