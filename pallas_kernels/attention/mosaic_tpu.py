@@ -27,8 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-"""Lanes of a vector register."""
+from pallas_kernels.tpu import LANES, VMEM_LIMIT, Chip, Interpret
 
 ROWS = 256
 """Most rows of a block of queries."""
@@ -38,14 +37,6 @@ KEYS = 512
 
 MOST_TABLE_ENTRIES = 1 << 17
 """Of all page tables together: they lie in the scalar memory, a MiB, for the whole call."""
-
-COMPILER_PARAMS = pltpu.CompilerParams(
-    dimension_semantics=("arbitrary", "arbitrary"),
-    # Of a core's vector memory, which is 64 MiB on the chips that have least.
-    vmem_limit_bytes=48 << 20,
-)
-
-Interpret = bool | pltpu.InterpretParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +58,7 @@ def attention(
     sm_scale: float,
     interpret: Interpret,
     config: Config | None = None,
+    chip: Chip | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`."""
     batch, keys, kv_heads, width = kv_BSKE.shape
@@ -92,6 +84,7 @@ def attention(
         window,
         sm_scale,
         config,
+        chip or Chip.current(),
         interpret,
     )
 
@@ -106,6 +99,7 @@ def paged_attention(
     sm_scale: float,
     interpret: Interpret,
     config: Config | None = None,
+    chip: Chip | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.paged_attention`."""
     _check(q_BTHD, kv_pages_PSKE, interpret)
@@ -128,6 +122,7 @@ def paged_attention(
         None,
         sm_scale,
         config,
+        chip or Chip.current(),
         interpret,
     )
 
@@ -187,6 +182,7 @@ def _call(
     window: int | None,
     sm_scale: float,
     config: Config,
+    chip: Chip,
     interpret: Interpret,
 ) -> jax.Array:
     batch, length, heads, head_dim = q_BTHD.shape
@@ -194,16 +190,19 @@ def _call(
     group, blocks = heads // kv_heads, queries_BQT.shape[1]
     rows = config.queries * group
 
+    programs = batch * blocks
+    cores = chip.cores if programs % chip.cores == 0 else 1
+
     def block(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, *shape), lambda b, q, *_: (b, q, *(0,) * len(shape)))
+        return pl.BlockSpec((1, *shape), lambda core, i, *_: (core * (programs // cores) + i, *(0,) * len(shape)))
 
     padding = blocks * config.queries - length
     q = jnp.pad(q_BTHD, ((0, 0), (0, padding), (0, 0), (0, width - head_dim)))
     q = q.reshape(batch, blocks, config.queries, kv_heads, group, width).swapaxes(2, 3)
     sinks_K1R = jnp.tile(sinks_H.astype(jnp.float32).reshape(kv_heads, 1, group), (1, 1, config.queries))
     arrays = [
-        q.reshape(batch, blocks, kv_heads, rows, width),
-        jnp.repeat(queries_BQT, group, axis=2)[:, :, None],
+        q.reshape(programs, kv_heads, rows, width),
+        jnp.repeat(queries_BQT, group, axis=2).reshape(programs, 1, rows),
         sinks_K1R * math.log2(math.e),
         kv_PSKE.reshape(len(kv_PSKE), -1, width),
     ]
@@ -215,7 +214,12 @@ def _call(
     ]
     if positions_BSN is not None:
         arrays.append(positions_BSN[:, :, None])
-        in_specs.append(pl.BlockSpec((1, positions_BSN.shape[1], 1, config.keys), lambda b, *_: (b, 0, 0, 0)))
+        in_specs.append(
+            pl.BlockSpec(
+                (1, positions_BSN.shape[1], 1, config.keys),
+                lambda core, i, *_: ((core * (programs // cores) + i) // blocks, 0, 0, 0),
+            )
+        )
     kernel = functools.partial(
         _kernel,
         table_width=table_BM.shape[1],
@@ -231,7 +235,7 @@ def _call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(batch, blocks),
+            grid=(cores, programs // cores),
             in_specs=in_specs,
             out_specs=block(kv_heads, rows, head_dim),
             scratch_shapes=[
@@ -243,8 +247,10 @@ def _call(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, blocks, kv_heads, rows, head_dim), q_BTHD.dtype),
-        compiler_params=COMPILER_PARAMS,
+        out_shape=jax.ShapeDtypeStruct((programs, kv_heads, rows, head_dim), q_BTHD.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         interpret=interpret,
         name="attention",
     )(table_BM.reshape(-1), *(x.reshape(-1) for x in visible), *arrays)
@@ -272,15 +278,15 @@ def _kernel(
 ) -> None:
     positions_ref = refs[0] if has_positions else None
     out_ref, held_ref, largest_ref, denominator_ref, sum_ref, next_ref, semaphores = refs[has_positions:]
-    kv_heads = q_ref.shape[2]
-    program = pl.program_id(0) * blocks_of_queries + pl.program_id(1)
-    programs = pl.num_programs(0) * blocks_of_queries
+    kv_heads = q_ref.shape[1]
+    program = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
+    last_of_core = (pl.program_id(0) + 1) * pl.num_programs(1) - 1
     first, last = first_ref[program], last_ref[program]
     copies = functools.partial(
         _copies, table_ref, pages_ref, kv_ref, held_ref, semaphores, table_width, blocks_of_queries
     )
 
-    @pl.when(program == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         # The place in `held` of the next block, and the program that it was started for.
         next_ref[0], next_ref[1] = 0, -1
@@ -292,14 +298,14 @@ def _kernel(
     )
     denominator_ref[...] = jnp.ones_like(denominator_ref)
     sum_ref[...] = jnp.zeros_like(sum_ref)
-    position_R1 = _column(q_positions_ref[0, 0].astype(jnp.float32)).astype(jnp.int32)
+    position_R1 = _column(q_positions_ref[0].astype(jnp.float32)).astype(jnp.int32)
 
     @pl.when((first < last) & (next_ref[1] != program))
     def _() -> None:
         copies(program, first, next_ref[0], lambda copy: copy.start())
 
     def step(block: jax.Array, place: jax.Array) -> jax.Array:
-        after = jnp.where(block + 1 < last, program, jnp.minimum(program + 1, programs - 1))
+        after = jnp.where(block + 1 < last, program, jnp.minimum(program + 1, last_of_core))
         following = jnp.where(block + 1 < last, block + 1, first_ref[after])
 
         @pl.when((block + 1 < last) | ((after > program) & (first_ref[after] < last_ref[after])))
@@ -319,13 +325,13 @@ def _kernel(
         for k in range(kv_heads):
             rows_NE = _rows_of_head(held_ref, place, k, kv_heads, by_words).astype(q_ref.dtype)
             state = (largest_ref.at[k], denominator_ref.at[k], sum_ref.at[k])
-            _attend(q_ref[0, 0, k], rows_NE, seen_RN, scale, *state)
+            _attend(q_ref[0, k], rows_NE, seen_RN, scale, *state)
         return 1 - place
 
     next_ref[0] = lax.fori_loop(first, last, step, next_ref[0])
     for k in range(kv_heads):
         result_RD = sum_ref[k, :, head_dim:] * (1 / denominator_ref[k, :, :1])
-        out_ref[0, 0, k] = result_RD.astype(out_ref.dtype)
+        out_ref[0, k] = result_RD.astype(out_ref.dtype)
 
 
 def _copies(

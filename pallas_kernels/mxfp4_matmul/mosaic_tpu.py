@@ -29,7 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.mxfp4_matmul.format import GROUP
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
 from pallas_kernels.mxfp4_matmul.tiles import tiles_by_expert
-from pallas_kernels.mxfp4_matmul.tpu_layout import LANES, RUN, STEP, TpuExperts, pad_to, to_lanes
+from pallas_kernels.mxfp4_matmul.tpu_layout import RUN, STEP, TpuExperts, pad_to, to_lanes
+from pallas_kernels.tpu import LANES, VMEM_LIMIT, Chip, Interpret
 
 MOST_TOKENS = 64
 """Up to here multiplying all tokens with every expert in use takes no longer than reading its weights."""
@@ -44,30 +45,8 @@ BLOCK_LANES = {1: 12 * LANES, 2: 16 * LANES}
 CHUNK = 2 * LANES
 """Lanes that are multiplied at a time."""
 
-VMEM_LIMIT = 48 << 20
-"""Of a core's vector memory, which is 64 MiB on the chips that have least."""
-
 BIAS = 13
 """log2 of a released value over the float8 number that `_as_float8` makes of its nibble."""
-
-Interpret = bool | pltpu.InterpretParams
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the kernels ask of a chip: whether it converts float4 itself, and cores that one program shares."""
-
-    float4: bool = False
-    cores: int = 1
-
-    @classmethod
-    def current(cls) -> Chip:
-        """The chip that is traced for, by the mesh in context or the device; where there is none, the plainest."""
-        try:
-            info = pltpu.get_tpu_info()
-        except ValueError:
-            return cls()
-        return cls(info.generation >= 7, info.num_cores if info.is_megacore else 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mxfp4_matmul.format import GROUP, MXFP4Tensor
-
-LANES = 128
-"""Lanes of a tile."""
+from pallas_kernels.tpu import LANES
 
 RUN = 64
 """Consecutive rows of gate, then as many of up."""

@@ -9,6 +9,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import attention, mosaic_tpu, paged_attention, reference, triton
+from pallas_kernels.tpu import Chip
 
 BACKENDS = pytest.mark.parametrize("backend", [triton, mosaic_tpu], ids=["triton", "mosaic_tpu"])
 
@@ -143,12 +144,12 @@ def test_a_chunk_over_an_existing_cache_skips_what_it_cannot_see(window: int | N
         assert int(jnp.max(blocks[..., 1] - blocks[..., 0])) <= 3
 
 
-@pytest.mark.parametrize("window", [None, 9])
-def test_the_tpu_kernel_skips_and_races_with_nothing(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "cores"), [(None, 1), (9, 2)])
+def test_the_tpu_kernel_skips_and_races_with_nothing(window: int | None, cores: int) -> None:
     """On the TPU interpreter, whose unwritten memory is NaN."""
     arguments = chunk_over_a_cache()
-    interpret = pltpu.InterpretParams(detect_races=True)
-    agrees(mosaic_tpu, arguments, window, interpret, config=mosaic_tpu.Config(8, 16))
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    agrees(mosaic_tpu, arguments, window, interpret, config=mosaic_tpu.Config(8, 16), chip=Chip(cores=cores))
     assert not interpret_pallas_call.races.races_found
     queries = mosaic_tpu._blocks_of_queries(jnp.asarray(arguments[3]), 8)
     keys = jnp.pad(jnp.asarray(arguments[4]), ((0, 0), (0, 6)), constant_values=-1).reshape(2, 6, 16)

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
 from pallas_kernels.mxfp4_matmul import expert_mlp, gpu_layout, mosaic_tpu, tiles, tpu_layout, triton
 from pallas_kernels.mxfp4_matmul.reference import tiling
+from pallas_kernels.tpu import Chip
 
 LIMIT = 7.0
 
@@ -217,7 +218,7 @@ def test_tpu_kernels_race_with_nothing(tokens: int, cores: int) -> None:
         swiglu_limit=LIMIT,
         residual_TD=None,
         interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores),
-        chip=mosaic_tpu.Chip(cores=cores),
+        chip=Chip(cores=cores),
     )
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=1e-2)
     assert not interpret_pallas_call.races.races_found
