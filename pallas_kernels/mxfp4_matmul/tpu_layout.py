@@ -26,7 +26,7 @@ SCALE_ROWS = 32
 """Scales are padded to it: the sublanes of a tile of bytes."""
 
 LARGEST_SCALE = 240
-"""The kernels multiply by 2^(s-114) in float32; released scales are far below."""
+"""The kernels multiply by 2^(s-114) in float32; released scales are far below. Values under 2^-126 become 0."""
 
 
 @jax.tree_util.register_dataclass
