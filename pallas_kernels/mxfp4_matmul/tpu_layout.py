@@ -36,6 +36,9 @@ class TpuExperts:
 
     `blocks` is uint8 [E, K/2, N] (the low nibble of byte i is value 2i) and `scales` uint8 [E, G, N]. With two
     parts, even rows of the tensor are in the first and odd ones in the second 64 lanes of a tile.
+
+    On a mesh every device prepares its own part of the tensor, so that padding is within each, and `rows` and
+    `contracting` are one device's.
     """
 
     blocks: jax.Array
@@ -53,6 +56,12 @@ class TpuExperts:
         """One expert in the released layout."""
         one = dataclasses.replace(self, blocks=self.blocks[index][None], scales=self.scales[index][None])
         return jax.tree.map(lambda x: x[0], released(one))
+
+    def axes(self, logical: tuple[str | None, ...]) -> TpuExperts:
+        """The names of the blocks' and the scales' dimensions, from those of the unpacked tensor's three."""
+        experts, rows, contracting = logical
+        own = (experts, contracting, rows)
+        return dataclasses.replace(self, blocks=own, scales=own)  # type: ignore[arg-type]
 
 
 def prepare(packed: MXFP4Tensor, parts: int) -> TpuExperts:

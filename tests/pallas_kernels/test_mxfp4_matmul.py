@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
 from pallas_kernels.mxfp4_matmul import expert_mlp, gpu_layout, mosaic_tpu, tiles, tpu_layout, triton
@@ -207,6 +209,27 @@ def test_both_tpu_forms_on_any_routing(
         patch.setattr(mosaic_tpu, "MOST_TOKENS", most)
         got = expert_mlp(**prepared(arguments, "mosaic_tpu"), swiglu_limit=LIMIT, backend="mosaic_tpu")
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_tpu_kernels_on_parts_that_devices_prepare_for_themselves() -> None:
+    """Two experts a device, and of the intermediate dimension 96, which the layout pads."""
+    arguments = case(3, 9, 4, 2, 96, 192)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("expert", "tensor"))
+
+    def part(x, ids, weights, gate_up, gate_up_bias, down, down_bias):
+        expert, tensor = jax.lax.axis_index("expert"), jax.lax.axis_index("tensor")
+        local = jnp.where(ids // 2 == expert, ids % 2, 2)
+        down_bias = jnp.where(tensor == 0, down_bias, 0)
+        gate_up, down = tpu_layout.prepare(gate_up, 2), tpu_layout.prepare(down, 1)
+        rest = (gate_up, gate_up_bias, down, down_bias)
+        y = expert_mlp(x, local, weights, *rest, swiglu_limit=LIMIT, backend="mosaic_tpu")
+        return jax.lax.psum(y, ("expert", "tensor"))
+
+    rows, columns = P("expert", "tensor"), P("expert", None, "tensor")
+    specs = (P(), P(), P(), rows, rows, columns, P("expert"))
+    mapped = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+    np.testing.assert_allclose(mapped(*arguments.values()), expected(arguments), rtol=1e-4, atol=5e-3)
 
 
 @pytest.mark.parametrize(("tokens", "cores"), [(3, 1), (3, 2), (70, 1)])
