@@ -106,12 +106,14 @@ def dispatch[Result](
     reference: Callable[..., Result],
     *args: Any,
     backend: str | None = None,
+    plain_on: frozenset[str] = frozenset(),
     **kwargs: Any,
 ) -> Result:
     """Compute `op` by the named backend, or by the first one of the platform that covers the arguments.
 
     A named backend whose hardware is absent is interpreted. Falling back to the reference on an accelerator is
-    logged as a warning, once for each op and reason.
+    logged as a warning, once for each op and reason, but for platforms of `plain_on`, whose compiler needs no kernel
+    to do the op well.
     """
     where = current_platform()
     name = backend or _forced_backend.get()
@@ -129,7 +131,7 @@ def dispatch[Result](
                 return candidate.function(*args, interpret=False, **kwargs)
             except NotImplementedError as reason:
                 reasons.append(f"{candidate.name}: {reason}")
-    if where != "cpu":
+    if where not in {"cpu", *plain_on}:
         _say_once(op, where, "; ".join(reasons) or "no backend for this platform", args)
     return reference(*args, **kwargs)
 

@@ -194,7 +194,7 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
 def _device_time(
     engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator
 ) -> tuple[float, DeviceTime, float, str]:
-    """Seconds of a step that is launched again and again, what the profiler saw of some, how many, the program's text."""
+    """Seconds of a step that is launched again and again, what the profiler saw of how many, and the program's text."""
     _start(engine, params, case, rng)
     _prefill(engine, case)
     for _ in range(4):

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.attention import reference, triton
+from pallas_kernels.attention import mosaic_tpu, reference, triton
 from pallas_kernels.backend import Backend, dispatch
 
 __all__ = ["attention", "paged_attention"]
 
-_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.attention),)
-_PAGED_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.paged_attention),)
+_BACKENDS = (
+    Backend("triton", frozenset({"cuda"}), triton.attention),
+    Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.attention),
+)
+_PAGED_BACKENDS = (
+    Backend("triton", frozenset({"cuda"}), triton.paged_attention),
+    Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.paged_attention),
+)
 
 
 def attention(

@@ -14,6 +14,7 @@ from pallas_kernels.linear import reference, triton
 __all__ = ["linear"]
 
 _BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.linear),)
+_PLAIN_ON = frozenset({"rocm", "tpu"})
 
 
 def linear(
@@ -54,4 +55,5 @@ def linear(
         residual_TO=residual_TO,
         out_dtype=out_dtype,
         backend=backend,
+        plain_on=_PLAIN_ON,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.backend import Backend, dispatch
-from pallas_kernels.mxfp4_matmul import reference, triton, triton_vector
+from pallas_kernels.mxfp4_matmul import mosaic_tpu, reference, triton, triton_vector
 from pallas_kernels.mxfp4_matmul.layouts import Layout, PackedExperts, current_layout
 from pallas_kernels.mxfp4_matmul.reference import ExpertWeight
 
@@ -14,6 +14,7 @@ __all__ = ["ExpertWeight", "Layout", "PackedExperts", "current_layout", "expert_
 _BACKENDS = (
     Backend("triton_vector", frozenset({"cuda"}), triton_vector.expert_mlp),
     Backend("triton", frozenset({"cuda"}), triton.expert_mlp),
+    Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.expert_mlp),
 )
 
 

@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Callable
 
 from pallas_kernels.backend import current_platform, forced_backend
-from pallas_kernels.mxfp4_matmul import gpu_layout
+from pallas_kernels.mxfp4_matmul import gpu_layout, tpu_layout
 from pallas_kernels.mxfp4_matmul.format import MXFP4Tensor
 from pallas_kernels.mxfp4_matmul.gpu_layout import GpuExperts
+from pallas_kernels.mxfp4_matmul.tpu_layout import TpuExperts
 
-PackedExperts = MXFP4Tensor | GpuExperts
+PackedExperts = MXFP4Tensor | GpuExperts | TpuExperts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ LAYOUTS = (
     Layout(
         frozenset({"triton", "triton_vector"}), frozenset({"cuda"}), gpu_layout.prepare, gpu_layout.LARGEST_SCALE
     ),
+    Layout(frozenset({"mosaic_tpu"}), frozenset({"tpu"}), tpu_layout.prepare, tpu_layout.LARGEST_SCALE),
 )
 
 

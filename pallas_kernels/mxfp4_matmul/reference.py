@@ -8,8 +8,9 @@ from jax import lax
 
 from pallas_kernels.mxfp4_matmul.format import MXFP4Tensor, dequantize
 from pallas_kernels.mxfp4_matmul.gpu_layout import GpuExperts
+from pallas_kernels.mxfp4_matmul.tpu_layout import TpuExperts
 
-ExpertWeight = jax.Array | MXFP4Tensor | GpuExperts
+ExpertWeight = jax.Array | MXFP4Tensor | GpuExperts | TpuExperts
 SWIGLU_ALPHA = 1.702
 
 

@@ -12,6 +12,7 @@ from pallas_kernels.rotary.reference import as_kept, rotate
 __all__ = ["as_kept", "rotate", "rotate_and_keep"]
 
 _BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.rotate_and_keep),)
+_PLAIN_ON = frozenset({"rocm", "tpu"})
 
 
 def rotate_and_keep(
@@ -62,4 +63,5 @@ def rotate_and_keep(
         concentration=concentration,
         out_dtype=out_dtype,
         backend=backend,
+        plain_on=_PLAIN_ON,
     )

@@ -10,6 +10,7 @@ from pallas_kernels.routing import reference, triton
 __all__ = ["route"]
 
 _BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.route),)
+_PLAIN_ON = frozenset({"rocm", "tpu"})
 
 
 def route(
@@ -38,5 +39,15 @@ def route(
       float32 [T, k], the softmax over those k logits.
     """
     return dispatch(
-        "route", _BACKENDS, reference.route, x_TD, norm_D, weight_ED, bias_E, k=k, eps=eps, backend=backend
+        "route",
+        _BACKENDS,
+        reference.route,
+        x_TD,
+        norm_D,
+        weight_ED,
+        bias_E,
+        k=k,
+        eps=eps,
+        backend=backend,
+        plain_on=_PLAIN_ON,
     )

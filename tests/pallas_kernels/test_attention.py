@@ -1,10 +1,17 @@
+from types import ModuleType
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import attention, paged_attention, reference, triton
+from pallas_kernels.attention import attention, mosaic_tpu, paged_attention, reference, triton
+from pallas_kernels.tpu import Chip
+
+BACKENDS = pytest.mark.parametrize("backend", [triton, mosaic_tpu], ids=["triton", "mosaic_tpu"])
 
 
 def naive(q, kv, sinks, q_positions, kv_positions, window, sm_scale):
@@ -89,11 +96,12 @@ def test_pages_are_the_sequence_in_pieces(seed, batch, length, page_size, pages)
     )
 
 
-def agrees(arguments, window: int | None, **options) -> None:
-    got = triton.attention(*as_arrays(*arguments), window=window, sm_scale=0.3, interpret=True, **options)
+def agrees(backend: ModuleType, arguments, window: int | None, interpret=True, **options) -> None:
+    got = backend.attention(*as_arrays(*arguments), window=window, sm_scale=0.3, interpret=interpret, **options)
     np.testing.assert_allclose(got, naive(*arguments, window, 0.3), rtol=1e-4, atol=1e-5)
 
 
+@BACKENDS
 @settings(max_examples=5)
 @given(
     st.integers(0, 2**32),
@@ -106,33 +114,71 @@ def agrees(arguments, window: int | None, **options) -> None:
     st.sampled_from([None, 1, 7, 128]),
 )
 def test_the_kernel_equals_a_naive_computation(
-    seed, batch, length, keys, kv_heads, group, head_dim, window
+    backend, seed, batch, length, keys, kv_heads, group, head_dim, window
 ) -> None:
-    agrees(case(seed, batch, length, keys, kv_heads, group, head_dim), window)
+    agrees(backend, case(seed, batch, length, keys, kv_heads, group, head_dim), window)
 
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("splits", [1, 3, 5])
 def test_decode_split_over_the_keys(splits: int, window: int | None) -> None:
     arguments = case(splits, 2, 1, 75, 2, 3, 16)
-    agrees(arguments, window, config=triton.Config(1, 16, splits, 4, 1))
+    agrees(triton, arguments, window, config=triton.Config(1, 16, splits, 4, 1))
+
+
+def chunk_over_a_cache():
+    """Two sequences of different lengths, one with padding, in the order of their positions."""
+    q, kv, sinks, _, _ = case(1, 2, 37, 90, 2, 2, 16)
+    q_positions = np.stack([np.arange(37) + 53, np.where(np.arange(37) < 30, np.arange(37) + 10, -1)])
+    kv_positions = np.stack([np.arange(90), np.where(np.arange(90) < 40, np.arange(90), -1)])
+    return q, kv, sinks, q_positions, kv_positions
 
 
 @pytest.mark.parametrize("window", [None, 9, 40])
 def test_a_chunk_over_an_existing_cache_skips_what_it_cannot_see(window: int | None) -> None:
-    q, kv, sinks, _, _ = case(1, 2, 37, 90, 2, 2, 16)
-    q_positions = np.stack([np.arange(37) + 53, np.where(np.arange(37) < 30, np.arange(37) + 10, -1)])
-    kv_positions = np.stack([np.arange(90), np.where(np.arange(90) < 40, np.arange(90), -1)])
-    agrees((q, kv, sinks, q_positions, kv_positions), window, config=triton.Config(8, 16, 1, 4, 1))
-    blocks = triton._visible_blocks(
-        jnp.asarray(q_positions), jnp.asarray(kv_positions), window, triton.Config(8, 16, 1, 4, 1)
-    )
+    arguments = chunk_over_a_cache()
+    config = triton.Config(8, 16, 1, 4, 1)
+    agrees(triton, arguments, window, config=config)
+    blocks = triton._visible_blocks(*(jnp.asarray(x) for x in arguments[3:]), window, config)
     if window == 9:
         assert int(jnp.max(blocks[..., 1] - blocks[..., 0])) <= 3
 
 
+@pytest.mark.parametrize(("window", "cores"), [(None, 1), (9, 2)])
+def test_the_tpu_kernel_skips_and_races_with_nothing(window: int | None, cores: int) -> None:
+    """On the TPU interpreter, whose unwritten memory is NaN."""
+    arguments = chunk_over_a_cache()
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    agrees(mosaic_tpu, arguments, window, interpret, config=mosaic_tpu.Config(8, 16), chip=Chip(cores=cores))
+    assert not interpret_pallas_call.races.races_found
+    queries = mosaic_tpu._blocks_of_queries(jnp.asarray(arguments[3]), 8)
+    keys = jnp.pad(jnp.asarray(arguments[4]), ((0, 0), (0, 6)), constant_values=-1).reshape(2, 6, 16)
+    first, last, _ = mosaic_tpu._visible(queries, keys, window)
+    if window == 9:
+        assert int(jnp.max(last - first)) <= 2
+
+
+def test_sequences_without_keys_between_others_race_with_nothing() -> None:
+    """Copies are started for the next program, which may have nothing to copy."""
+    q, kv, sinks, _, _ = case(5, 5, 1, 32, 1, 2, 16)
+    positions = np.array([[20], [-1], [31], [-1], [0]])
+    table = np.random.default_rng(0).permutation(40).reshape(5, 8)
+    pages = np.full((40, 4, 1, 32), np.nan)
+    pages[table.reshape(-1)] = kv.reshape(40, 4, 1, 32)
+    for b in range(5):
+        pages[table[b, positions[b, 0] // 4 + 1 :]] = np.nan
+    arrays = as_arrays(q, pages, sinks, positions, table)
+    got = mosaic_tpu.paged_attention(
+        *(arrays[i] for i in (0, 1, 4, 2, 3)), sm_scale=0.3, interpret=pltpu.InterpretParams(detect_races=True)
+    )
+    want = naive(q, kv, sinks, positions, np.tile(np.arange(32), (5, 1)), None, 0.3)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
 @pytest.mark.parametrize(("length", "page_size", "pages"), [(1, 4, 9), (1, 16, 3), (12, 8, 5), (33, 16, 4)])
-def test_the_kernel_over_pages(length: int, page_size: int, pages: int) -> None:
+def test_the_kernel_over_pages(backend: str, length: int, page_size: int, pages: int) -> None:
     keys, batch = page_size * pages, 2
     q, kv, sinks, _, _ = case(length, batch, length, keys, 2, 3, 16)
     rng = np.random.default_rng(length)
@@ -143,12 +189,13 @@ def test_the_kernel_over_pages(length: int, page_size: int, pages: int) -> None:
     kv_pages = np.full((batch * pages + 2, page_size, 2, 32), 1e3)
     kv_pages[table.reshape(-1)] = kv.reshape(batch * pages, page_size, 2, 32)
     arrays = as_arrays(q, kv_pages, sinks, q_positions, table)
-    got = paged_attention(arrays[0], arrays[1], arrays[4], arrays[2], arrays[3], sm_scale=0.3, backend="triton")
+    got = paged_attention(arrays[0], arrays[1], arrays[4], arrays[2], arrays[3], sm_scale=0.3, backend=backend)
     want = naive(q, kv, sinks, q_positions, np.tile(np.arange(keys), (batch, 1)), None, 0.3)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_kernel_in_bfloat16_is_no_worse_than_the_reference() -> None:
+@pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
+def test_the_kernel_in_bfloat16_is_no_worse_than_the_reference(backend: str) -> None:
     arguments = case(7, 2, 5, 60, 2, 4, 64)
     halves = [jnp.asarray(x, jnp.bfloat16) for x in arguments[:3]]
     exact = naive(*(np.asarray(x, np.float64) for x in halves), *arguments[3:], None, 0.125)
@@ -158,9 +205,33 @@ def test_the_kernel_in_bfloat16_is_no_worse_than_the_reference() -> None:
         got = attention(*halves, *positions, window=None, sm_scale=0.125, backend=backend)
         return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
 
-    assert error("triton") < 1.1 * error("reference")
+    assert error(backend) < 1.1 * error("reference")
 
 
 def test_a_head_size_that_is_no_power_of_two_is_left_to_the_reference() -> None:
     with pytest.raises(NotImplementedError, match="head_dim"):
-        agrees(case(0, 1, 2, 3, 1, 1, 24), None)
+        agrees(triton, case(0, 1, 2, 3, 1, 1, 24), None)
+
+
+@pytest.mark.parametrize(("head_dim", "kv_heads", "reason"), [(32, 2, "64 lanes"), (64, 3, "3 bfloat16")])
+def test_what_the_compiled_tpu_kernel_does_not_cover_is_said(head_dim: int, kv_heads: int, reason: str) -> None:
+    arguments = case(0, 1, 2, 3, kv_heads, 1, head_dim)
+    arrays = [x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in as_arrays(*arguments)]
+    with pytest.raises(NotImplementedError, match=reason):
+        mosaic_tpu.attention(*arrays, window=None, sm_scale=0.3, interpret=False)
+
+
+@pytest.mark.slow
+@settings(max_examples=10)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([None, 1, 7, 128]),
+    st.sampled_from([None, mosaic_tpu.Config(4, 16), mosaic_tpu.Config(16, 128)]),
+)
+def test_the_tpu_kernel_on_any_shape(seed, batch, length, keys, kv_heads, group, window, config) -> None:
+    agrees(mosaic_tpu, case(seed, batch, length, keys, kv_heads, group, 16), window, config=config)

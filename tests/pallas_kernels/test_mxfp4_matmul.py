@@ -1,13 +1,21 @@
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
-from pallas_kernels.mxfp4_matmul import expert_mlp, gpu_layout, tiles, triton
+from pallas_kernels.mxfp4_matmul import expert_mlp, gpu_layout, mosaic_tpu, tiles, tpu_layout, triton
 from pallas_kernels.mxfp4_matmul.reference import tiling
+from pallas_kernels.tpu import Chip
 
 LIMIT = 7.0
 
@@ -47,11 +55,12 @@ def case(seed: int, tokens: int, experts: int, k: int, hidden: int = 64, inner: 
     }
 
 
-def prepared(arguments: dict) -> dict:
-    """The same experts in the GPU kernels' layout."""
+def prepared(arguments: dict, backend: str = "triton") -> dict:
+    """The same experts in the backend's layout."""
+    layout = tpu_layout if backend == "mosaic_tpu" else gpu_layout
     return arguments | {
-        "gate_up_EFD": gpu_layout.prepare(arguments["gate_up_EFD"], 2),
-        "down_EDI": gpu_layout.prepare(arguments["down_EDI"], 1),
+        "gate_up_EFD": layout.prepare(arguments["gate_up_EFD"], 2),
+        "down_EDI": layout.prepare(arguments["down_EDI"], 1),
     }
 
 
@@ -109,33 +118,51 @@ def test_no_unpacked_copy_of_all_experts_exists() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * one_expert
 
 
+@pytest.mark.parametrize("layout", [gpu_layout, tpu_layout], ids=["gpu", "tpu"])
 @settings(max_examples=6)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 3),
-    st.sampled_from([1, 5, 32]),
+    st.sampled_from([1, 5, 32, 65]),
     st.integers(1, 9),
     st.sampled_from([1, 2]),
 )
-def test_the_gpu_layout_is_the_same_bits(seed: int, experts: int, rows: int, groups: int, parts: int) -> None:
+def test_a_backend_s_layout_is_the_same_bits(
+    layout: ModuleType, seed: int, experts: int, rows: int, groups: int, parts: int
+) -> None:
     rng = np.random.default_rng(seed)
     packed = MXFP4Tensor(
         jnp.asarray(rng.integers(0, 256, (experts, rows * parts, groups, 16), dtype=np.uint8)),
         jnp.asarray(rng.integers(0, 129, (experts, rows * parts, groups), dtype=np.uint8)),
     )
-    experts_in_blocks = gpu_layout.prepare(packed, parts)
-    assert experts_in_blocks.shape == packed.shape
-    jax.tree.map(np.testing.assert_array_equal, gpu_layout.released(experts_in_blocks), packed)
-    jax.tree.map(np.testing.assert_array_equal, experts_in_blocks[experts - 1], packed[experts - 1])
+    in_order = layout.prepare(packed, parts)
+    assert in_order.shape == packed.shape
+    jax.tree.map(np.testing.assert_array_equal, layout.released(in_order), packed)
+    jax.tree.map(np.testing.assert_array_equal, in_order[experts - 1], packed[experts - 1])
 
 
-def test_the_gpu_layout_refuses_scales_that_overflow() -> None:
-    packed = MXFP4Tensor(jnp.zeros((1, 2, 1, 16), jnp.uint8), jnp.full((1, 2, 1), 129, jnp.uint8))
+@pytest.mark.parametrize("layout", [gpu_layout, tpu_layout], ids=["gpu", "tpu"])
+def test_layouts_refuse_scales_that_overflow(layout: ModuleType) -> None:
+    scales = jnp.full((1, 2, 1), layout.LARGEST_SCALE + 1, jnp.uint8)
     with pytest.raises(ValueError, match="scale"):
-        gpu_layout.prepare(packed, 1)
+        layout.prepare(MXFP4Tensor(jnp.zeros((1, 2, 1, 16), jnp.uint8), scales), 1)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("float4", [False, True])
+def test_tpu_kernels_unpack_every_byte_exactly(float4: bool) -> None:
+    packed = np.arange(32 * 256, dtype=np.uint32).astype(np.uint8).reshape(32, 256)
+    scales = np.random.default_rng(0).integers(90, 200, (2, 256), dtype=np.uint8)
+    unpacking = mosaic_tpu.Unpacking(float4, by_bits=True)
+    kernel = lambda x, s, out: out.__setitem__(  # noqa: E731
+        ..., mosaic_tpu._unpack(x[...], mosaic_tpu._factors(s[...], unpacking), unpacking)
+    )
+    got = pl.pallas_call(kernel, jax.ShapeDtypeStruct((64, 256), jnp.bfloat16), interpret=True)(packed, scales)
+    # The kernel's columns are rows of a released tensor.
+    released = MXFP4Tensor(jnp.asarray(packed.T.reshape(256, 2, 16)), jnp.asarray(scales.T))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), dequantize(released).T)
+
+
+@pytest.mark.parametrize("backend", ["triton", "mosaic_tpu", "reference"])
 @pytest.mark.parametrize(
     ("tokens", "experts", "k", "hidden", "inner"),
     [(1, 5, 2, 96, 32), (3, 4, 2, 64, 96), (9, 9, 4, 160, 64), (40, 3, 2, 288, 160), (130, 2, 1, 64, 32)],
@@ -146,19 +173,81 @@ def test_backends_equal_a_dense_computation(
     arguments = case(tokens, tokens, experts, k, hidden, inner)
     ids = arguments["expert_ids_Tk"]
     arguments |= {"expert_ids_Tk": jnp.where(ids == 1, experts + 1, ids)}
-    got = expert_mlp(**prepared(arguments), swiglu_limit=LIMIT, backend=backend)
+    got = expert_mlp(**prepared(arguments, backend), swiglu_limit=LIMIT, backend=backend)
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
 @settings(max_examples=2)
 @given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 9), st.integers(1, 4))
-def test_sorted_tiles_equal_a_dense_computation(seed: int, tokens: int, experts: int, k: int) -> None:
+def test_any_routing_equals_a_dense_computation(
+    backend: str, seed: int, tokens: int, experts: int, k: int
+) -> None:
     arguments = case(seed, tokens, experts, min(k, experts))
-    got = expert_mlp(**prepared(arguments), swiglu_limit=LIMIT, backend="triton")
+    got = expert_mlp(**prepared(arguments, backend), swiglu_limit=LIMIT, backend=backend)
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=2e-3)
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton_vector"])
+@pytest.mark.slow
+@settings(max_examples=8)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 100),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.sampled_from([32, 96, 320]),
+    st.sampled_from([32, 224, 288]),
+    st.sampled_from([0, 64]),
+)
+def test_both_tpu_forms_on_any_routing(
+    seed: int, tokens: int, experts: int, k: int, hidden: int, inner: int, most: int
+) -> None:
+    arguments = case(seed, tokens, experts, min(k, experts), hidden, inner)
+    ids = arguments["expert_ids_Tk"]
+    arguments |= {"expert_ids_Tk": jnp.where(ids == seed % 5, experts, ids)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic_tpu, "MOST_TOKENS", most)
+        got = expert_mlp(**prepared(arguments, "mosaic_tpu"), swiglu_limit=LIMIT, backend="mosaic_tpu")
+    np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_tpu_kernels_on_parts_that_devices_prepare_for_themselves() -> None:
+    """Two experts a device, and of the intermediate dimension 96, which the layout pads."""
+    arguments = case(3, 9, 4, 2, 96, 192)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("expert", "tensor"))
+
+    def part(x, ids, weights, gate_up, gate_up_bias, down, down_bias):
+        expert, tensor = jax.lax.axis_index("expert"), jax.lax.axis_index("tensor")
+        local = jnp.where(ids // 2 == expert, ids % 2, 2)
+        down_bias = jnp.where(tensor == 0, down_bias, 0)
+        gate_up, down = tpu_layout.prepare(gate_up, 2), tpu_layout.prepare(down, 1)
+        rest = (gate_up, gate_up_bias, down, down_bias)
+        y = expert_mlp(x, local, weights, *rest, swiglu_limit=LIMIT, backend="mosaic_tpu")
+        return jax.lax.psum(y, ("expert", "tensor"))
+
+    rows, columns = P("expert", "tensor"), P("expert", None, "tensor")
+    specs = (P(), P(), P(), rows, rows, columns, P("expert"))
+    mapped = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+    np.testing.assert_allclose(mapped(*arguments.values()), expected(arguments), rtol=1e-4, atol=5e-3)
+
+
+@pytest.mark.parametrize(("tokens", "cores"), [(3, 1), (3, 2), (70, 1)])
+def test_tpu_kernels_race_with_nothing(tokens: int, cores: int) -> None:
+    """Several blocks and chunks of both products, on the TPU interpreter, whose unwritten memory is NaN."""
+    arguments = case(tokens, tokens, 3, 2, 96, 1088)
+    got = mosaic_tpu.expert_mlp(
+        **prepared(arguments, "mosaic_tpu"),
+        swiglu_limit=LIMIT,
+        residual_TD=None,
+        interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores),
+        chip=Chip(cores=cores),
+    )
+    np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=1e-2)
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_vector", "mosaic_tpu"])
 @pytest.mark.parametrize(
     ("tokens", "experts", "k", "hidden", "inner"), [(1, 5, 4, 96, 32), (2, 6, 3, 576, 64), (1, 3, 1, 64, 1952)]
 )
@@ -175,13 +264,16 @@ def test_bfloat16_is_no_worse_than_the_reference(
     want = expected(arguments) + np.asarray(residual, np.float64)
     options = {"swiglu_limit": LIMIT, "residual_TD": residual}
     plain = relative_error(expert_mlp(**arguments, **options, backend="reference"), want)
-    assert relative_error(expert_mlp(**prepared(arguments), **options, backend=backend), want) < 1.1 * plain
+    got = expert_mlp(**prepared(arguments, backend), **options, backend=backend)
+    assert relative_error(got, want) < 1.1 * plain
 
 
+@pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
 @pytest.mark.parametrize("ids", [0, 3, 4])
-def test_kernels_with_all_tokens_on_one_expert_or_on_none(ids: int) -> None:
-    arguments = case(0, 33, 4, 1) | {"expert_ids_Tk": jnp.full((33, 1), ids, jnp.int32)}
-    got = expert_mlp(**prepared(arguments), swiglu_limit=LIMIT, backend="triton")
+def test_kernels_with_all_tokens_on_one_expert_or_on_none(backend: str, ids: int) -> None:
+    # More than the TPU kernel for few tokens takes, where the last tile is not full.
+    arguments = case(0, 70, 4, 1) | {"expert_ids_Tk": jnp.full((70, 1), ids, jnp.int32)}
+    got = expert_mlp(**prepared(arguments, backend), swiglu_limit=LIMIT, backend=backend)
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=2e-3)
 
 
@@ -208,11 +300,12 @@ def test_many_rows_are_sorted_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_kernels_do_not_cover_is_said() -> None:
     arguments = case(0, 3, 4, 2)
-    with pytest.raises(NotImplementedError, match="layout"):
-        expert_mlp(**arguments, swiglu_limit=LIMIT, backend="triton")
-    half = prepared(arguments) | {"x_TD": arguments["x_TD"].astype(jnp.float16)}
-    with pytest.raises(NotImplementedError, match="float16"):
-        expert_mlp(**half, swiglu_limit=LIMIT, backend="triton")
+    for backend in ("triton", "mosaic_tpu"):
+        with pytest.raises(NotImplementedError, match="layout"):
+            expert_mlp(**arguments, swiglu_limit=LIMIT, backend=backend)
+        half = prepared(arguments, backend) | {"x_TD": arguments["x_TD"].astype(jnp.float16)}
+        with pytest.raises(NotImplementedError, match="float16"):
+            expert_mlp(**half, swiglu_limit=LIMIT, backend=backend)
 
 
 @pytest.mark.parametrize("rows", [32, 96, 256, 1024, 4096, 32768])
