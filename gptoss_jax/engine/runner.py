@@ -154,7 +154,7 @@ class Runner:
         return StepKind(
             decodes=_bucket(decodes, 4, self._shape.slots) if decodes or not prefills else 0,
             prefills=_bucket(prefills, 4) if prefills else 0,
-            chunk=_bucket(longest, 4, self._limits.chunk, least=16) if prefills else 1,
+            chunk=next(size for size in _chunk_sizes(self._limits.chunk) if size >= longest) if prefills else 1,
             pages=_bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
             logprobs=any(s.params.logprobs is not None for s in everyone),
@@ -262,7 +262,7 @@ class Runner:
         sizes = partial(_buckets, 4)
         means: tuple[Means, ...] = ("greedy", "cut")
         most = -(-self._limits.step_tokens // self._limits.chunk)
-        chunks = list(itertools.product(sizes(1, most), sizes(16, self._limits.chunk)))
+        chunks = list(itertools.product(sizes(1, most), _chunk_sizes(self._limits.chunk)))
         decodes = sizes(1, self._shape.slots)
         rows = [(count, 0, 1) for count in decodes]
         rows += [(count, *own) for count in (0, *decodes) for own in chunks]
@@ -388,6 +388,12 @@ def _bucket(n: int, factor: int = 2, most: int | None = None, least: int = 1) ->
     while size < n:
         size *= factor
     return size if most is None else min(size, most)
+
+
+def _chunk_sizes(most: int) -> list[int]:
+    """Of prompts' chunks: few sizes where they are cheap, more where padding would cost."""
+    few = [size for size in (16, 64) if size < most]
+    return few + _buckets(2, 256, most)
 
 
 def _buckets(factor: int, least: int, most: int) -> list[int]:
