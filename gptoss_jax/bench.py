@@ -133,7 +133,12 @@ def _latency(options: argparse.Namespace) -> int:
             case = Case(batch, prompt_tokens, options.output_tokens)
             # The cache takes a share of what is free, so the last one's must be gone.
             gc.collect()
-            found.append(measure(model, engine_options, params, case, ceilings, options.repeats, options.seed))
+            one = measure(model, engine_options, params, case, ceilings, options.repeats, options.seed)
+            _progress(
+                f"  {1e3 * one.step:.3f} ms a step, {one.rate:.0f} tok/s, "
+                f"last first token after {1e3 * one.last_first_token:.1f} ms"
+            )
+            found.append(one)
     if options.plot:
         report.plot_latency(found, options.plot)
     rows = {"ceilings": dataclasses.asdict(ceilings), "rows": [dataclasses.asdict(one) for one in found]}

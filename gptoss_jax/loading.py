@@ -14,7 +14,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UsageError
 from gptoss_jax.hub import resolve
 from gptoss_jax.model import GptOss, weight_specs
-from gptoss_jax.placement import partition_for, place, place_heads, prepare
+from gptoss_jax.placement import partition_for, place, place_heads, preparer
 from gptoss_jax.weights import Creator, Weight, WeightSpec, random_creator
 from sharding import Partition, ShardingRules
 
@@ -70,9 +70,10 @@ def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Part
 
     Packed experts are then prepared for the kernels, each before the next is made.
     """
+    prepare = preparer(partition)
     if partition.mesh is None:
         create_here = creator(sharding=None)
-        return GptOss(config, lambda spec: prepare(create_here(spec), spec, partition), partition)
+        return GptOss(config, lambda spec: prepare(create_here(spec), spec), partition)
     # All of them before the first is read, so that a mesh that cannot be is refused at once.
     placed = {spec.name: place(spec, partition) for spec in weight_specs(config)}
     rearranged = {name for name, spec in placed.items() if any(spec.sources)}
@@ -85,7 +86,7 @@ def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Part
     def create_placed(spec: WeightSpec) -> Weight:
         goal = placed[spec.name]
         if spec.name not in rearranged:
-            return prepare(create(goal), goal, partition)
+            return prepare(create(goal), goal)
         whole = create(spec)
         assert isinstance(whole, jax.Array), "only attention's weights have heads, and these are not packed"
         return place_heads(whole, goal, partition)

@@ -74,30 +74,37 @@ def place_heads(weight: jax.Array, spec: WeightSpec, partition: Partition) -> ja
     return put(weight, partition.sharding(spec.axes, spec.name))
 
 
-def prepare(weight: Weight, spec: WeightSpec, partition: Partition) -> Weight:
-    """Packed experts in the layout that the kernels of the partition's devices read, the same bits; others as they are.
+def preparer(partition: Partition) -> Callable[[Weight, WeightSpec], Weight]:
+    """What puts packed experts in the layout that the kernels of the partition's devices read; others stay as they are.
 
-    Each device prepares its own shard, one expert at a time. Abstract weights give abstract ones.
+    It keeps every bit. Each device prepares its own shard, one expert at a time. Abstract weights give abstract ones.
+    Drop it when all are prepared: its programs hold memory of the device as long as they live.
     """
-    if not isinstance(weight, MXFP4Tensor):
-        return weight
-    with partition.on_its_devices():
-        layout = current_layout()
-        if layout is None:
+    program = functools.cache(functools.partial(_preparation, partition))
+
+    def prepare(weight: Weight, spec: WeightSpec) -> Weight:
+        if not isinstance(weight, MXFP4Tensor):
             return weight
-        run = _preparation(layout, spec.parts, spec.axes, partition)
-        if isinstance(weight.scales, jax.ShapeDtypeStruct):
-            return _placed(jax.eval_shape(run, weight)[0], spec, partition)
-        prepared, largest_scale = run(weight)
-    if int(largest_scale) > layout.largest_scale:
-        _logger.warning("%s: a scale of 2^%d is too large for the kernels", spec.name, int(largest_scale) - 127)
-        return weight
-    return prepared
+        with partition.on_its_devices():
+            layout = current_layout()
+            if layout is None:
+                return weight
+            run = program(layout, spec.parts, spec.axes)
+            if isinstance(weight.scales, jax.ShapeDtypeStruct):
+                return _placed(jax.eval_shape(run, weight)[0], spec, partition)
+            prepared, largest_scale = run(weight)
+        if int(largest_scale) > layout.largest_scale:
+            _logger.warning(
+                "%s: a scale of 2^%d is too large for the kernels", spec.name, int(largest_scale) - 127
+            )
+            return weight
+        return prepared
+
+    return prepare
 
 
-@functools.cache
 def _preparation(
-    layout: Layout, parts: int, axes: tuple[str | None, ...], partition: Partition
+    partition: Partition, layout: Layout, parts: int, axes: tuple[str | None, ...]
 ) -> Callable[[MXFP4Tensor], tuple[PackedExperts, jax.Array]]:
     """A program that prepares a weight with these axes, and finds its largest scale byte."""
 

@@ -15,7 +15,7 @@ from gptoss_jax.engine.step import Structure
 from gptoss_jax.loading import random_model
 from gptoss_jax.model import weight_specs
 from gptoss_jax.mxfp4 import MXFP4Tensor
-from gptoss_jax.placement import partition_for, place, prepare
+from gptoss_jax.placement import partition_for, place, preparer
 from gptoss_jax.weights import WeightSpec, abstract_creator, random_creator
 from pallas_kernels import use_backend
 from pallas_kernels.mxfp4_matmul.gpu_layout import GpuExperts, released
@@ -52,8 +52,8 @@ def test_prepared_experts_hold_the_released_bits(mesh: str | None, name: str) ->
     where = lambda spec: partition.sharding(spec.axes)  # noqa: E731
     weight = random_creator(jax.random.key(0), sharding=where)(spec)
     with use_backend("triton"):
-        prepared = prepare(weight, spec, partition)
-        abstract = prepare(abstract_creator(sharding=where)(spec), spec, partition)
+        prepare = preparer(partition)
+        prepared, abstract = prepare(weight, spec), prepare(abstract_creator(sharding=where)(spec), spec)
     assert isinstance(prepared, GpuExperts)
     for real, planned in zip(jax.tree.leaves(prepared), jax.tree.leaves(abstract), strict=True):
         assert (real.shape, real.dtype) == (planned.shape, planned.dtype)
@@ -68,7 +68,7 @@ def test_scales_that_the_kernels_lack_stay_as_released(caplog: pytest.LogCapture
     large = MXFP4Tensor(jnp.zeros((1, 2, 1, 16), jnp.uint8), jnp.full((1, 2, 1), 129, jnp.uint8))
     spec = WeightSpec("w", large.shape, AXES["down_proj"], packed=True)
     with use_backend("triton"):
-        assert prepare(large, spec, partition_for(CONFIG)) is large
+        assert preparer(partition_for(CONFIG))(large, spec) is large
     assert "w: a scale of 2^2" in caplog.text
 
 

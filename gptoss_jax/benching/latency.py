@@ -66,10 +66,11 @@ class Latency:
 
 @dataclasses.dataclass
 class _Run:
-    """One repeat: when each request had its first token, and the seconds and tokens of each step after the last."""
+    """One repeat: when each request had its first token, and after the last: seconds of each step, of all, tokens."""
 
     first: list[float]
     steps: list[float]
+    seconds: float
     tokens: int
 
 
@@ -107,7 +108,7 @@ def measure(
         prefill_reached=prefill_floor(model, options, case, ceilings) / prefill,
         step=step,
         step_spread=(min(min(run.steps) for run in runs), max(max(run.steps) for run in runs)),
-        rate=statistics.median(run.tokens / sum(run.steps) for run in runs),
+        rate=statistics.median(run.tokens / run.seconds for run in runs),
         step_bytes=needed.num_bytes,
         floor=floor,
         reached=floor / step,
@@ -177,6 +178,7 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
     _start(engine, params, case, rng)
     first = _prefill(engine, case)
     steps, tokens, last = [], 0, time.perf_counter()
+    decoding_since = last
     while tokens < (case.output_tokens - 1) * case.batch:
         events = engine.step()
         if engine.unfinished < case.batch or not events:
@@ -188,7 +190,7 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
         steps.append((now - last) / launched)
         last = now
     _stop(engine, case)
-    return _Run([at - started for at in first.values()], steps or [float("nan")], tokens)
+    return _Run([at - started for at in first.values()], steps or [float("nan")], last - decoding_since, tokens)
 
 
 def _device_time(

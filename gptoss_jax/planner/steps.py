@@ -17,7 +17,7 @@ from gptoss_jax.engine.sampling import SamplingState
 from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, Structure, run_step
 from gptoss_jax.kv_cache import STORE, CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
-from gptoss_jax.placement import place, prepare
+from gptoss_jax.placement import place, preparer
 from gptoss_jax.weights import Weight, WeightSpec, abstract_creator
 from sharding import Partition
 
@@ -96,11 +96,11 @@ def abstract_model(
     def where(spec: WeightSpec) -> jax.sharding.Sharding | None:
         return partition.sharding(spec.axes, spec.name)
 
-    abstract = abstract_creator(dtype, where)
+    abstract, prepare = abstract_creator(dtype, where), preparer(partition)
 
     def create(spec: WeightSpec) -> Weight:
         placed = place(spec, partition)
-        return prepare(abstract(placed), placed, partition)
+        return prepare(abstract(placed), placed)
 
     return Structure.of(GptOss(config, create, partition))
 
