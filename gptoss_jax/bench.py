@@ -124,8 +124,9 @@ def _latency(options: argparse.Namespace) -> int:
     from gptoss_jax.benching.ceilings import measure_ceilings
     from gptoss_jax.benching.latency import Case, measure
 
-    model = _load(options)
+    # Before the weights take the memory that a large copy needs.
     ceilings = measure_ceilings(options.dtype)
+    model = _load(options)
     found = []
     for prompt_tokens in options.prompt_tokens:
         for batch in options.batch:
