@@ -111,7 +111,7 @@ def test_kernels_are_chosen_and_missing_ones_told_once(command, monkeypatch: pyt
         code, out, err = command(generate.main, *arguments)
         assert code == 0
         warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
-        assert sum("expert_mlp runs as its slow reference on tpu" in line for line in warnings) == 1
+        assert sum("expert_mlp runs as its slow reference on rocm" in line for line in warnings) == 1
         code, same, err = command(generate.main, *arguments, "--kernels", "reference")
         assert json.loads(same)["token_ids"] == json.loads(out)["token_ids"]
         assert "warning" not in err
