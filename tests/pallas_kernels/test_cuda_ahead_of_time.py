@@ -118,4 +118,5 @@ def test_the_engine_s_decode_step(card: Mesh) -> None:
         assert isinstance(experts, GpuExperts)
         compiled = dataclasses.replace(step, kind=dataclasses.replace(step.kind, rounds=4)).lower().compile()
     assert (compiled.as_text() or "").count("__gpu$xla.gpu.triton") == 8 + 9 + 1
-    assert compiled.memory_analysis().temp_size_in_bytes < held_bytes(step.state) / 2
+    # No room for a copy of the paged layer's keys and values.
+    assert compiled.memory_analysis().temp_size_in_bytes < max(map(held_bytes, step.state.cache.stores))
