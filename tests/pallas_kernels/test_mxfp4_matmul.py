@@ -189,7 +189,7 @@ def test_any_routing_equals_a_dense_computation(
 
 
 @pytest.mark.slow
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 100),
