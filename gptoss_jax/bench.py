@@ -83,9 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags().parse_args(arguments)
     _check(options)
     if options.plot:
-        from gptoss_jax.benching.report import figure
+        from gptoss_jax.plotting import pyplot
 
-        figure()
+        pyplot()
     if options.command == "start":
         return _start(options, arguments)
     run: dict[str, Callable[[argparse.Namespace], int]] = {"latency": _latency, "throughput": _throughput}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptoss_jax.benching.start import PHASES, Start
-from gptoss_jax.errors import UsageError
+from gptoss_jax.plotting import pyplot, save
 
 if TYPE_CHECKING:
     from gptoss_jax.benching.ceilings import Ceilings
@@ -106,21 +106,9 @@ def _guesses(drafted: int, accepted: int) -> str:
     return f"{accepted} of {drafted} guessed tokens stood ({_share(accepted / max(drafted, 1))})"
 
 
-def figure() -> Any:
-    """matplotlib's figures, for files. Raises UsageError where it is missing."""
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("--plot: matplotlib is missing: pip install 'gptoss-jax[plot]'") from None
-    return plt
-
-
 def plot_latency(found: Sequence[Latency], path: Path) -> None:
     """Tokens a second and a step's time over the batch, beside the floor. Raises UsageError."""
-    plt = figure()
+    plt = pyplot()
     picture, (rates, times) = plt.subplots(1, 2, figsize=(11, 4.2))
     for length in sorted({one.case.prompt_tokens for one in found}):
         own = sorted((one for one in found if one.case.prompt_tokens == length), key=lambda one: one.case.batch)
@@ -137,12 +125,12 @@ def plot_latency(found: Sequence[Latency], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.legend(fontsize="small")
-    _save(plt, picture, path)
+    save(picture, path)
 
 
 def plot_throughput(one: Throughput, path: Path) -> None:
     """What requests saw, as bars. Raises UsageError."""
-    plt = figure()
+    plt = pyplot()
     picture, all_axes = plt.subplots(1, 3, figsize=(11, 3.6))
     parts = (("first token", one.first_token), ("a token", one.between_tokens), ("whole request", one.whole))
     for axes, (name, of) in zip(all_axes, parts, strict=True):
@@ -150,12 +138,12 @@ def plot_throughput(one: Throughput, path: Path) -> None:
         axes.set_title(name)
         axes.set_ylabel("ms")
     picture.suptitle(f"{one.output_rate:.0f} output tok/s, {one.request_rate:.2f} requests/s")
-    _save(plt, picture, path)
+    save(picture, path)
 
 
 def plot_start(found: Sequence[Start], path: Path) -> None:
     """The phases one after the other. Raises UsageError."""
-    plt = figure()
+    plt = pyplot()
     picture, axes = plt.subplots(figsize=(9, 2.6))
     names, left = [f"{one.compile_cache} cache" for one in found], [0.0] * len(found)
     for phase in PHASES:
@@ -164,14 +152,4 @@ def plot_start(found: Sequence[Start], path: Path) -> None:
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_xlabel("seconds")
     axes.legend(fontsize="small", ncols=3)
-    _save(plt, picture, path)
-
-
-def _save(plt: Any, picture: Any, path: Path) -> None:
-    picture.tight_layout()
-    try:
-        picture.savefig(path, format="png", dpi=130)
-    except OSError as error:
-        raise UsageError(f"--plot: {path}: {error.strerror}") from None
-    finally:
-        plt.close(picture)
+    save(picture, path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.errors import UsageError
+from gptoss_jax.plotting import pyplot, save
 
 if TYPE_CHECKING:
     from gptoss_jax.planner.plans import MeshPlan, Request, StepPlan
@@ -181,13 +181,7 @@ def plot(request: Request, plans: Sequence[MeshPlan], path: Path) -> None:
     """Draw the memory and the decode time of each mesh into a PNG file. Raises UsageError."""
     from gptoss_jax.planner.plans import describe
 
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("--plot: matplotlib is missing: pip install 'gptoss-jax[plot]'") from None
+    plt = pyplot()
     names = [describe(plan.mesh) for plan in plans]
     figure, (memory, times) = plt.subplots(1, 2, figsize=(14, 1.8 + 0.42 * len(plans)), sharey=True)
     _bars(memory, names, _memory_parts(plans))
@@ -202,13 +196,7 @@ def plot(request: Request, plans: Sequence[MeshPlan], path: Path) -> None:
         axes.legend(loc="best", fontsize="small")
     memory.invert_yaxis()
     figure.suptitle(f"{request.topology.text}, batch {request.batch}, context {request.context}")
-    figure.tight_layout()
-    try:
-        figure.savefig(path, format="png", dpi=130)
-    except OSError as error:
-        raise UsageError(f"--plot: {path}: {error.strerror}") from None
-    finally:
-        plt.close(figure)
+    save(figure, path)
 
 
 def _memory_parts(plans: Sequence[MeshPlan]) -> dict[str, list[float]]:

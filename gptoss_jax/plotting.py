@@ -1,0 +1,31 @@
+"""What the commands' `--plot` needs of matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gptoss_jax.errors import UsageError
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, for files. Raises UsageError where it is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UsageError("--plot: matplotlib is missing: pip install 'gptoss-jax[plot]'") from None
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG file and close it. Raises UsageError."""
+    figure.tight_layout()
+    try:
+        figure.savefig(path, format="png", dpi=130)
+    except OSError as error:
+        raise UsageError(f"--plot: {path}: {error.strerror}") from None
+    finally:
+        pyplot().close(figure)
