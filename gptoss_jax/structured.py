@@ -51,7 +51,7 @@ _logger = logging.getLogger(__name__)
 
 def check(form: StructuredOutputsParams) -> None:
     """See that a form can be used, without a tokenizer. Raises UsageError, naming the field."""
-    _compile(form, None)
+    _compile(*_source(form), None)
 
 
 class Grammars:
@@ -64,13 +64,14 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
         self._matcher = functools.lru_cache(CACHED)(self._make_matcher)
+        self._answer = functools.lru_cache(CACHED)(self._make_answer)
         self.words = functools.cache(self._make_words)
 
     def __call__(self, form: StructuredOutputsParams, scope: Scope) -> TokenConstraint:
         """A constraint for one completion. Raises UsageError."""
         if not self._eos:
             raise UsageError("structured_outputs: the model has no stop token, which would end a complete answer")
-        answer = self._matcher(_compile(form, self._vocabulary))
+        answer = self._answer(*_source(form))
         if scope == "text":
             return _Text(answer.deep_copy())
         return _Final(self, answer, calls=scope == "final or call")
@@ -101,6 +102,9 @@ class Grammars:
         start, other = "" if first else '<|start|> "assistant" ', f"{_MESSAGE} | {_CALL}" if calls else _MESSAGE
         grammar = _llguidance().grammar_from("lark", _HEADER.format(start=start, other=other))
         return self._matcher(grammar).deep_copy()
+
+    def _make_answer(self, name: str, kind: str, text: str) -> LLMatcher:
+        return self._make_matcher(_compile(name, kind, text, self._vocabulary))
 
     def _make_matcher(self, grammar: str) -> LLMatcher:
         return _llguidance().LLMatcher(self._vocabulary, grammar, log_level=0)
@@ -178,10 +182,9 @@ def _accept(matcher: LLMatcher, token: int) -> None:
         _logger.warning("structured_outputs: the answer is cut short: %s", _one_line(matcher.get_error()))
 
 
-def _compile(form: StructuredOutputsParams, vocabulary: LLTokenizer | None) -> str:
-    """The form in llguidance's own notation, checked. Raises UsageError."""
+def _compile(name: str, kind: str, text: str, vocabulary: LLTokenizer | None) -> str:
+    """What `_source` gives in llguidance's own notation, checked. Raises UsageError."""
     llguidance = _llguidance()
-    name, kind, text = _source(form)
     try:
         if kind == "json_schema":
             grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=JSON_DEFAULTS)

@@ -1,6 +1,7 @@
 """Experts in the kernels' layout: the same bits on any mesh, and the whole model through interpreted kernels."""
 
 import collections
+import dataclasses
 import re
 
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.step import Structure
@@ -20,22 +20,9 @@ from gptoss_jax.weights import WeightSpec, abstract_creator, random_creator
 from pallas_kernels import use_backend
 from pallas_kernels.mxfp4_matmul.gpu_layout import GpuExperts, released
 from sharding import on_shards
+from tests.engine.schedules import TINY
 
-CONFIG = ModelConfig(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_local_experts=5,
-    num_experts_per_tok=2,
-    sliding_window=7,
-    layer_types=("sliding_attention", "full_attention"),
-    max_position_embeddings=128,
-    eos_token_id=(),
-)
+CONFIG = dataclasses.replace(TINY, intermediate_size=160, max_position_embeddings=128)
 AXES = {
     "gate_up_proj": ("experts", "expert_gate_up", "hidden"),
     "down_proj": ("experts", "hidden", "expert_intermediate"),
