@@ -38,7 +38,7 @@ def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
     assert row["step_spread"][0] <= row["step"] <= row["step_spread"][1]
     assert 0 <= row["waits"] < 1
     assert row["kernels"] > 10
-    assert set(row["sampling"]) == {"greedy", "temperature", "top_p", "top_k_top_p"}
+    assert set(row["sampling"]) == {"greedy", "temperature", "top_p", "top_k_top_p", "top_k_200"}
 
 
 def test_throughput_follows_a_trace(command, config: Path, tmp_path: Path) -> None:

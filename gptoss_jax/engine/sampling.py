@@ -1,18 +1,24 @@
 """Sampling on the device, vectorised over requests, each with its own settings and its own randomness.
 
-Nothing here sorts or gathers the vocabulary: what top-k and top-p keep is found with sums over the vocabulary, which
-works on logits that are split over devices as it does on one.
+Logits are looked at in parts of the vocabulary, [..., R, P, C]: a device of a mesh has whole parts, and what is drawn
+is first a part by its share and then a token of it, so that little noise is needed. Only the largest few are sorted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+MOST_PARTS = 128
+LISTED = 64
+"""The k-th largest logit is looked up among so many of the largest; for a larger k it takes passes over all logits."""
+TRIES = 4
+"""Tokens that are drawn at once, to have one that top-p keeps."""
 BITS_A_PASS = 2
 """Each pass over the logits tries 2^bits - 1 thresholds at once, so that it narrows one down by as many bits."""
 
@@ -37,88 +43,211 @@ def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, m
 
     The same seed, position and logits give the same token in any batch, and by any means that do for the row.
     """
-    greedy_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
+    logits_RPC = _in_parts(logits_RV)
+    # Apart from what is made of it, which the compiler would else find in passes over all logits of its own.
+    largest_RP = lax.optimization_barrier(jnp.max(logits_RPC, axis=-1))
+    part_R1 = jnp.argmax(largest_RP, axis=-1, keepdims=True)
+    greedy_R = _token(part_R1, jnp.argmax(_take_parts(logits_RPC, part_R1), axis=-1), logits_RPC)[..., 0]
     if means == "greedy":
         return greedy_R
-    scaled_RV = logits_RV / jnp.maximum(state.temperature, 1e-6)[..., None]
-    noisy_RV = scaled_RV + _gumbel(state.keys, positions_R, scaled_RV.shape[-1])
-    least_R = jnp.max(scaled_RV, axis=-1) + jnp.log(state.min_p)
-    noisy_RV = jnp.where(scaled_RV >= least_R[..., None], noisy_RV, -jnp.inf)
-    if means == "draw":
-        drawn_R = jnp.argmax(noisy_RV, axis=-1).astype(jnp.int32)
-    else:
-        drawn_R = _draw_within(noisy_RV, scaled_RV, state)
+    drawing = _Drawing(logits_RPC, jnp.max(largest_RP, axis=-1), state, positions_R)
+    drawn_R = drawing.plainly() if means == "draw" else drawing.within_cuts()
     return jnp.where(state.temperature > 0, drawn_R, greedy_R)
 
 
-def _draw_within(noisy_RV: jax.Array, logits_RV: jax.Array, state: SamplingState) -> jax.Array:
-    """The largest of `noisy` among the tokens that top-k and top-p keep.
+def _in_parts(x_RV: jax.Array) -> jax.Array:
+    """[..., R, V] -> [..., R, P, C], whose parts are the same on any mesh."""
+    parts = MOST_PARTS
+    while x_RV.shape[-1] % parts:
+        parts //= 2
+    return x_RV.reshape(*x_RV.shape[:-1], parts, -1)
 
-    These are the tokens of at least some logit, which need not be known: where the largest of more of them is kept, it
-    is the largest of those that are kept. Where it is not, nothing of its logit or less is, and the largest of the
-    rest is tried: as the largest has mostly much of the mass, few tries do.
-    """
-    mass_RV = jnp.exp(logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True))
-    top_k_R = jnp.where(state.top_k > 0, state.top_k, logits_RV.shape[-1]).astype(jnp.float32)
-    # Of the mass that top-k leaves; at 1 everything stays, whatever rounding makes of the sum.
-    both = jnp.any((state.top_k > 0) & (state.top_p < 1))
-    whole_R = lax.cond(both, lambda: _largest_mass(logits_RV, mass_RV, top_k_R), lambda: jnp.sum(mass_RV, axis=-1))
-    top_p_R = jnp.where(state.top_p < 1, state.top_p * whole_R, jnp.inf)
 
-    def tries_left(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return ~jnp.all(carry[2])
+def _take_parts(x_RPC: jax.Array, parts_RA: jax.Array) -> jax.Array:
+    """[..., R, A, C] of the given parts."""
+    return jnp.take_along_axis(x_RPC, parts_RA[..., None], axis=-2)
 
-    def attempt(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        tried_RV = jnp.where(logits_RV > carry[0][..., None], noisy_RV, -jnp.inf)
-        drawn_R = jnp.argmax(tried_RV, axis=-1).astype(jnp.int32)
-        chosen_RV = jnp.arange(logits_RV.shape[-1]) == drawn_R[..., None]
-        logit_R = jnp.max(jnp.where(chosen_RV, logits_RV, -jnp.inf), axis=-1)
-        above_RV = logits_RV > logit_R[..., None]
-        count_R = jnp.sum(above_RV, axis=-1, dtype=jnp.float32)
-        kept_R = (count_R < top_k_R) & (jnp.sum(jnp.where(above_RV, mass_RV, 0), axis=-1) < top_p_R)
-        # Logits that are no numbers must not make it try for ever.
-        return logit_R, drawn_R, kept_R | ~(logit_R > carry[0])
 
-    def step(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        below, drawn, kept = (
-            jnp.where(carry[2], old, new) for old, new in zip(carry, attempt(carry), strict=True)
+def _token(parts_RA: jax.Array, inner_RA: jax.Array, x_RPC: jax.Array) -> jax.Array:
+    """Where in the vocabulary the places in some parts are."""
+    return (parts_RA * x_RPC.shape[-1] + inner_RA).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tries:
+    """Tokens drawn for each row, their logits, and which of them are kept; all [..., R, A]."""
+
+    tokens: jax.Array
+    logits: jax.Array
+    kept: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawing:
+    """Draws from logits float32 [..., R, P, C], of which `largest` [..., R] is the largest."""
+
+    logits: jax.Array
+    largest: jax.Array
+    state: SamplingState
+    positions: jax.Array
+
+    def plainly(self) -> jax.Array:
+        """Tokens [..., R] of rows that have neither top-k nor top-p."""
+        nothing_R = jnp.full(self.largest.shape, -jnp.inf)
+        return self._draw(self._mass(), nothing_R, nothing_R, 0, 1)[0][..., 0]
+
+    def within_cuts(self) -> jax.Array:
+        """Tokens [..., R] among those that top-k and then top-p keep.
+
+        These are the tokens of at least some logit. Top-k's is looked up. Top-p's need not be known: a token drawn
+        from more than it keeps is, if it keeps it, drawn from what it keeps. If it does not, nothing of that logit or
+        less is kept, and the next ones are drawn from the rest.
+        """
+        top_k_R = self.state.top_k
+        floor_R = jnp.where(top_k_R > 0, _kth_of_few(self.logits, top_k_R), -jnp.inf)
+        below_R = jnp.full(self.largest.shape, -jnp.inf)
+        # What a row draws that takes the likeliest does not matter.
+        greedy_R = self.state.temperature <= 0
+        first = self._try(floor_R, below_R, jnp.int32(0))
+        done_R = greedy_R | (jnp.any(first.kept, axis=-1) & (top_k_R <= LISTED))
+        drawn_R = _first(first.tokens, first.kept)
+        return lax.cond(jnp.all(done_R), lambda: drawn_R, lambda: self._go_on(floor_R, first, done_R))
+
+    def _go_on(self, floor_R: jax.Array, first: _Tries, done_R: jax.Array) -> jax.Array:
+        """For what the first tries did not settle."""
+        many_R = self.state.top_k > LISTED
+        floor_R = lax.cond(
+            jnp.any(many_R & ~done_R),
+            lambda: jnp.where(many_R, _kth_largest(self.logits, self.state.top_k), floor_R),
+            lambda: floor_R,
         )
-        return below, drawn, kept
+        below_R = jnp.where(many_R, -jnp.inf, jnp.max(first.logits, axis=-1))
+        start = (jnp.int32(1), below_R, _first(first.tokens, first.kept), done_R)
+        type Carry = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
-    # What a row draws that takes the likeliest does not matter.
-    none_R = jnp.full(whole_R.shape, -jnp.inf)
-    start = (none_R, jnp.zeros(none_R.shape, jnp.int32), state.temperature <= 0)
-    return lax.while_loop(tries_left, step, start)[1]
+        def unsettled(carry: Carry) -> jax.Array:
+            return ~jnp.all(carry[3])
+
+        def again(carry: Carry) -> Carry:
+            number, below_R, drawn_R, done_R = carry
+            tries = self._try(floor_R, below_R, number)
+            highest_R = jnp.max(tries.logits, axis=-1)
+            drawn_R = jnp.where(done_R, drawn_R, _first(tries.tokens, tries.kept))
+            # Logits that are no numbers must not make it try for ever.
+            done_R |= jnp.any(tries.kept, axis=-1) | ~(highest_R > below_R)
+            return number + 1, highest_R, drawn_R, done_R
+
+        return lax.while_loop(unsettled, again, start)[2]
+
+    def _try(self, floor_R: jax.Array, below_R: jax.Array, number: jax.Array) -> _Tries:
+        """Draw a few tokens of at least some logit and above another, and see which of them top-p keeps."""
+        mass_RPC = self._mass()
+        tokens_RA, logits_RA = self._draw(mass_RPC, floor_R, below_R, number * TRIES, TRIES)
+        top_p_R = self.state.top_p
+        kept_RPC = self.logits >= floor_R[..., None, None]
+        whole_R = jnp.sum(_part_sums(mass_RPC, kept_RPC), axis=-1)
+        higher = [self.logits > logits_RA[..., i, None, None] for i in range(TRIES)]
+        above_RA = jnp.sum(jnp.stack([_part_sums(mass_RPC, those) for those in higher], axis=-2), axis=-1)
+        # At 1 everything stays, whatever rounding makes of the sum.
+        kept_RA = (above_RA < (top_p_R * whole_R)[..., None]) | (top_p_R >= 1)[..., None]
+        return _Tries(tokens_RA, logits_RA, kept_RA)
+
+    def _draw(
+        self, mass_RPC: jax.Array, floor_R: jax.Array, below_R: jax.Array, number: jax.Array | int, count: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens and their logits [..., R, count], the draws of given numbers, of what min-p and the bounds leave."""
+        temperature_R = self.state.temperature
+        floor_R = jnp.maximum(floor_R, self.largest + temperature_R * jnp.log(self.state.min_p))
+
+        def within(x: jax.Array, floor: jax.Array, below: jax.Array) -> jax.Array:
+            return (x >= floor[..., None, None]) & (x > below[..., None, None])
+
+        mass_RP = _part_sums(mass_RPC, within(self.logits, floor_R, below_R))
+        parts, inner = self.logits.shape[-2:]
+        noise_RAN = _gumbel(self.state.keys, self.positions, number + jnp.arange(count), parts + inner)
+        part_RA = jnp.argmax(jnp.log(mass_RP)[..., None, :] + noise_RAN[..., :parts], axis=-1)
+        logits_RAC = _take_parts(self.logits, part_RA)
+        noisy_RAC = logits_RAC / _divisor(temperature_R)[..., None, None] + noise_RAN[..., parts:]
+        noisy_RAC = jnp.where(within(logits_RAC, floor_R, below_R), noisy_RAC, -jnp.inf)
+        inner_RA = jnp.argmax(noisy_RAC, axis=-1)
+        drawn_RA = jnp.take_along_axis(logits_RAC, inner_RA[..., None], axis=-1)[..., 0]
+        return _token(part_RA, inner_RA, self.logits), drawn_RA
+
+    def _mass(self) -> jax.Array:
+        """[..., R, P, C], of which the largest is 1."""
+        over_RPC = self.logits - self.largest[..., None, None]
+        return jnp.exp(over_RPC / _divisor(self.state.temperature)[..., None, None])
 
 
-def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, vocab: int) -> jax.Array:
-    """Noise [..., R, V] that depends on a row's key and position alone."""
+def _divisor(temperature_R: jax.Array) -> jax.Array:
+    return jnp.maximum(temperature_R, 1e-6)
+
+
+def _part_sums(x_RPC: jax.Array, where_RPC: jax.Array) -> jax.Array:
+    """[..., R, P]; one pass makes all that do not depend on each other, if the compiler does not join sums of sums."""
+    return lax.optimization_barrier(jnp.sum(jnp.where(where_RPC, x_RPC, 0), axis=-1))
+
+
+def _first(values_RA: jax.Array, kept_RA: jax.Array) -> jax.Array:
+    """The first value of each row that is kept; the first one where none is."""
+    return jnp.take_along_axis(values_RA, jnp.argmax(kept_RA, axis=-1, keepdims=True), axis=-1)[..., 0]
+
+
+def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, numbers_A: jax.Array, size: int) -> jax.Array:
+    """Noise [..., R, A, size] that depends on a row's key and position and a draw's number alone."""
 
     def row(key: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, (vocab,), jnp.float32)
+
+        def draw(number: jax.Array) -> jax.Array:
+            return jax.random.gumbel(jax.random.fold_in(key, number), (size,), jnp.float32)
+
+        return jax.vmap(draw)(numbers_A)
 
     for _ in positions_R.shape:
         row = jax.vmap(row)
     return row(keys_R2, positions_R)
 
 
-def _largest_mass(logits_RV: jax.Array, mass_RV: jax.Array, count_R: jax.Array) -> jax.Array:
-    """The mass of the `count` largest logits, and of those that tie with the last of them.
+def _kth_of_few(logits_RPC: jax.Array, k_R: jax.Array) -> jax.Array:
+    """The k-th largest logit, for a k from 1 to LISTED."""
+    few_RL, _ = _top(logits_RPC, min(LISTED, math.prod(logits_RPC.shape[-2:])))
+    return jnp.take_along_axis(few_RL, jnp.clip(k_R - 1, 0, few_RL.shape[-1] - 1)[..., None], axis=-1)[..., 0]
 
-    The least of them is the largest float that so many logits reach, found bit by bit.
-    """
-    order_RV = _ordered_bits(logits_RV)
+
+def _kth_largest(logits_RPC: jax.Array, k_R: jax.Array) -> jax.Array:
+    """The k-th largest logit: the largest float that at least k reach, found bit by bit."""
+    order_RPC = _ordered_bits(logits_RPC)
     steps = jnp.arange(1, 1 << BITS_A_PASS, dtype=jnp.uint32)
 
     def narrow(index: jax.Array, least_R: jax.Array) -> jax.Array:
         shift = (32 - BITS_A_PASS * (index + 1)).astype(jnp.uint32)
         tried_SR = least_R + (steps << shift).reshape(-1, *(1,) * least_R.ndim)
-        count_SR = jnp.sum(order_RV >= tried_SR[..., None], axis=-1, dtype=jnp.float32)
-        return least_R + (jnp.sum(count_SR >= count_R, axis=0, dtype=jnp.uint32) << shift)
+        count_SR = jnp.sum(order_RPC >= tried_SR[..., None, None], axis=(-2, -1), dtype=jnp.int32)
+        return least_R + (jnp.sum(count_SR >= k_R, axis=0, dtype=jnp.uint32) << shift)
 
-    least_R = lax.fori_loop(0, 32 // BITS_A_PASS, narrow, jnp.zeros(logits_RV.shape[:-1], jnp.uint32))
-    return jnp.sum(jnp.where(order_RV >= least_R[..., None], mass_RV, 0), axis=-1)
+    least_R = lax.fori_loop(0, 32 // BITS_A_PASS, narrow, jnp.zeros(k_R.shape, jnp.uint32))
+    return jnp.min(jnp.where(order_RPC >= least_R[..., None, None], logits_RPC, jnp.inf), axis=(-2, -1))
+
+
+def _top(x_RPC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest [..., R, k] in order, and where in the vocabulary they are.
+
+    They lie in the k columns, places in the parts, that have the largest maxima, and of these in the k groups of
+    parts that have: only maxima and few values are sorted.
+    """
+    parts, inner = x_RPC.shape[-2:]
+    columns, group = min(k, inner), math.gcd(parts, 8)
+    column_Rc = lax.top_k(jnp.max(x_RPC, axis=-2), columns)[1]
+    x_RPc = jnp.take_along_axis(x_RPC, column_Rc[..., None, :], axis=-1)
+    x_RgB = jnp.moveaxis(x_RPc.reshape(*x_RPc.shape[:-2], -1, group, columns), -2, -3)
+    x_RgB = x_RgB.reshape(*x_RgB.shape[:-2], -1)
+    block_Rb = lax.top_k(jnp.max(x_RgB, axis=-2), min(k, x_RgB.shape[-1]))[1]
+    x_Rgb = jnp.take_along_axis(x_RgB, block_Rb[..., None, :], axis=-1)
+    values_Rk, best_Rk = lax.top_k(x_Rgb.reshape(*x_Rgb.shape[:-2], -1), k)
+    best_block_Rk = jnp.take_along_axis(block_Rb, best_Rk % block_Rb.shape[-1], axis=-1)
+    part_Rk = best_block_Rk // columns * group + best_Rk // block_Rb.shape[-1]
+    return values_Rk, part_Rk * inner + jnp.take_along_axis(column_Rc, best_block_Rk % columns, axis=-1)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -132,18 +261,7 @@ def logprobs_of(logits_RV: jax.Array, tokens_R: jax.Array, top: int) -> tuple[ja
     logprobs_RV = jax.nn.log_softmax(logits_RV, axis=-1)
     here_RV = jnp.arange(logits_RV.shape[-1]) == tokens_R[..., None]
     chosen_R = jnp.sum(jnp.where(here_RV, logprobs_RV, 0), axis=-1)
-    return (chosen_R, *_top(logprobs_RV, top))
-
-
-def _top(x_RV: jax.Array, k: int, parts: int = 16) -> tuple[jax.Array, jax.Array]:
-    """lax.top_k, first within parts of the vocabulary, which stay on the devices that hold them."""
-    vocab = x_RV.shape[-1]
-    if vocab % parts or vocab // parts < k:
-        return lax.top_k(x_RV, k)
-    values_RPk, ids_RPk = lax.top_k(x_RV.reshape(*x_RV.shape[:-1], parts, vocab // parts), k)
-    ids_RPk += (jnp.arange(parts) * (vocab // parts))[:, None]
-    values_Rk, best_Rk = lax.top_k(values_RPk.reshape(*x_RV.shape[:-1], parts * k), k)
-    return values_Rk, jnp.take_along_axis(ids_RPk.reshape(*x_RV.shape[:-1], parts * k), best_Rk, axis=-1)
+    return (chosen_R, *_top(_in_parts(logprobs_RV), top))
 
 
 @jax.tree_util.register_dataclass
