@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.engine.sampling import Adjustments, Means, SamplingState
+from gptoss_jax.engine.sampling import Adjustments, Means, Penalties, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
 from gptoss_jax.engine.step import (
     DeviceState,
@@ -125,7 +125,7 @@ class Runner:
             self._state = self._copy_rings(self._state, np.minimum(pairs[0], self._shape.rings - 1), pairs[1])
 
     def _prepare_counts(self, plans: list[Plan], kind: StepKind) -> None:
-        if not kind.adjusted:
+        if not kind.penalised:
             return
         if self._state.counts is None:
             shape = (self.parts, self._shape.slots, self._config.vocab_size)
@@ -148,6 +148,8 @@ class Runner:
         sequences = [s for plan in plans for s in plan.decodes]
         chunks = [c for plan in plans for c in plan.chunks]
         everyone = sequences + [c.sequence for c in chunks]
+        choosing = sequences + [c.sequence for c in chunks if c.finishing]
+        masked = any(s in constraints for s in choosing)
         longest = max((c.stop - c.start for c in chunks), default=0)
         decodes = max(len(plan.decodes) for plan in plans)
         prefills = max(len(plan.chunks) for plan in plans)
@@ -159,7 +161,9 @@ class Runner:
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
             logprobs=any(s.params.logprobs is not None for s in everyone),
             prompt_logprobs=any(c.sequence.params.prompt_logprobs is not None for c in chunks),
-            adjusted=any(needs_adjusting(s) or s in constraints for s in everyone),
+            adjusted=masked or any(needs_adjusting(s) for s in everyone),
+            penalised=any(s.params.penalised for s in everyone),
+            masked=masked,
             sampling=_means([s.params for s in everyone]),
         )
 
@@ -237,8 +241,13 @@ class Runner:
             ids[part, row, : len(own)], bias[part, row, : len(own)] = list(own.keys()), list(own.values())
             if sequence in constraints:
                 constraints[sequence].fill(allowed[part, row])
-        unused = np.zeros((self.parts, 0), np.int32)
-        return _of_host(Adjustments, unused, unused, *penalties, ids, bias, allowed)
+        return _of_host(
+            Adjustments,
+            ids,
+            bias,
+            _of_host(Penalties, *penalties) if kind.penalised else None,
+            allowed if kind.masked else None,
+        )
 
     def _biases(self, sequence: Sequence) -> dict[int, float]:
         params = sequence.params
@@ -362,7 +371,7 @@ def _computed_by[**P, T](kernels: str, step: Callable[P, T]) -> Callable[P, T]:
     return traced
 
 
-def _of_host[T](make: Callable[..., T], *arrays: np.ndarray) -> T:
+def _of_host[T](make: Callable[..., T], *arrays: Any) -> T:
     """A pytree that a step takes, with the host's arrays in it."""
     return make(*arrays)
 

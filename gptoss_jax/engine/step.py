@@ -35,7 +35,9 @@ class StepKind:
       rounds: decode steps in a row, when nothing else is computed; the host then waits and works once for all.
       logprobs: report log-probabilities of new tokens.
       prompt_logprobs: report those of the chunks' tokens.
-      adjusted: apply penalties, biases and masks to the logits.
+      adjusted: apply biases to the logits, and penalties and masks where they are needed, too.
+      penalised: apply penalties, and count what is generated.
+      masked: apply masks.
       sampling: what tokens are chosen by.
     """
 
@@ -48,6 +50,8 @@ class StepKind:
     logprobs: bool = False
     prompt_logprobs: bool = False
     adjusted: bool = False
+    penalised: bool = False
+    masked: bool = False
     sampling: Means = "greedy"
 
 
@@ -79,7 +83,7 @@ class StepInputs:
       next_tokens: int32 [B, N, chunk], what follows each prompt token, for its log-probability; -1 for none.
       finishing: bool [B, N], whether the chunk ends its prompt, so that a token is sampled after it.
       sampling: the settings of the S + N sequences.
-      adjustments: for `adjusted` steps: `counts` and `in_prompt` are left to the device's state.
+      adjustments: for `adjusted` steps.
     """
 
     decode: Segments
@@ -231,13 +235,15 @@ def _by_row(per_sequence: jax.Array, kind: StepKind) -> jax.Array:
 
 
 def _adjustments(state: DeviceState, inputs: StepInputs, kind: StepKind) -> Adjustments:
-    assert inputs.adjustments is not None
-    assert state.counts is not None
-    assert state.in_prompt is not None
-    slots_BN = jnp.concatenate([inputs.decode.slots, inputs.prefill.slots], axis=1)
-    own = dataclasses.replace(
-        inputs.adjustments, counts=_take(state.counts, slots_BN), in_prompt=_take(state.in_prompt, slots_BN)
-    )
+    own = inputs.adjustments
+    assert own is not None
+    if own.penalties is not None:
+        assert state.counts is not None
+        assert state.in_prompt is not None
+        slots_BN = jnp.concatenate([inputs.decode.slots, inputs.prefill.slots], axis=1)
+        counts, in_prompt = _take(state.counts, slots_BN), _take(state.in_prompt, slots_BN)
+        penalties = dataclasses.replace(own.penalties, counts=counts, in_prompt=in_prompt)
+        own = dataclasses.replace(own, penalties=penalties)
     return jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), own)
 
 
@@ -297,7 +303,8 @@ def _next_state(state: DeviceState, inputs: StepInputs, outputs: StepOutputs, ki
     index = {"slots": (slots_BN, ("batch", None)), "tokens": (tokens_BN, ("batch", None))}
     last = on_shards(put, {"last": (state.last, ("batch", None)), **index}, ("batch", None), batch=len(slots_BN))
     state = dataclasses.replace(state, last=last)
-    if kind.adjusted and state.counts is not None:
+    if kind.penalised:
+        assert state.counts is not None
         axes = ("batch", None, None)
         counts = on_shards(count, {"last": (state.counts, axes), **index}, axes, batch=len(slots_BN))
         state = dataclasses.replace(state, counts=counts)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.engine.sampling import Adjustments, SamplingState, adjust, logprobs_of, sample
+from gptoss_jax.engine.sampling import Adjustments, Penalties, SamplingState, adjust, logprobs_of, sample
 from gptoss_jax.engine.step import seed_key
 from gptoss_jax.errors import UsageError
 
@@ -151,16 +151,10 @@ def test_penalties_biases_and_masks_by_definition() -> None:
     counts, in_prompt = rng.integers(0, 3, (2, VOCAB)), rng.random((2, VOCAB)) < 0.3
     allowed = rng.random((2, VOCAB)) < 0.7
     words = np.packbits(np.pad(allowed, ((0, 0), (0, 24))), axis=1, bitorder="little").view(np.uint32)
-    by = Adjustments(
-        jnp.asarray(counts),
-        jnp.asarray(in_prompt),
-        jnp.asarray([1.3, 0.8]),
-        jnp.asarray([0.5, -0.5]),
-        jnp.asarray([0.1, 0.2]),
-        jnp.asarray([[3, VOCAB], [4, 5]]),
-        jnp.asarray([[2.0, 9.0], [-1.0, 1.0]]),
-        jnp.asarray(words),
-    )
+    biases = jnp.asarray([[3, VOCAB], [4, 5]]), jnp.asarray([[2.0, 9.0], [-1.0, 1.0]])
+    factors = jnp.asarray([1.3, 0.8]), jnp.asarray([0.5, -0.5]), jnp.asarray([0.1, 0.2])
+    penalties = Penalties(*factors, jnp.asarray(counts), jnp.asarray(in_prompt))
+    by = Adjustments(*biases, penalties, jnp.asarray(words))
     expected = logits.astype(np.float64)
     for row, token in np.ndindex(logits.shape):
         if in_prompt[row, token] or counts[row, token]:
@@ -170,6 +164,8 @@ def test_penalties_biases_and_masks_by_definition() -> None:
     expected[0, 3] += 2
     expected[1, 4] -= 1
     expected[1, 5] += 1
+    free = adjust(jnp.asarray(logits), Adjustments(*biases, penalties))
+    np.testing.assert_allclose(free, expected, rtol=1e-5, atol=1e-6)
     expected[~allowed] = -np.inf
     np.testing.assert_allclose(adjust(jnp.asarray(logits), by), expected, rtol=1e-5, atol=1e-6)
 
