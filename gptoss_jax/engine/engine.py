@@ -6,7 +6,6 @@ import dataclasses
 import numbers
 import secrets
 import sys
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -154,7 +153,7 @@ class Engine:
         self._sequences: dict[str, list[Sequence]] = {}
         self._constraints: dict[Sequence, TokenConstraint] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
-        self._in_flight: deque[Launched] = deque()
+        self._in_flight: Launched | None = None
         self._steps = self._drafted = self._accepted = 0
 
     @property
@@ -257,39 +256,43 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Start the next step, then read back the one before, so that the device does not wait for the host.
 
+        Where tokens are constrained, what is started is the pass through the model: masks, and with them the choosing
+        of tokens, come after those of the step before. When this returns, all of the step has been started.
+
         Returns the tokens that were read back, none while the first steps are under way.
         """
         launched = self._launch()
-        if launched and len(self._in_flight) == 1 and not self._must_wait():
-            return []
-        return self._read() if self._in_flight else []
+        events = self._read()
+        if launched:
+            self._runner.choose(launched, self._constraints)
+            self._in_flight = launched
+        return self._read() if launched and self._must_wait() else events
 
     def _must_wait(self) -> bool:
-        """Whether the next step depends on what the last one has sampled."""
-        constrained = any(sequence.part >= 0 for sequence in self._constraints)
-        return constrained or self.options.speculative_tokens > 0
+        """Whether the next step's pass depends on how many tokens the last one has sampled."""
+        return self.options.speculative_tokens > 0
 
-    def _launch(self) -> bool:
+    def _launch(self) -> Launched | None:
         if self._in_flight and self._must_wait():
-            return False
-        if self.options.speculative_tokens:
+            return None
+        if self._must_wait():
             self._draft()
         try:
-            plans = self._scheduler.plan(draining=not self._in_flight)
+            plans = self._scheduler.plan(draining=self._in_flight is None)
         except NeedsDrain:
-            return False
+            return None
         if not any(plan.decodes or plan.chunks for plan in plans):
-            return False
-        rounds = 1 if self._must_wait() else self._scheduler.rounds(plans, self.decode_rounds)
+            return None
+        one = self._must_wait() or any(sequence.part >= 0 for sequence in self._constraints)
+        rounds = 1 if one else self._scheduler.rounds(plans, self.decode_rounds)
         launched = self._runner.launch(plans, self._constraints, rounds)
-        self._in_flight.append(launched)
         self._steps += launched.kind.rounds
         for plan in plans:
             for sequence in plan.decodes:
                 sequence.ahead += launched.kind.rounds
             for chunk in plan.chunks:
                 chunk.sequence.ahead += chunk.finishing
-        return True
+        return launched
 
     def _draft(self) -> None:
         for part in self._scheduler.parts:
@@ -300,7 +303,9 @@ class Engine:
                 sequence.drafts = self._drafter.guess(sequence.known, most) if able else []
 
     def _read(self) -> list[TokenEvent]:
-        launched = self._in_flight.popleft()
+        launched, self._in_flight = self._in_flight, None
+        if launched is None:
+            return []
         outputs = jax.device_get(launched.outputs)
         events: list[TokenEvent] = []
         for part, rows in enumerate(launched.decodes):

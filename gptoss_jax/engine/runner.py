@@ -20,10 +20,13 @@ from gptoss_jax.engine.sampling import Adjustments, Means, Penalties, SamplingSt
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
 from gptoss_jax.engine.step import (
     DeviceState,
+    Rows,
     StepInputs,
     StepKind,
     StepOutputs,
     Structure,
+    run_choice,
+    run_pass,
     run_step,
     seed_key,
 )
@@ -31,7 +34,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
 from pallas_kernels import use_backend
-from sharding import replicate
+from sharding import Partition, replicate
 
 SNAPSHOTS_A_CHUNK = 2
 BIASES = 64
@@ -40,12 +43,18 @@ BIASES = 64
 
 @dataclasses.dataclass
 class Launched:
-    """A step in flight: its outputs, and which sequence each row was for, with its epoch then."""
+    """A step in flight, and which sequence each row is for, with its epoch at the start.
+
+    Of a masked step `rows` is what the pass leaves until tokens are chosen; `outputs` come with the choosing.
+    """
 
     kind: StepKind
-    outputs: StepOutputs
+    inputs: StepInputs
+    adjustments: Adjustments | None
     decodes: list[list[tuple[Sequence, int]]]
     chunks: list[list[tuple[Sequence, int, int, int, bool]]]
+    rows: Rows | None = None
+    outputs: StepOutputs | None = None
 
 
 class Runner:
@@ -65,21 +74,24 @@ class Runner:
         self._structure, self._weights = Structure.of(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
         self._kernels = kernels
-        self._last: tuple[StepKind, StepInputs] | None = None
+        self._last: Launched | None = None
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
         self._most_pages = min(most_pages, shape.pages)
         self._tables = np.zeros((self.parts, shape.slots, self._most_pages), np.int32)
         self._filled = np.zeros((self.parts, shape.slots), np.int64)
         self._settings = _Settings.empty(self.parts, shape.slots)
-        self._steps: dict[StepKind, Callable[..., Any]] = {}
+        self._programs: dict[tuple[Callable[..., Any], StepKind], Callable[..., Any]] = {}
         self._copy_rings = jax.jit(partial(_copy_rings, model), donate_argnums=0)
         self._set_counts = jax.jit(_set_counts, donate_argnums=0)
         last = jnp.zeros((self.parts, shape.slots), jnp.int32, device=self._partition.sharding(("batch", None)))
         self._state = DeviceState(KVCache.empty(model.config, shape, dtype, self._partition), last)
 
     def launch(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint], rounds: int = 1) -> Launched:
-        """Start a step, or as many decode steps as `rounds` if they need nothing of the host; returns at once."""
+        """Start a step, or as many decode steps as `rounds` if they need nothing of the host; returns at once.
+
+        Of a masked step this is the pass alone: `choose` goes on when the constraints have the tokens before.
+        """
         for number, plan in enumerate(plans):
             for sequence in itertools.chain(plan.decodes, (chunk.sequence for chunk in plan.chunks)):
                 self._note(number, sequence)
@@ -88,21 +100,50 @@ class Runner:
         if not (kind.prefills or kind.drafts or kind.logprobs or kind.adjusted):
             kind = dataclasses.replace(kind, rounds=rounds)
         self._prepare_counts(plans, kind)
-        inputs = self._inputs(kind, plans, constraints)
-        self._last = (kind, inputs)
-        outputs, self._state = self._step(kind)(self._weights, self._state, inputs)
-        outputs = replicate(outputs)
-        for output in jax.tree.leaves(outputs):
-            output.copy_to_host_async()
-        return Launched(
+        launched = self._last = Launched(
             kind,
-            outputs,
+            self._inputs(kind, plans),
+            self._adjustments(kind, plans) if kind.adjusted else None,
             [[(s, s.epoch) for s in plan.decodes] for plan in plans],
             [
                 [(c.sequence, c.sequence.epoch, c.start, c.stop, c.finishing) for c in plan.chunks]
                 for plan in plans
             ],
         )
+        self._start(launched)
+        _send(launched)
+        return launched
+
+    def choose(self, launched: Launched, constraints: dict[Sequence, TokenConstraint]) -> None:
+        """Go on with a masked step: ask the constraints of what is still there, start the choosing, return at once."""
+        if launched.rows is None:
+            return
+        kind = launched.kind
+        shape = (self.parts, kind.decodes + kind.prefills, -(-self._config.vocab_size // 32))
+        allowed: Any = np.full(shape, 0xFFFFFFFF, np.uint32)
+        for part, (decodes, chunks) in enumerate(zip(launched.decodes, launched.chunks, strict=True)):
+            choosing = [(row, sequence) for row, (sequence, _) in enumerate(decodes)]
+            choosing += [(row, chunk[0]) for row, chunk in enumerate(chunks, kind.decodes) if chunk[-1]]
+            for row, sequence in choosing:
+                if sequence in constraints:
+                    constraints[sequence].fill(allowed[part, row])
+        assert launched.adjustments is not None
+        launched.adjustments = dataclasses.replace(launched.adjustments, allowed=allowed)
+        self._go_on(launched)
+        _send(launched)
+
+    def _start(self, step: Launched) -> None:
+        """Start a step, or the pass of a masked one."""
+        arguments = (self._weights, self._state, step.inputs)
+        if step.kind.masked:
+            step.rows, self._state = self._pass(step.kind)(*arguments)
+        else:
+            step.outputs, self._state = self._step(step.kind)(*arguments, step.adjustments)
+
+    def _go_on(self, step: Launched) -> None:
+        """Start the choosing of a masked step."""
+        step.outputs, self._state = self._choice(step.kind)(step.rows, self._state, step.adjustments)
+        step.rows = None
 
     def _note(self, part: int, sequence: Sequence) -> None:
         """Bring the slot's table and settings up to date."""
@@ -167,9 +208,7 @@ class Runner:
             sampling=_means([s.params for s in everyone]),
         )
 
-    def _inputs(
-        self, kind: StepKind, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]
-    ) -> StepInputs:
+    def _inputs(self, kind: StepKind, plans: list[Plan]) -> StepInputs:
         parts = self.parts
         decode_slots = np.zeros((parts, kind.decodes), np.int32)
         decode_positions = np.full((parts, kind.decodes), -1, np.int32)
@@ -210,15 +249,13 @@ class Runner:
             next_tokens=next_tokens,
             finishing=finishing,
             sampling=self._settings.of(slots),
-            adjustments=self._adjustments(kind, plans, constraints) if kind.adjusted else None,
         )
 
     def _tables_of(self, slots: np.ndarray, kind: StepKind) -> np.ndarray:
         return np.take_along_axis(self._tables[..., : kind.pages], slots[..., None], axis=1)
 
-    def _adjustments(
-        self, kind: StepKind, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]
-    ) -> Adjustments:
+    def _adjustments(self, kind: StepKind, plans: list[Plan]) -> Adjustments:
+        """All but masks."""
         rows = kind.decodes + kind.prefills
         at = [
             (part, row, sequence)
@@ -234,20 +271,11 @@ class Runner:
         penalties[0] = 1
         ids = np.full((*shape, width), self._config.vocab_size, np.int32)
         bias = np.zeros((*shape, width), np.float32)
-        allowed = np.full((*shape, -(-self._config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         for (part, row, sequence), own in zip(at, biases, strict=True):
             params = sequence.params
             penalties[:, part, row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
             ids[part, row, : len(own)], bias[part, row, : len(own)] = list(own.keys()), list(own.values())
-            if sequence in constraints:
-                constraints[sequence].fill(allowed[part, row])
-        return _of_host(
-            Adjustments,
-            ids,
-            bias,
-            _of_host(Penalties, *penalties) if kind.penalised else None,
-            allowed if kind.masked else None,
-        )
+        return _of_host(Adjustments, ids, bias, _of_host(Penalties, *penalties) if kind.penalised else None)
 
     def _biases(self, sequence: Sequence) -> dict[int, float]:
         params = sequence.params
@@ -258,13 +286,23 @@ class Runner:
         return biases
 
     def _step(self, kind: StepKind) -> Callable[..., Any]:
-        if kind not in self._steps:
+        return self._program(run_step, self._structure, kind)
+
+    def _pass(self, kind: StepKind) -> Callable[..., Any]:
+        return self._program(run_pass, self._structure, kind.of_pass)
+
+    def _choice(self, kind: StepKind) -> Callable[..., Any]:
+        return self._program(run_choice, self._partition, kind.of_choice)
+
+    def _program(self, run: Callable[..., Any], of: Structure | Partition, kind: StepKind) -> Callable[..., Any]:
+        """What runs a kind of step or of its parts; it takes over the state, its second argument."""
+        if (run, kind) not in self._programs:
             cuts = dataclasses.replace(kind, sampling="cut")
-            if kind.sampling == "draw" and cuts in self._steps:
-                return self._steps[cuts]
-            step = _computed_by(self._kernels, partial(run_step, self._structure, kind))
-            self._steps[kind] = jax.jit(step, donate_argnums=1)
-        return self._steps[kind]
+            if kind.sampling == "draw" and (run, cuts) in self._programs:
+                return self._programs[run, cuts]
+            traced = _computed_by(self._kernels, partial(run, of, kind))
+            self._programs[run, kind] = jax.jit(traced, donate_argnums=1)
+        return self._programs[run, kind]
 
     def kinds(self, most_rounds: int = 1) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
@@ -280,35 +318,52 @@ class Runner:
                 yield StepKind(*own, pages, rounds=rounds, sampling=sampling)
 
     def compile(self, kind: StepKind) -> None:
-        """Compile a kind of step without running it."""
+        """Compile a kind of step that is not adjusted, without running it."""
         plans = [Plan() for _ in range(self.parts)]
-        inputs = self._inputs(kind, plans, {})
         step: Any = self._step(kind)
-        self._steps[kind] = step.lower(self._weights, self._state, inputs).compile()
+        lowered = step.lower(self._weights, self._state, self._inputs(kind, plans), None)
+        self._programs[run_step, kind] = lowered.compile()
 
     @property
     def compiled(self) -> int:
-        """How many kinds of step there have been."""
-        return len(self._steps)
+        """How many programs there have been for steps of different kinds."""
+        return len(self._programs)
 
     def replay(self, times: int) -> float:
         """Seconds of a step of several launches of the last one; see Engine.replay."""
         assert self._last is not None
-        kind, inputs = self._last
+        step = dataclasses.replace(self._last)
         jax.block_until_ready(self._state)
         started = time.perf_counter()
         for _ in range(times):
-            _, self._state = self._step(kind)(self._weights, self._state, inputs)
+            self._start(step)
+            if step.kind.masked:
+                self._go_on(step)
         jax.block_until_ready(self._state)
-        return (time.perf_counter() - started) / times / kind.rounds
+        return (time.perf_counter() - started) / times / step.kind.rounds
 
     def program(self) -> str:
-        """The compiled text of the last step."""
+        """The compiled text of the last step; of a masked one, those of both programs."""
         assert self._last is not None
-        kind, inputs = self._last
-        step: Any = self._step(kind)
-        compiled = step.lower(self._weights, self._state, inputs).compile() if hasattr(step, "lower") else step
-        return str(compiled.as_text())
+        kind, adjustments = self._last.kind, self._last.adjustments
+        arguments = (self._weights, self._state, self._last.inputs)
+        if not kind.masked:
+            return _text(self._step(kind), *arguments, adjustments)
+        rows, _ = jax.eval_shape(self._pass(kind), *arguments)
+        choice = _text(self._choice(kind), rows, self._state, adjustments)
+        return f"{_text(self._pass(kind), *arguments)}\n{choice}"
+
+
+def _send(step: Launched) -> None:
+    """Have a step's outputs come to the host when they are there."""
+    step.outputs = replicate(step.outputs)
+    for output in jax.tree.leaves(step.outputs):
+        output.copy_to_host_async()
+
+
+def _text(program: Any, *arguments: Any) -> str:
+    compiled = program.lower(*arguments).compile() if hasattr(program, "lower") else program
+    return str(compiled.as_text())
 
 
 def needs_adjusting(sequence: Sequence) -> bool:

@@ -1,5 +1,8 @@
 """The compiled step: some sequences decode, others prefill a chunk, all in one pass through the model.
 
+After the pass tokens are chosen. Both are one program, but where masks say which tokens may come: those depend on the
+tokens of the step before, and the pass need not wait until the host has seen them.
+
 A step's tokens are laid out as [B, T]: B parts of the batch, one for each device group that the mesh's batch axes
 make (1 on one device), and in each part first the decoding sequences' tokens, then the prefilling ones'.
 """
@@ -18,7 +21,7 @@ from jax.typing import ArrayLike
 from gptoss_jax.engine.sampling import Adjustments, Means, SamplingState, adjust, logprobs_of, sample
 from gptoss_jax.kv_cache import KVCache, Segments, StepCache
 from gptoss_jax.model import GptOss
-from sharding import constrain, on_shards
+from sharding import Partition, constrain, on_shards
 
 TOP_LOGPROBS = 20
 """How many of the likeliest tokens a step that reports log-probabilities reports."""
@@ -37,7 +40,7 @@ class StepKind:
       prompt_logprobs: report those of the chunks' tokens.
       adjusted: apply biases to the logits, and penalties and masks where they are needed, too.
       penalised: apply penalties, and count what is generated.
-      masked: apply masks.
+      masked: apply masks; the pass through the model and the choosing are then programs of their own.
       sampling: what tokens are chosen by.
     """
 
@@ -53,6 +56,18 @@ class StepKind:
     penalised: bool = False
     masked: bool = False
     sampling: Means = "greedy"
+
+    @property
+    def of_pass(self) -> StepKind:
+        """What the pass alone depends on."""
+        return dataclasses.replace(
+            self, logprobs=False, adjusted=False, penalised=False, masked=False, sampling="greedy"
+        )
+
+    @property
+    def of_choice(self) -> StepKind:
+        """What the choosing alone depends on."""
+        return dataclasses.replace(self, chunk=1, pages=0, prompt_logprobs=False)
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +98,6 @@ class StepInputs:
       next_tokens: int32 [B, N, chunk], what follows each prompt token, for its log-probability; -1 for none.
       finishing: bool [B, N], whether the chunk ends its prompt, so that a token is sampled after it.
       sampling: the settings of the S + N sequences.
-      adjustments: for `adjusted` steps.
     """
 
     decode: Segments
@@ -95,7 +109,6 @@ class StepInputs:
     next_tokens: ArrayLike
     finishing: ArrayLike
     sampling: SamplingState
-    adjustments: Adjustments | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -106,6 +119,29 @@ class Logprobs:
     chosen: jax.Array
     top: jax.Array
     top_ids: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a pass leaves on the device to choose from, with what the choosing needs of the inputs.
+
+    Args:
+      logits, positions: float32 [B, R, V] and int32 [B, R], of the R = S (1 + drafts) + N rows to be sampled.
+      sampling: their settings.
+      drafts: int32 [B, S, drafts].
+      slots: int32 [B, S + N], of the sequences.
+      choosing: bool [B, S + N], which of them get a token.
+      prompt_logprobs: those of the chunks' tokens, [B, N, chunk, ...].
+    """
+
+    logits: jax.Array
+    positions: jax.Array
+    sampling: SamplingState
+    drafts: jax.Array
+    slots: jax.Array
+    choosing: jax.Array
+    prompt_logprobs: Logprobs | None
 
 
 @jax.tree_util.register_dataclass
@@ -146,13 +182,42 @@ def run_step(
     weights: list[jax.Array],
     state: DeviceState,
     inputs: StepInputs,
+    adjustments: Adjustments | None = None,
 ) -> tuple[StepOutputs, DeviceState]:
-    """One step. Its outputs are whole on every device, its state stays where it is."""
+    """One step, with `adjustments` if it is adjusted. Its outputs are whole on every device, its state stays put."""
     model = structure.model(weights)
     with model.partition.active():
-        run = _one_step if kind.rounds == 1 else _rounds
-        outputs, state = run(model, kind, state, inputs)
-        return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), outputs), state
+        if kind.rounds > 1:
+            outputs, state = _rounds(model, kind, state, inputs)
+        else:
+            outputs, state = _one_step(model, kind, state, inputs, adjustments)
+        return _whole(outputs), state
+
+
+def run_pass(
+    structure: Structure,
+    kind: StepKind,
+    weights: list[jax.Array],
+    state: DeviceState,
+    inputs: StepInputs,
+) -> tuple[Rows, DeviceState]:
+    """A step up to the rows to choose from; `run_choice` is the rest of it."""
+    model = structure.model(weights)
+    with model.partition.active():
+        return _pass(model, kind, state, inputs)
+
+
+def run_choice(
+    partition: Partition, kind: StepKind, rows: Rows, state: DeviceState, adjustments: Adjustments
+) -> tuple[StepOutputs, DeviceState]:
+    """The rest of a step after its pass. Outputs and state are as `run_step`'s."""
+    with partition.active():
+        outputs, state = _choose(kind, state, rows, adjustments)
+        return _whole(outputs), state
+
+
+def _whole(outputs: StepOutputs) -> StepOutputs:
+    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), outputs)
 
 
 def _rounds(
@@ -174,22 +239,41 @@ def _rounds(
 
 
 def _one_step(
-    model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs
+    model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs, adjustments: Adjustments | None = None
 ) -> tuple[StepOutputs, DeviceState]:
+    rows, state = _pass(model, kind, state, inputs)
+    return _choose(kind, state, rows, adjustments)
+
+
+def _pass(model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs) -> tuple[Rows, DeviceState]:
+    """Through the model, up to logits."""
     tokens_BT, positions_BT = _tokens(state, inputs, kind)
     kv = StepCache(state.cache, (inputs.decode, inputs.prefill), (1 + kind.drafts, kind.chunk))
     x_BTD, kv = model.hidden(tokens_BT, positions_BT, kv)
     x_BRD, positions_BR = _rows_to_sample(x_BTD, positions_BT, kind)
-    logits_BRV = model.unembed(x_BRD)
-    sampling = jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), inputs.sampling)
-    adjusted_BRV = logits_BRV
+    rows = Rows(
+        logits=model.unembed(x_BRD),
+        positions=positions_BR,
+        sampling=jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), inputs.sampling),
+        drafts=jnp.asarray(inputs.drafts),
+        slots=jnp.concatenate([inputs.decode.slots, inputs.prefill.slots], axis=1),
+        choosing=jnp.concatenate([jnp.asarray(inputs.decode_positions) >= 0, inputs.finishing], axis=1),
+        prompt_logprobs=_prompt_logprobs(model, x_BTD, inputs, kind) if kind.prompt_logprobs else None,
+    )
+    return rows, dataclasses.replace(state, cache=kv.cache)
+
+
+def _choose(
+    kind: StepKind, state: DeviceState, rows: Rows, adjustments: Adjustments | None
+) -> tuple[StepOutputs, DeviceState]:
+    """From logits to tokens, and what the next step needs to know of them."""
+    logits_BRV = rows.logits
     if kind.adjusted:
-        adjusted_BRV = adjust(logits_BRV, _adjustments(state, inputs, kind))
-    sampled_BR = sample(adjusted_BRV, sampling, positions_BR, kind.sampling)
-    outputs = _outputs(kind, inputs, sampled_BR, logits_BRV)
-    if kind.prompt_logprobs:
-        outputs = dataclasses.replace(outputs, prompt_logprobs=_prompt_logprobs(model, x_BTD, inputs, kind))
-    return outputs, _next_state(dataclasses.replace(state, cache=kv.cache), inputs, outputs, kind)
+        assert adjustments is not None
+        logits_BRV = adjust(logits_BRV, _by_rows(adjustments, state, rows, kind))
+    sampled_BR = sample(logits_BRV, rows.sampling, rows.positions, kind.sampling)
+    outputs = _outputs(kind, rows, sampled_BR)
+    return outputs, _next_state(state, rows, outputs, kind)
 
 
 def _tokens(state: DeviceState, inputs: StepInputs, kind: StepKind) -> tuple[jax.Array, jax.Array]:
@@ -234,20 +318,18 @@ def _by_row(per_sequence: jax.Array, kind: StepKind) -> jax.Array:
     return jnp.concatenate([decodes, per_sequence[:, kind.decodes :]], axis=1)
 
 
-def _adjustments(state: DeviceState, inputs: StepInputs, kind: StepKind) -> Adjustments:
-    own = inputs.adjustments
-    assert own is not None
-    if own.penalties is not None:
+def _by_rows(of: Adjustments, state: DeviceState, rows: Rows, kind: StepKind) -> Adjustments:
+    """Of the sequences -> of the rows, with the device's counts."""
+    if of.penalties is not None:
         assert state.counts is not None
         assert state.in_prompt is not None
-        slots_BN = jnp.concatenate([inputs.decode.slots, inputs.prefill.slots], axis=1)
-        counts, in_prompt = _take(state.counts, slots_BN), _take(state.in_prompt, slots_BN)
-        penalties = dataclasses.replace(own.penalties, counts=counts, in_prompt=in_prompt)
-        own = dataclasses.replace(own, penalties=penalties)
-    return jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), own)
+        counts, in_prompt = _take(state.counts, rows.slots), _take(state.in_prompt, rows.slots)
+        penalties = dataclasses.replace(of.penalties, counts=counts, in_prompt=in_prompt)
+        of = dataclasses.replace(of, penalties=penalties)
+    return jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), of)
 
 
-def _outputs(kind: StepKind, inputs: StepInputs, sampled_BR: jax.Array, logits_BRV: jax.Array) -> StepOutputs:
+def _outputs(kind: StepKind, rows: Rows, sampled_BR: jax.Array) -> StepOutputs:
     parts, decodes = len(sampled_BR), kind.decodes * (1 + kind.drafts)
 
     def decode_part(x: jax.Array) -> jax.Array:
@@ -255,14 +337,14 @@ def _outputs(kind: StepKind, inputs: StepInputs, sampled_BR: jax.Array, logits_B
 
     decoded_BSd, first_BN = decode_part(sampled_BR), sampled_BR[:, decodes:]
     # A guess stands while all before it stand and it is what was sampled after them: exact for any sampling.
-    stands_BSd = decoded_BSd[..., :-1] == jnp.asarray(inputs.drafts)
+    stands_BSd = decoded_BSd[..., :-1] == rows.drafts
     accepted_BS = jnp.sum(jnp.cumprod(stands_BSd.astype(jnp.int32), axis=-1), axis=-1)
     if not kind.logprobs:
-        return StepOutputs(decoded_BSd, accepted_BS, first_BN, None, None, None)
-    logprobs = Logprobs(*logprobs_of(logits_BRV, sampled_BR, min(TOP_LOGPROBS, logits_BRV.shape[-1])))
+        return StepOutputs(decoded_BSd, accepted_BS, first_BN, None, None, rows.prompt_logprobs)
+    logprobs = Logprobs(*logprobs_of(rows.logits, sampled_BR, min(TOP_LOGPROBS, rows.logits.shape[-1])))
     decode_logprobs = jax.tree.map(decode_part, logprobs)
     first_logprobs = jax.tree.map(lambda x: x[:, decodes:], logprobs)
-    return StepOutputs(decoded_BSd, accepted_BS, first_BN, decode_logprobs, first_logprobs, None)
+    return StepOutputs(decoded_BSd, accepted_BS, first_BN, decode_logprobs, first_logprobs, rows.prompt_logprobs)
 
 
 def _prompt_logprobs(model: GptOss, x_BTD: jax.Array, inputs: StepInputs, kind: StepKind) -> Logprobs:
@@ -285,14 +367,12 @@ def _prompt_logprobs(model: GptOss, x_BTD: jax.Array, inputs: StepInputs, kind: 
     )
 
 
-def _next_state(state: DeviceState, inputs: StepInputs, outputs: StepOutputs, kind: StepKind) -> DeviceState:
+def _next_state(state: DeviceState, rows: Rows, outputs: StepOutputs, kind: StepKind) -> DeviceState:
     """Remember each sequence's last token, and count what it generated."""
     newest_BS = jnp.take_along_axis(outputs.decoded, outputs.accepted[..., None], axis=-1)[..., 0]
-    slots_BN = jnp.concatenate([inputs.decode.slots, inputs.prefill.slots], axis=1)
     tokens_BN = jnp.concatenate([newest_BS, outputs.first], axis=1)
-    valid_BN = jnp.concatenate([jnp.asarray(inputs.decode_positions) >= 0, inputs.finishing], axis=1)
-    # A chunk's sequence and an idle row may name the same slot, so what is not valid must not be written.
-    slots_BN = jnp.where(valid_BN, slots_BN, state.last.shape[1])
+    # A chunk's sequence and an idle row may name the same slot, so what is not chosen must not be written.
+    slots_BN = jnp.where(rows.choosing, rows.slots, state.last.shape[1])
 
     def put(last: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
         return jax.vmap(lambda l, s, t: l.at[s].set(t, mode="drop"))(last, slots, tokens)
