@@ -115,21 +115,13 @@ class Runner:
         return launched
 
     def choose(self, launched: Launched, constraints: dict[Sequence, TokenConstraint]) -> None:
-        """Go on with a masked step: ask the constraints of what is still there, start the choosing, return at once."""
+        """Start the choosing of a masked step, with what the constraints allow now; of others nothing is left."""
         if launched.rows is None:
             return
-        kind = launched.kind
-        shape = (self.parts, kind.decodes + kind.prefills, -(-self._config.vocab_size // 32))
-        allowed: Any = np.full(shape, 0xFFFFFFFF, np.uint32)
-        for part, (decodes, chunks) in enumerate(zip(launched.decodes, launched.chunks, strict=True)):
-            choosing = [(row, sequence) for row, (sequence, _) in enumerate(decodes)]
-            choosing += [(row, chunk[0]) for row, chunk in enumerate(chunks, kind.decodes) if chunk[-1]]
-            for row, sequence in choosing:
-                if sequence in constraints:
-                    constraints[sequence].fill(allowed[part, row])
         assert launched.adjustments is not None
+        allowed: Any = self._allowed(launched, constraints)
         launched.adjustments = dataclasses.replace(launched.adjustments, allowed=allowed)
-        self._go_on(launched)
+        self._resume(launched)
         _send(launched)
 
     def _start(self, step: Launched) -> None:
@@ -140,7 +132,7 @@ class Runner:
         else:
             step.outputs, self._state = self._step(step.kind)(*arguments, step.adjustments)
 
-    def _go_on(self, step: Launched) -> None:
+    def _resume(self, step: Launched) -> None:
         """Start the choosing of a masked step."""
         step.outputs, self._state = self._choice(step.kind)(step.rows, self._state, step.adjustments)
         step.rows = None
@@ -277,6 +269,18 @@ class Runner:
             ids[part, row, : len(own)], bias[part, row, : len(own)] = list(own.keys()), list(own.values())
         return _of_host(Adjustments, ids, bias, _of_host(Penalties, *penalties) if kind.penalised else None)
 
+    def _allowed(self, step: Launched, constraints: dict[Sequence, TokenConstraint]) -> np.ndarray:
+        """The masks of a step; those of sequences that have left since it was started do not matter."""
+        rows = step.kind.decodes + step.kind.prefills
+        allowed = np.full((self.parts, rows, -(-self._config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        for part, (decodes, chunks) in enumerate(zip(step.decodes, step.chunks, strict=True)):
+            choosing = [(row, sequence) for row, (sequence, _) in enumerate(decodes)]
+            choosing += [(row, s) for row, (s, *_, finishing) in enumerate(chunks, step.kind.decodes) if finishing]
+            for row, sequence in choosing:
+                if sequence in constraints:
+                    constraints[sequence].fill(allowed[part, row])
+        return allowed
+
     def _biases(self, sequence: Sequence) -> dict[int, float]:
         params = sequence.params
         biases = dict(params.logit_bias or {})
@@ -338,7 +342,7 @@ class Runner:
         for _ in range(times):
             self._start(step)
             if step.kind.masked:
-                self._go_on(step)
+                self._resume(step)
         jax.block_until_ready(self._state)
         return (time.perf_counter() - started) / times / step.kind.rounds
 
