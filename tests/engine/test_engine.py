@@ -57,13 +57,16 @@ def forward():
     return nnx.jit(lambda model, tokens: model(tokens))
 
 
-def assert_greedy(model: GptOss, prompt: list[int], tokens: list[int], size: int = 128) -> None:
-    """Each token is the likeliest after those before it, up to a near-tie."""
+def logits_before(model: GptOss, prompt: list[int], tokens: list[int], size: int = 128) -> np.ndarray:
+    """Of the model alone, [tokens, V]: those that each token is chosen from."""
     padded = np.zeros((1, size), np.int32)
     padded[0, : len(prompt) + len(tokens)] = prompt + tokens
-    logits = np.asarray(forward()(model, padded)[0])
-    for index, token in enumerate(tokens):
-        row = logits[len(prompt) + index - 1]
+    return np.asarray(forward()(model, padded)[0, len(prompt) - 1 : len(prompt) + len(tokens) - 1])
+
+
+def assert_greedy(model: GptOss, prompt: list[int], tokens: list[int]) -> None:
+    """Each token is the likeliest after those before it, up to a near-tie."""
+    for row, token in zip(logits_before(model, prompt, tokens), tokens, strict=True):
         assert row[token] >= row.max() - 2e-4
 
 

@@ -1,0 +1,173 @@
+"""Constrained sequences: each token is the likeliest of those allowed, and the device does not wait for masks."""
+
+import dataclasses
+import random
+from functools import cache, partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax.engine.constraints import Scope
+from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
+from gptoss_jax.engine.runner import Launched
+from gptoss_jax.loading import random_model
+from gptoss_jax.model import GptOss
+from tests.engine.schedules import TINY, Requests, assert_empty, play, prompts
+from tests.engine.test_engine import logits_before
+
+OPTIONS = EngineOptions(max_batch=4, page_size=32, prefill_chunk=16, step_tokens=16, kv_cache_memory=90_000)
+"""Few pages, so that sequences are pre-empted, and few sizes, so that few kinds of step are compiled."""
+
+
+class Third:
+    """Allows a third of the tokens: which one depends on all tokens before. Tells `log` of what it is asked."""
+
+    def __init__(self, seed: int, log: list[str] | None = None) -> None:
+        self._state, self._log = seed, [] if log is None else log
+
+    @property
+    def allowed(self) -> np.ndarray:
+        return (np.arange(TINY.vocab_size) * 7 + self._state) % 3 == 0
+
+    def fill(self, words: np.ndarray) -> None:
+        assert (words == 0xFFFFFFFF).all()
+        words[:] = np.packbits(self.allowed, bitorder="little").view(np.uint32)
+        self._log.append("fill")
+
+    def accept(self, token: int) -> None:
+        assert self.allowed[token]
+        self._state = (self._state * 31 + token + 1) % 1009
+        self._log.append("accept")
+
+
+def third(form: StructuredOutputsParams, scope: Scope, log: list[str] | None = None) -> Third:
+    return Third(int(form.regex or 0), log)
+
+
+@cache
+def tiny() -> GptOss:
+    return random_model(TINY, dtype="float32")
+
+
+@cache
+def engine() -> Engine:
+    return Engine(tiny(), OPTIONS, constrain=third)
+
+
+def constrained(seed: int, **more: object) -> SamplingParams:
+    form = StructuredOutputsParams(regex=str(seed))
+    return SamplingParams(**{"max_tokens": 8, "temperature": 0, "structured_outputs": form} | more)
+
+
+def requests(seed: int, count: int) -> Requests:
+    """Constrained ones, some of which end early, among free ones."""
+    rng = random.Random(seed)
+    kinds = (
+        constrained(seed, n=2),
+        constrained(seed + 1, stop_token_ids=list(range(0, 96, 5))),
+        SamplingParams(max_tokens=8, temperature=0),
+    )
+    return {
+        str(i): (prompt, dataclasses.replace(rng.choice(kinds), max_tokens=rng.randint(1, 30)))
+        for i, prompt in enumerate(prompts(seed, count))
+    }
+
+
+def assert_right(prompt: list[int], params: SamplingParams, tokens: list[int], whole: bool = True) -> None:
+    """Each token is the likeliest of those that may follow those before it, up to a near-tie."""
+    constraint = third(params.structured_outputs, "text") if params.structured_outputs else None
+    generated = np.zeros(TINY.vocab_size, bool)
+    for row, token in zip(logits_before(tiny(), prompt, tokens), tokens, strict=True):
+        row = row - params.presence_penalty * generated
+        if constraint is not None:
+            row[~constraint.allowed] = -np.inf
+            constraint.accept(token)
+        assert row[token] >= row.max() - 2e-4
+        generated[token] = True
+    ended = [token in params.stop_token_ids for token in tokens]
+    assert not any(ended[:-1])
+    assert not whole or ended[-1] or len(tokens) == params.max_tokens
+
+
+def assert_all_right(todo: Requests, out: dict[str, dict[int, list[int]]], cancelled: set[str]) -> None:
+    for name, (prompt, params) in todo.items():
+        assert name in cancelled or len(out[name]) == params.n
+        for tokens in out[name].values():
+            assert_right(prompt, params, tokens, whole=name not in cancelled)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 10**6))
+def test_any_schedule_gives_the_likeliest_of_the_tokens_allowed(seed: int) -> None:
+    todo = requests(seed, 10)
+    out, cancelled = play(engine(), todo, random.Random(seed), cancels=0.1)
+    assert_empty(engine())
+    assert_all_right(todo, out, cancelled)
+
+
+def test_constraints_hold_through_preemption() -> None:
+    before = engine().load.preemptions
+    todo = {str(i): (prompt, constrained(i, max_tokens=40)) for i, prompt in enumerate(prompts(0, 6))}
+    out, cancelled = play(engine(), todo, random.Random(0), cancels=0)
+    assert engine().load.preemptions > before
+    assert_all_right(todo, out, cancelled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "expert=8"])
+def test_a_schedule_over_a_mesh(mesh: str) -> None:
+    spread = Engine(random_model(TINY, mesh, dtype="float32"), OPTIONS, constrain=third)
+    todo = requests(3, 12)
+    out, cancelled = play(spread, todo, random.Random(3))
+    assert_empty(spread)
+    assert_all_right(todo, out, cancelled)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_next_pass_is_started_before_masks_are_asked_for(
+    stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    start = engine()._runner._start
+
+    def started(step: Launched) -> None:
+        start(step)
+        assert step.rows is not None
+        log.append("pass")
+
+    monkeypatch.setattr(engine()._runner, "_start", started)
+    monkeypatch.setattr(engine(), "_constrain", partial(third, log=log))
+    asked = constrained(1, max_tokens=4, stop_token_ids=list(range(96)) if stopped else [])
+    play(engine(), {"a": ([1, 2, 3], asked)}, random.Random(0), cancels=0)
+    # A pass that a stop token makes void has no mask.
+    rest = ["pass", "accept"] if stopped else ["pass", "accept", "fill"] * 3 + ["accept"]
+    assert log == ["pass", "fill", *rest]
+
+
+def test_between_steps_all_has_been_started() -> None:
+    """So that anything may be cancelled then, and the last step measured."""
+    for name in "ab":
+        engine().add(name, [1, 2, 3], constrained(1, max_tokens=30))
+    for _ in range(4):
+        engine().step()
+        assert engine()._in_flight is not None
+        assert engine()._in_flight.outputs is not None
+        assert engine()._in_flight.rows is None
+    assert engine().cancel("a")
+    engine().step()
+    assert engine().replay(2) > 0
+    assert engine().program().count("HloModule") == 2
+    assert engine().cancel("b")
+    assert_empty(engine())
+
+
+def test_only_penalties_need_counts() -> None:
+    counting = Engine(tiny(), OPTIONS, constrain=third)
+    for more, counted in (({}, False), ({"presence_penalty": 2.0}, True)):
+        request = ([1, 2, 3], constrained(1, max_tokens=30, **more))
+        out, _ = play(counting, {"a": request}, random.Random(0), cancels=0)
+        assert_right(*request, out["a"][0])
+        assert (counting._runner._state.counts is not None) == counted
