@@ -103,8 +103,15 @@ def add_engine_flags(flags: argparse.ArgumentParser, max_batch: bool = True) -> 
         "--kv-cache-memory", type=int, metavar="BYTES", help="of each device (default: a share of what is free)"
     )
     group.add_argument("--kv-cache-dtype", choices=("bfloat16", "float32", "float8"), help="default: as --dtype")
-    group.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens of one sequence in a step")
-    group.add_argument("--step-tokens", type=int, metavar="N", help="prompt tokens of all sequences in a step")
+    group.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="prompt tokens of one sequence in a step (2048; on CPUs 512)",
+    )
+    group.add_argument(
+        "--step-tokens", type=int, metavar="N", help="prompt tokens of all sequences in a step (as many)"
+    )
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
     group.add_argument(
         "--speculative-tokens",
@@ -235,8 +242,6 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
         *("speculative_tokens", "kernels"),
     ]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-    # A chunk is part of one step.
-    given["step_tokens"] = max(given.get("step_tokens", EngineOptions.step_tokens), given.get("prefill_chunk", 0))
     with _by_flag():
         return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
 

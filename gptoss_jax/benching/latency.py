@@ -106,7 +106,7 @@ def measure(
         first_token=statistics.median(statistics.median(run.first) for run in runs),
         last_first_token=prefill,
         prefill_rate=case.batch * case.prompt_tokens / prefill,
-        prefill_reached=prefill_floor(model, options, case, ceilings) / prefill,
+        prefill_reached=prefill_floor(model, engine, case, ceilings) / prefill,
         step=step,
         step_spread=(min(min(run.steps) for run in runs), max(max(run.steps) for run in runs)),
         rate=statistics.median(run.tokens / run.seconds for run in runs),
@@ -132,24 +132,24 @@ def work(model: GptOss, options: EngineOptions, case: Case, tokens: int = 1, con
     return dataclasses.replace(needed, cache_bytes=needed.cache_bytes * held / dtype.itemsize)
 
 
-def prefill_floor(model: GptOss, options: EngineOptions, case: Case, ceilings: Ceilings) -> float:
+def prefill_floor(model: GptOss, engine: Engine, case: Case, ceilings: Ceilings) -> float:
     """The least time of all prompts' steps, each the larger of its bytes' and its operations' time."""
-    total, chunk = 0.0, options.prefill_chunk
-    together = max(1, options.step_tokens // min(chunk, case.prompt_tokens))
+    total, chunk = 0.0, engine.pace.prefill_chunk
+    together = max(1, engine.pace.step_tokens // min(chunk, case.prompt_tokens))
     alone = dataclasses.replace(case, batch=min(together, case.batch))
     for start in range(0, case.prompt_tokens, chunk):
         stop = min(start + chunk, case.prompt_tokens)
-        needed = work(model, options, alone, stop - start, stop)
+        needed = work(model, engine.options, alone, stop - start, stop)
         total += max(needed.num_bytes / ceilings.copy_bytes, needed.flops / ceilings.matmul_flops)
     return total * case.batch / alone.batch
 
 
 def _start(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> None:
     # Those that are prefilled first must still run when the last one has been.
-    chunks = case.batch * -(-case.prompt_tokens // engine.options.prefill_chunk)
+    chunks = case.batch * -(-case.prompt_tokens // engine.pace.prefill_chunk)
     ahead = chunks * (1 + engine.options.speculative_tokens)
     room = engine.config.max_position_embeddings - case.prompt_tokens
-    after = 2 * TRACED_STEPS * engine.decode_rounds
+    after = 2 * TRACED_STEPS * engine.pace.decode_rounds
     most = min(case.output_tokens * (1 + engine.options.speculative_tokens) + ahead + after, room)
     params = dataclasses.replace(params, max_tokens=most, ignore_eos=True)
     for i in range(case.batch):

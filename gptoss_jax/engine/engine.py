@@ -26,6 +26,9 @@ from pallas_kernels import backend_names
 DECODE_ROUNDS = 4
 """On an H100 the host needs 2 to 3 ms to start a step and read the one before, and one sequence's step takes 2."""
 
+ACCELERATOR_CHUNK, CPU_CHUNK = 2048, 512
+"""On an H100 a prompt's token takes 32 us in a step of 512, which reads all experts for few, and 20 in a larger one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
@@ -36,8 +39,8 @@ class EngineOptions:
       page_size: tokens in a page of the cache.
       kv_cache_memory: bytes that the cache may take of each device; None for a share of what is free.
       kv_cache_dtype: "bfloat16", "float32" or "float8"; None for the model's.
-      prefill_chunk: most prompt tokens of one sequence in a step.
-      step_tokens: most prompt tokens in a step.
+      prefill_chunk: most prompt tokens of one sequence in a step. None for 2048 on accelerators and 512 on CPUs.
+      step_tokens: most prompt tokens in a step. None for as many as that, or a larger `prefill_chunk`.
       prefix_cache: whether prompts take up what earlier ones have left in the cache.
       speculative_tokens: tokens to guess and verify in each step; 0 for none.
       decode_rounds: steps that are started at once when all sequences only decode, so that the host keeps up with a
@@ -50,23 +53,39 @@ class EngineOptions:
     page_size: int = 32
     kv_cache_memory: int | None = None
     kv_cache_dtype: str | None = None
-    prefill_chunk: int = 512
-    step_tokens: int = 512
+    prefill_chunk: int | None = None
+    step_tokens: int | None = None
     prefix_cache: bool = True
     speculative_tokens: int = 0
     decode_rounds: int | None = None
     kernels: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "page_size", "prefill_chunk", "step_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        if self.decode_rounds is not None and self.decode_rounds < 1:
-            raise UsageError(f"decode_rounds: expected 1 or more, found {self.decode_rounds}")
+        for name in ("max_batch", "page_size", "prefill_chunk", "step_tokens", "decode_rounds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: expected 1 or more, found {value}")
         if not 0 <= self.speculative_tokens <= 64:
             raise UsageError(f"speculative_tokens: expected 0 to 64, found {self.speculative_tokens}")
         if self.kernels not in backend_names():
             raise UsageError(f"kernels: expected {', '.join(backend_names())}, found {self.kernels!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How much is done at once on a platform: what the options of these names are when they are None."""
+
+    prefill_chunk: int
+    step_tokens: int
+    decode_rounds: int
+
+    @classmethod
+    def of(cls, options: EngineOptions, platform: str) -> Pace:
+        """As the options say, or as suits the platform."""
+        usual = CPU_CHUNK if platform == "cpu" else ACCELERATOR_CHUNK
+        step_tokens = options.step_tokens or max(usual, options.prefill_chunk or 0)
+        rounds = options.decode_rounds or (1 if platform == "cpu" else DECODE_ROUNDS)
+        return cls(min(options.prefill_chunk or usual, step_tokens), step_tokens, rounds)
 
 
 @dataclasses.dataclass
@@ -124,6 +143,7 @@ class Engine:
         parts = model.partition.degree("batch")
         dtype = kv_dtype(options.kv_cache_dtype or str(model.embed_tokens[...].dtype))
         device = model.partition.mesh.local_devices[0] if model.partition.mesh else jax.local_devices()[0]
+        self.pace = Pace.of(options, device.platform)
         self.shape = cache_shape(
             model.config,
             model.partition,
@@ -134,16 +154,16 @@ class Engine:
             prefix_cache=options.prefix_cache,
             ring_slack=options.speculative_tokens,
         )
+        step_tokens = max(self.pace.step_tokens // parts, 1)
         limits = Limits(
             self.shape.slots,
             self.shape.pages,
             options.page_size,
             self.shape.snapshots,
-            max(options.step_tokens // parts, 1),
-            min(options.prefill_chunk, options.step_tokens),
+            step_tokens,
+            min(self.pace.prefill_chunk, step_tokens),
             options.prefix_cache,
         )
-        self.decode_rounds = options.decode_rounds or (1 if device.platform == "cpu" else DECODE_ROUNDS)
         self._scheduler = Scheduler(limits, parts)
         self._runner = Runner(
             model, self.shape, limits, dtype, options.speculative_tokens, self._eos, options.kernels
@@ -284,7 +304,7 @@ class Engine:
         if not any(plan.decodes or plan.chunks for plan in plans):
             return None
         one = self._must_wait() or any(sequence.part >= 0 for sequence in self._constraints)
-        rounds = 1 if one else self._scheduler.rounds(plans, self.decode_rounds)
+        rounds = 1 if one else self._scheduler.rounds(plans, self.pace.decode_rounds)
         launched = self._runner.launch(plans, self._constraints, rounds)
         self._steps += launched.kind.rounds
         for plan in plans:
@@ -401,7 +421,7 @@ class Engine:
         """Compile every kind of step that requests with plain settings can need; returns how many."""
         from tqdm import tqdm
 
-        kinds = list(self._runner.kinds(self.decode_rounds))
+        kinds = list(self._runner.kinds(self.pace.decode_rounds))
         shown = sys.stderr.isatty() if progress is None else progress
         for kind in tqdm(kinds, desc="Compiling", file=sys.stderr, disable=not shown):
             self._runner.compile(kind)

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.sampling import Adjustments, Means, Penalties, SamplingState
-from gptoss_jax.engine.scheduler import Limits, Plan, Sequence
+from gptoss_jax.engine.scheduler import Limits, Plan, Sequence, bucket, buckets
 from gptoss_jax.engine.step import (
     DeviceState,
     Rows,
@@ -151,7 +151,7 @@ class Runner:
     def _restore(self, plans: list[Plan]) -> None:
         count = max(len(plan.restores) for plan in plans)
         if count:
-            pairs = np.full((2, self.parts, _bucket(count)), self._shape.rings, np.int32)
+            pairs = np.full((2, self.parts, bucket(count)), self._shape.rings, np.int32)
             for part, plan in enumerate(plans):
                 for i, (row, slot) in enumerate(plan.restores):
                     pairs[:, part, i] = row, slot
@@ -183,14 +183,14 @@ class Runner:
         everyone = sequences + [c.sequence for c in chunks]
         choosing = sequences + [c.sequence for c in chunks if c.finishing]
         masked = any(s in constraints for s in choosing)
-        longest = max((c.stop - c.start for c in chunks), default=0)
+        chunk = self._limits.chunk_size(max((c.stop - c.start for c in chunks), default=0))
         decodes = max(len(plan.decodes) for plan in plans)
         prefills = max(len(plan.chunks) for plan in plans)
         return StepKind(
-            decodes=_bucket(decodes, 4, self._shape.slots) if decodes or not prefills else 0,
-            prefills=_bucket(prefills, 4) if prefills else 0,
-            chunk=next(size for size in _chunk_sizes(self._limits.chunk) if size >= longest) if prefills else 1,
-            pages=_bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
+            decodes=bucket(decodes, 4, self._shape.slots) if decodes or not prefills else 0,
+            prefills=bucket(prefills, 4, self._limits.chunks(chunk)) if prefills else 0,
+            chunk=chunk if prefills else 1,
+            pages=bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
             logprobs=any(s.params.logprobs is not None for s in everyone),
             prompt_logprobs=any(c.sequence.params.prompt_logprobs is not None for c in chunks),
@@ -257,7 +257,7 @@ class Runner:
             )
         ]
         biases = [self._biases(sequence) for *_, sequence in at]
-        width = _bucket(max(map(len, biases)), 2, least=BIASES)
+        width = bucket(max(map(len, biases)), 2, least=BIASES)
         shape = (self.parts, rows)
         penalties = np.zeros((3, *shape), np.float32)
         penalties[0] = 1
@@ -310,10 +310,9 @@ class Runner:
 
     def kinds(self, most_rounds: int = 1) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
-        sizes = partial(_buckets, 4)
+        sizes = partial(buckets, 4)
         means: tuple[Means, ...] = ("greedy", "cut")
-        most = -(-self._limits.step_tokens // self._limits.chunk)
-        chunks = list(itertools.product(sizes(1, most), _chunk_sizes(self._limits.chunk)))
+        chunks = [(n, size) for size in self._limits.chunk_sizes for n in sizes(1, self._limits.chunks(size))]
         decodes = sizes(1, self._shape.slots)
         rows = [(count, 0, 1) for count in decodes]
         rows += [(count, *own) for count in (0, *decodes) for own in chunks]
@@ -448,24 +447,3 @@ def _set_counts(state: DeviceState, at: jax.Array, counts_V: jax.Array, in_promp
         counts=state.counts.at[at[0], at[1]].set(counts_V),
         in_prompt=state.in_prompt.at[at[0], at[1]].set(in_prompt_V),
     )
-
-
-def _bucket(n: int, factor: int = 2, most: int | None = None, least: int = 1) -> int:
-    """The smallest of least, least * factor, ... that is at least n; at most `most`."""
-    size = least
-    while size < n:
-        size *= factor
-    return size if most is None else min(size, most)
-
-
-def _chunk_sizes(most: int) -> list[int]:
-    """Of prompts' chunks: few sizes where they are cheap, more where padding would cost."""
-    few = [size for size in (16, 64) if size < most]
-    return few + _buckets(2, 256, most)
-
-
-def _buckets(factor: int, least: int, most: int) -> list[int]:
-    sizes = [min(least, most)]
-    while sizes[-1] < most:
-        sizes.append(min(sizes[-1] * factor, most))
-    return sizes

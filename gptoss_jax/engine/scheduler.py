@@ -36,6 +36,24 @@ class Limits:
     chunk: int
     prefix_cache: bool = True
 
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """What chunks are padded to: few sizes where they are cheap, more where padding would cost."""
+        few = [size for size in (16, 64) if size < self.chunk]
+        return few + buckets(2, 256, self.chunk)
+
+    def chunk_size(self, tokens: int) -> int:
+        """The size of a chunk for so many tokens."""
+        return next(size for size in self.chunk_sizes if size >= tokens)
+
+    def chunks(self, size: int) -> int:
+        """How many chunks of a size a step has at most."""
+        return max(1, self.step_tokens // size)
+
+    def room(self, count: int) -> int:
+        """The largest size of which a step can have so many chunks; 0 for none."""
+        return max((size for size in self.chunk_sizes if self.chunks(size) >= count), default=0)
+
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
@@ -226,7 +244,7 @@ class Scheduler:
             self._plan_decodes(part, plan, draining)
         self._admit(plans)
         for part, plan in zip(self.parts, plans, strict=True):
-            self._plan_chunks(part, plan)
+            self._plan_chunks(part, plan, plans)
             for chunk in plan.chunks:
                 for row, _ in chunk.snapshots:
                     part.prefixes.release_snapshot(row)
@@ -234,7 +252,8 @@ class Scheduler:
 
     def rounds(self, plans: list[Plan], most: int) -> int:
         """How many times in a row these plans can be carried out as they are: `most`, or 1. Holds the pages for it."""
-        if any(plan.chunks or plan.restores for plan in plans):
+        # A first token that is still to be read would come only after all of them.
+        if any(plan.chunks or plan.restores or not all(s.tokens for s in plan.decodes) for plan in plans):
             return 1
         for part, plan in zip(self.parts, plans, strict=True):
             for sequence in plan.decodes:
@@ -281,12 +300,17 @@ class Scheduler:
             self.waiting.popleft()
             part.admit(sequence, plans[part.number])
 
-    def _plan_chunks(self, part: Part, plan: Plan) -> None:
-        budget = self.limits.step_tokens
+    def _plan_chunks(self, part: Part, plan: Plan, plans: list[Plan]) -> None:
         for sequence in sorted(part.running, key=lambda s: s.arrival):
-            if sequence.prefilled or budget <= 0:
+            if sequence.prefilled:
                 continue
-            stop = min(sequence.known_length, sequence.computed + self.limits.chunk)
+            # All chunks of a step are padded to the size of the longest, and all parts to the count of the fullest.
+            count = max(len(plan.chunks) + 1, *(len(p.chunks) for p in plans))
+            longest = max((c.stop - c.start for p in plans for c in p.chunks), default=0)
+            room = self.limits.room(count)
+            if room < longest:
+                break
+            stop = min(sequence.known_length, sequence.computed + room)
             snapshots = []
             for position in sequence.wanted_snapshots:
                 if sequence.computed < position <= stop:
@@ -294,7 +318,22 @@ class Scheduler:
                     if row is not None:
                         snapshots.append((row, position))
             plan.chunks.append(Chunk(sequence, sequence.computed, stop, snapshots))
-            budget -= self.limits.chunk
             part.remember(sequence, stop)
             sequence.computed = stop
             sequence.prefilled = stop == sequence.known_length
+
+
+def bucket(n: int, factor: int = 2, most: int | None = None, least: int = 1) -> int:
+    """The smallest of least, least * factor, ... that is at least n; at most `most`."""
+    size = least
+    while size < n:
+        size *= factor
+    return size if most is None else min(size, most)
+
+
+def buckets(factor: int, least: int, most: int) -> list[int]:
+    """What `bucket` gives for 1 to `most`."""
+    sizes = [min(least, most)]
+    while sizes[-1] < most:
+        sizes.append(min(sizes[-1] * factor, most))
+    return sizes

@@ -1,0 +1,46 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.engine.scheduler import Limits, Scheduler, Sequence
+
+
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=30),
+    st.integers(1, 3),
+    st.sampled_from([(16, 16), (8, 100), (300, 300), (512, 512), (2048, 2048), (512, 2048), (64, 4096)]),
+)
+def test_prompts_are_computed_whole_in_steps_of_bounded_size(
+    lengths: list[int], parts: int, sizes: tuple[int, int]
+) -> None:
+    chunk, step_tokens = sizes
+    limits = Limits(8, 4000, 32, 0, step_tokens, chunk, prefix_cache=False)
+    scheduler = Scheduler(limits, parts)
+    for i, length in enumerate(lengths):
+        scheduler.add(Sequence(str(i), 0, np.zeros(length, np.int32), SamplingParams(), 1, seed=0))
+    done = dict.fromkeys(map(str, range(len(lengths))), 0)
+    while scheduler.waiting or any(part.running for part in scheduler.parts):
+        plans = scheduler.plan()
+        chunks = [chunk for plan in plans for chunk in plan.chunks]
+        size = limits.chunk_size(max(c.stop - c.start for c in chunks))
+        assert max(len(plan.chunks) for plan in plans) * size <= step_tokens
+        for c in chunks:
+            assert c.start == done[c.sequence.request_id] < c.stop
+            done[c.sequence.request_id] = c.stop
+            if c.finishing:
+                scheduler.remove(c.sequence)
+    assert list(done.values()) == lengths
+
+
+def test_short_prompts_share_a_step_and_a_long_one_fills_it() -> None:
+    scheduler = Scheduler(Limits(8, 400, 32, 0, 2048, 2048, prefix_cache=False), 1)
+    for i, length in enumerate([500, 400, 512, 30, 5000]):
+        scheduler.add(Sequence(str(i), 0, np.zeros(length, np.int32), SamplingParams(), 1, seed=0))
+    planned = [[(c.sequence.request_id, c.stop - c.start) for c in scheduler.plan()[0].chunks] for _ in range(4)]
+    assert planned == [
+        [("0", 500), ("1", 400), ("2", 512), ("3", 30)],
+        [("4", 2048)],
+        [("4", 2048)],
+        [("4", 904)],
+    ]
