@@ -188,7 +188,7 @@ class Runner:
         prefills = max(len(plan.chunks) for plan in plans)
         return StepKind(
             decodes=bucket(decodes, 4, self._shape.slots) if decodes or not prefills else 0,
-            prefills=bucket(prefills, 4, self._limits.chunks(chunk)) if prefills else 0,
+            prefills=next(n for n in self._limits.counts(chunk) if n >= prefills) if prefills else 0,
             chunk=chunk if prefills else 1,
             pages=bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
@@ -312,7 +312,7 @@ class Runner:
         """The kinds of step that requests with plain settings can need."""
         sizes = partial(buckets, 4)
         means: tuple[Means, ...] = ("greedy", "cut")
-        chunks = [(n, size) for size in self._limits.chunk_sizes for n in sizes(1, self._limits.chunks(size))]
+        chunks = [(n, size) for size in self._limits.chunk_sizes for n in self._limits.counts(size)]
         decodes = sizes(1, self._shape.slots)
         rows = [(count, 0, 1) for count in decodes]
         rows += [(count, *own) for count in (0, *decodes) for own in chunks]

@@ -14,6 +14,9 @@ import numpy as np
 from gptoss_jax.engine.pages import Prefixes, block_keys
 from gptoss_jax.engine.params import SamplingParams
 
+CHEAP_TOKENS = 512
+"""A step with fewer is bound by the weights that it reads, not by its tokens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -49,6 +52,14 @@ class Limits:
     def chunks(self, size: int) -> int:
         """How many chunks of a size a step has at most."""
         return max(1, self.step_tokens // size)
+
+    def counts(self, size: int) -> list[int]:
+        """What the number of chunks of a size is padded to."""
+        counts = [1]
+        while counts[-1] < self.chunks(size):
+            cheap = 4 * counts[-1] * size <= CHEAP_TOKENS
+            counts.append(min(counts[-1] * (4 if cheap else 2), self.chunks(size)))
+        return counts
 
     def room(self, count: int) -> int:
         """The largest size of which a step can have so many chunks; 0 for none."""
