@@ -9,6 +9,7 @@ What a traced function has picked stays picked in its compiled form: enter these
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
@@ -128,12 +129,29 @@ def dispatch[Result](
     for candidate in backends:
         if where in candidate.platforms:
             try:
-                return candidate.function(*args, interpret=False, **kwargs)
+                return _traced_once(candidate.function, args, kwargs)
             except NotImplementedError as reason:
                 reasons.append(f"{candidate.name}: {reason}")
     if where not in {"cpu", *plain_on}:
         _say_once(op, where, "; ".join(reasons) or "no backend for this platform", args)
     return reference(*args, **kwargs)
+
+
+def _traced_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a backend's function, which alike layers then trace and lower once for all of them: that is slow."""
+    arrays = {name: value for name, value in kwargs.items() if isinstance(value, jax.Array)}
+    static = tuple((name, value) for name, value in kwargs.items() if name not in arrays)
+    return _compiled(function, static, args, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(
+    function: Callable[..., Any],
+    static: tuple[tuple[str, Any], ...],
+    args: tuple[Any, ...],
+    arrays: dict[str, jax.Array],
+) -> Any:
+    return function(*args, interpret=False, **dict(static), **arrays)
 
 
 def _say_once(op: str, where: str, reason: str, args: tuple[Any, ...]) -> None:
