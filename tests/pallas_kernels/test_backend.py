@@ -8,7 +8,6 @@ import pallas_kernels
 from pallas_kernels import backend
 from pallas_kernels.backend import Backend, dispatch
 
-
 PLAIN, PICKY, INTERPRETED = 0, 1, 2
 traced = []
 
