@@ -187,8 +187,8 @@ class Runner:
         decodes = max(len(plan.decodes) for plan in plans)
         prefills = max(len(plan.chunks) for plan in plans)
         return StepKind(
-            decodes=bucket(decodes, 4, self._shape.slots) if decodes or not prefills else 0,
-            prefills=next(n for n in self._limits.counts(chunk) if n >= prefills) if prefills else 0,
+            decodes=_padded(decodes, self._limits.decodes(prefills > 0)) if decodes or not prefills else 0,
+            prefills=_padded(prefills, self._limits.counts(chunk)) if prefills else 0,
             chunk=chunk if prefills else 1,
             pages=bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
@@ -310,13 +310,12 @@ class Runner:
 
     def kinds(self, most_rounds: int = 1) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
-        sizes = partial(buckets, 4)
+        limits = self._limits
         means: tuple[Means, ...] = ("greedy", "cut")
-        chunks = [(n, size) for size in self._limits.chunk_sizes for n in self._limits.counts(size)]
-        decodes = sizes(1, self._shape.slots)
-        rows = [(count, 0, 1) for count in decodes]
-        rows += [(count, *own) for count in (0, *decodes) for own in chunks]
-        for pages, own, sampling in itertools.product(sizes(4, self._most_pages), rows, means):
+        chunks = [(n, size) for size in limits.chunk_sizes for n in limits.counts(size)]
+        rows = [(count, 0, 1) for count in limits.decodes(beside_chunks=False)]
+        rows += [(count, *own) for count in (0, *limits.decodes(beside_chunks=True)) for own in chunks]
+        for pages, own, sampling in itertools.product(buckets(4, 4, self._most_pages), rows, means):
             for rounds in {1, most_rounds} if own[1] == 0 else {1}:
                 yield StepKind(*own, pages, rounds=rounds, sampling=sampling)
 
@@ -367,6 +366,10 @@ def _send(step: Launched) -> None:
 def _text(program: Any, *arguments: Any) -> str:
     compiled = program.lower(*arguments).compile() if hasattr(program, "lower") else program
     return str(compiled.as_text())
+
+
+def _padded(count: int, sizes: list[int]) -> int:
+    return next(size for size in sizes if size >= count)
 
 
 def needs_adjusting(sequence: Sequence) -> bool:

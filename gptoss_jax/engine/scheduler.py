@@ -51,7 +51,7 @@ class Limits:
 
     def chunks(self, size: int) -> int:
         """How many chunks of a size a step has at most."""
-        return max(1, self.step_tokens // size)
+        return max(1, min(self.step_tokens // size, self.slots))
 
     def counts(self, size: int) -> list[int]:
         """What the number of chunks of a size is padded to."""
@@ -60,6 +60,10 @@ class Limits:
             cheap = 4 * counts[-1] * size <= CHEAP_TOKENS
             counts.append(min(counts[-1] * (4 if cheap else 2), self.chunks(size)))
         return counts
+
+    def decodes(self, beside_chunks: bool) -> list[int]:
+        """What the number of decoding sequences is padded to: beside chunks, where they cost little, to few sizes."""
+        return buckets(16, 16, self.slots) if beside_chunks else buckets(4, 1, self.slots)
 
     def room(self, count: int) -> int:
         """The largest size of which a step can have so many chunks; 0 for none."""
