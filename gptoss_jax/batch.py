@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
 
 _PROMPTS = ("prompt", "messages", "prompt_tokens")
 _CONVERSATION = ("tools", "builtin_tools", "reasoning_effort", "model_identity", "current_date", "response_format")
+RESULT = b'{"id": '
+"""What each line of results begins with."""
+
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
     """Run `--batch` into `--output`. Raises UsageError for a bad line before any request runs."""
     lines = _read_requests(options.batch)
+    if options.output.exists() and options.output.samefile(options.batch):
+        raise UsageError(f"--output: {options.output}: expected another file than --batch")
     with _open_output(options.output) as output:
         done = _finished_ids(options.output)
         todo = [line for line in lines if line["id"] not in done]
@@ -77,6 +83,8 @@ def _read_requests(path: Path) -> list[dict[str, Any]]:
         line.setdefault("id", number)
         if not isinstance(line["id"], str | int) or isinstance(line["id"], bool):
             raise UsageError(f"{where}: id: expected a string or an integer, found {type(line['id']).__name__}")
+        if re.search(r"[\ud800-\udfff]", str(line["id"])):
+            raise UsageError(f"{where}: id: expected Unicode text, found {line['id']!r:.60}")
         if line["id"] in seen:
             raise UsageError(f"{where}: id: {line['id']!r} is used in line {seen[line['id']]} already")
         seen[line["id"]] = number
@@ -120,10 +128,12 @@ def _open_output(path: Path) -> Any:
     try:
         file = open(path, "ab+")  # noqa: SIM115
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.seek(0, os.SEEK_END)
-        if file.tell() != whole:
-            file.truncate(whole)
+        *whole, cut = file.read().split(b"\n")
+        if not RESULT.startswith(cut[: len(RESULT)]):
+            raise UsageError(f"--output: {path}: line {len(whole) + 1}: expected a result of --batch")
+        if cut:
+            file.truncate(sum(len(line) + 1 for line in whole))
+            file.seek(0, os.SEEK_END)
         return file
     except OSError as error:
         raise UsageError(f"--output: {path}: {error.strerror}") from None
@@ -133,7 +143,9 @@ def _finished_ids(path: Path) -> set[Any]:
     done = set()
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            done.add(json.loads(text)["id"])
+            line = json.loads(text)
+            done.add(line["id"])
+            line["finish_reason"]
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"--output: {path}: line {number}: expected a result of --batch") from None
     return done

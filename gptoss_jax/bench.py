@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags().parse_args(arguments)
     _check(options)
     if options.plot:
+        if not os.access(options.plot.absolute().parent, os.W_OK):
+            raise UsageError(f"--plot: {options.plot.absolute().parent}: expected a directory that can be written")
         from gptoss_jax.plotting import pyplot
 
         pyplot()
@@ -127,6 +130,11 @@ def _latency(options: argparse.Namespace) -> int:
     # Before the weights take the memory that a large copy needs.
     ceilings = measure_ceilings(options.dtype)
     model = _load(options)
+    longest, room = max(options.prompt_tokens) + options.output_tokens, model.config.max_position_embeddings
+    if longest > room:
+        raise UsageError(
+            f"--prompt-tokens: with {options.output_tokens} new ones {longest} exceed the context of {room}"
+        )
     found = []
     for prompt_tokens in options.prompt_tokens:
         for batch in options.batch:

@@ -228,9 +228,9 @@ class _Running:
         self._output.cached_tokens = max(self._output.cached_tokens, event.cached_tokens)
         self._guesses[event.index] = event.drafted, event.accepted
         self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._guesses, strict=True))
-        deltas, finish = transcript.push(event.token_id), event.finish_reason
-        if transcript.stopped and len(completion.token_ids) >= self._params.min_tokens:
-            finish = "stop"
+        may_stop = len(completion.token_ids) >= self._params.min_tokens
+        deltas = transcript.push(event.token_id, may_stop)
+        finish = "stop" if transcript.stopped else event.finish_reason
         if finish:
             deltas += transcript.finish()
             completion.text = transcript.text

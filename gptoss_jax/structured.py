@@ -3,7 +3,7 @@
 In a chat the form is that of the final channel's text, and the model is free to reason before it. What it is not
 free to do is to answer otherwise: headers are those of harmony's assistant messages, analysis and commentary end with
 `<|end|>` alone, a call needs a recipient and tools to call, and `<|return|>` follows a complete final answer. Only
-`max_tokens` can cut an answer short, or the reasoning before it.
+`max_tokens`, `stop` and `stop_token_ids` can cut an answer short.
 """
 
 from __future__ import annotations

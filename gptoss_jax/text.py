@@ -17,10 +17,14 @@ class StopMatcher:
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
+        self.looking = True
 
     def push(self, text: str) -> str:
-        """More text in, what is certain out; sets `stopped` at the first match, whose text is left out."""
-        if self.stopped or not self._stop:
+        """More text in, what is certain out; sets `stopped` at the first match, whose text is left out.
+
+        Text that comes while `looking` is False is passed on as it is.
+        """
+        if self.stopped or not self._stop or not self.looking:
             return "" if self.stopped else text
         self._held += text
         found = min((at for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
@@ -64,8 +68,9 @@ class RawTranscript:
         self._matcher = StopMatcher(stop)
         self._text: list[str] = []
 
-    def push(self, token: int) -> list[TextDelta]:
-        """What a token adds."""
+    def push(self, token: int, may_stop: bool = True) -> list[TextDelta]:
+        """What a token adds; stop strings are looked for in it if it `may_stop`."""
+        self._matcher.looking = may_stop
         if self._decoder is None or token in self._special:
             return []
         return self._add(self._matcher.push(self._decoder.push(token)))
@@ -98,8 +103,9 @@ class ChatTranscript:
         self._matcher = StopMatcher(stop)
         self._final: list[str] = []
 
-    def push(self, token: int) -> list[TextDelta]:
-        """What a token adds."""
+    def push(self, token: int, may_stop: bool = True) -> list[TextDelta]:
+        """What a token adds; stop strings are looked for in it if it `may_stop`."""
+        self._matcher.looking = may_stop
         return self._take(self._parser.push(token))
 
     def finish(self) -> list[TextDelta]:

@@ -84,6 +84,8 @@ def test_pictures(command, config: Path, tmp_path: Path, subcommand: str) -> Non
         (("latency", "--batch", "0"), "--batch"),
         (("latency", "--output-tokens", "2"), "--output-tokens"),
         (("latency", "--top-p", "2"), "--top-p"),
+        (("latency", "--prompt-tokens", "9,5000"), "--prompt-tokens"),
+        (("latency", "--plot", "/no/such/x.png"), "--plot: /no/such"),
         (("latency", "--kernels", "fast"), "--kernels"),
         (("throughput", "--model", "/no/such.json"), "/no/such.json"),
         (("throughput", "--trace", "/no/such"), "--trace"),

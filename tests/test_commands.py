@@ -135,6 +135,19 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
     assert {line["id"]: line["text"] for line in map(json.loads, results.read_text().splitlines())} == whole
 
 
+@pytest.mark.parametrize("text", ['{"a": "precious line without end"}', '{"id": "a", "prompt": "hi"}\n'])
+def test_what_is_no_file_of_results_is_left_as_it_is(command, tmp_path: Path, text: str) -> None:
+    requests, other = tmp_path / "in.jsonl", tmp_path / "other"
+    requests.write_text('{"id": "a", "prompt": "hi"}')
+    other.write_text(text)
+    for output in (other, requests):
+        before = output.read_text()
+        code, _, err = command(generate.main, "--batch", requests, "--output", output)
+        assert code == 2
+        assert "--output" in err
+        assert output.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -23,6 +23,15 @@ def test_stops_at_the_first_match_however_the_text_is_cut(pieces: list[str], sto
     assert got == seen[:at]
 
 
+def test_stop_strings_are_not_looked_for_where_text_may_not_stop() -> None:
+    matcher = StopMatcher(["b"])
+    matcher.looking = False
+    assert matcher.push("abc") == "abc"
+    matcher.looking = True
+    assert matcher.push("cba") == "c"
+    assert matcher.stopped
+
+
 def test_nothing_is_held_back_without_need() -> None:
     matcher = StopMatcher(["END"])
     assert matcher.push("the E") == "the "

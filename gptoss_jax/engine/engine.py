@@ -422,8 +422,9 @@ class Engine:
         from tqdm import tqdm
 
         kinds = list(self._runner.kinds(self.pace.decode_rounds))
-        shown = sys.stderr.isatty() if progress is None else progress
-        for kind in tqdm(kinds, desc="Compiling", file=sys.stderr, disable=not shown):
+        # Where it is not a terminal, a line now and then.
+        often = 0.1 if sys.stderr.isatty() else 10
+        for kind in tqdm(kinds, "Compiling", file=sys.stderr, mininterval=often, disable=progress is False):
             self._runner.compile(kind)
         return len(kinds)
 

@@ -67,7 +67,8 @@ class SamplingParams:
       top_p: keeps the smallest set of likeliest tokens whose probability reaches it.
       top_k: keeps this many of the likeliest tokens; 0 or -1 for all.
       min_p: keeps tokens at least this likely relative to the likeliest.
-      seed: makes a request's tokens repeatable, whatever else is in the batch; None draws one.
+      seed: makes a request's tokens repeatable, whatever else is in the batch, but for the rounding of logits, which in
+        bfloat16 depends on how many tokens a step has; None draws one.
       stop: strings that end the text, and are left out of it.
       stop_token_ids: tokens that end the request, besides the checkpoint's own.
       ignore_eos: go on past the checkpoint's own stop tokens.

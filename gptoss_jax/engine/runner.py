@@ -302,7 +302,9 @@ class Runner:
         """What runs a kind of step or of its parts; it takes over the state, its second argument."""
         if (run, kind) not in self._programs:
             cuts = dataclasses.replace(kind, sampling="cut")
-            if kind.sampling == "draw" and (run, cuts) in self._programs:
+            # Nearly as fast: beside chunks any choosing is.
+            does = kind.sampling == "draw" or kind.prefills
+            if does and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
             traced = _computed_by(self._kernels, partial(run, of, kind))
             self._programs[run, kind] = jax.jit(traced, donate_argnums=1)
@@ -316,6 +318,8 @@ class Runner:
         rows = [(count, 0, 1) for count in limits.decodes(beside_chunks=False)]
         rows += [(count, *own) for count in (0, *limits.decodes(beside_chunks=True)) for own in chunks]
         for pages, own, sampling in itertools.product(buckets(4, 4, self._most_pages), rows, means):
+            if own[1] and sampling == "greedy":
+                continue
             for rounds in {1, most_rounds} if own[1] == 0 else {1}:
                 yield StepKind(*own, pages, rounds=rounds, sampling=sampling)
 
