@@ -59,6 +59,23 @@ def expected(path: Path, batch: int = 8) -> np.ndarray:
     return compiled(load_model(path, dtype="float32"), batch)[1]
 
 
+@cache
+def allowed(path: Path) -> np.ndarray:
+    """How far from one device's the logits of each token [B, T, 1] may be: 1e-4, or three times as far as one device's
+    move when its weights are rounded once more, which for an ill-conditioned token is more."""
+    rng = np.random.default_rng(5)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return (
+            x * (1 + rng.choice([-1, 0, 1], x.shape).astype(np.float32) * 2.0**-24) if x.dtype == np.float32 else x
+        )
+
+    model = load_model(path, dtype="float32")
+    graph, state = nnx.split(model)
+    moved = compiled(nnx.merge(graph, jax.tree.map(rounded, state)))[1] - expected(path)
+    return np.maximum(1e-4, 3 * np.abs(moved).max(-1, keepdims=True))
+
+
 def compiled(model: GptOss, batch: int = 8):
     graph, state = nnx.split(model)
     step = jax.jit(lambda s, t: nnx.merge(graph, s)(t))
@@ -72,7 +89,7 @@ def compiled(model: GptOss, batch: int = 8):
 def test_every_factorisation_gives_the_same_logits_and_no_more_collectives(mesh: str) -> None:
     model = load_model(P1, mesh, "float32")
     text, logits = compiled(model)
-    np.testing.assert_allclose(logits, expected(P1), rtol=0, atol=1e-4)
+    assert (np.abs(logits - expected(P1)) <= allowed(P1)).all()
     counts = collections.Counter(re.findall(COLLECTIVES, text))
     sizes, layers = parse_mesh(mesh), model.config.num_hidden_layers
     # One reduction a layer for attention's output, one for the experts', and one for the embedding.
@@ -86,7 +103,7 @@ def test_every_factorisation_gives_the_same_logits_and_no_more_collectives(mesh:
 def test_tokens_that_travel_give_the_same_logits(mesh: str) -> None:
     model = load_model(P1, mesh, "float32", rules=BATCH_OVER_EXPERTS)
     text, logits = compiled(model)
-    np.testing.assert_allclose(logits, expected(P1), rtol=0, atol=1e-4)
+    assert (np.abs(logits - expected(P1)) <= allowed(P1)).all()
     counts = collections.Counter(re.findall(COLLECTIVES, text))
     # Rows, their ids, and the results; and the last hidden states for the vocabulary.
     assert counts["all-to-all"] == 3 * model.config.num_hidden_layers
