@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 _PROMPTS = ("prompt", "messages", "prompt_tokens")
 _CONVERSATION = ("tools", "builtin_tools", "reasoning_effort", "model_identity", "current_date", "response_format")
-RESULT = b'{"id": '
-"""What each line of results begins with."""
-
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_RESULT = b'{"id": '
+"""What each line of results begins with."""
 
 
 def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
@@ -129,7 +128,7 @@ def _open_output(path: Path) -> Any:
         file = open(path, "ab+")  # noqa: SIM115
         file.seek(0)
         *whole, cut = file.read().split(b"\n")
-        if not RESULT.startswith(cut[: len(RESULT)]):
+        if not _RESULT.startswith(cut[: len(_RESULT)]):
             raise UsageError(f"--output: {path}: line {len(whole) + 1}: expected a result of --batch")
         if cut:
             file.truncate(sum(len(line) + 1 for line in whole))
@@ -144,8 +143,10 @@ def _finished_ids(path: Path) -> set[Any]:
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             line = json.loads(text)
-            done.add(line["id"])
-            line["finish_reason"]
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"--output: {path}: line {number}: expected a result of --batch") from None
+        except ValueError:
+            line = None
+        known = isinstance(line, dict) and "finish_reason" in line and isinstance(line.get("id"), str | int)
+        if not known:
+            raise UsageError(f"--output: {path}: line {number}: expected a result of --batch")
+        done.add(line["id"])
     return done

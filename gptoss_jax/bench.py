@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,10 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags().parse_args(arguments)
     _check(options)
     if options.plot:
-        if not os.access(options.plot.absolute().parent, os.W_OK):
-            raise UsageError(f"--plot: {options.plot.absolute().parent}: expected a directory that can be written")
-        from gptoss_jax.plotting import pyplot
+        from gptoss_jax.plotting import check_writable, pyplot
 
+        check_writable(options.plot)
         pyplot()
     if options.command == "start":
         return _start(options, arguments)

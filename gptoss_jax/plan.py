@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_jax import cli
 from gptoss_jax.errors import UsageError
+from gptoss_jax.plotting import check_writable
 
 if TYPE_CHECKING:
     from gptoss_jax.planner.plans import Request
@@ -107,8 +107,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UsageError(f"--{name}: expected {least} or more, found {value}")
-    if options.plot and not os.access(options.plot.absolute().parent, os.W_OK):
-        raise UsageError(f"--plot: {options.plot.absolute().parent}: expected a directory that can be written")
+    if options.plot:
+        check_writable(options.plot)
 
 
 def _divided(request: Request, parts: int) -> Request:

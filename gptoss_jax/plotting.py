@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from gptoss_jax.errors import UsageError
+
+
+def check_writable(path: Path) -> None:
+    """Before the work that a picture is of: raises UsageError where the picture could not be written."""
+    directory = path.absolute().parent
+    if not os.access(directory, os.W_OK):
+        raise UsageError(f"--plot: {directory}: expected a directory that can be written")
 
 
 def pyplot() -> Any:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.sampling import Adjustments, Means, Penalties, SamplingState
-from gptoss_jax.engine.scheduler import Limits, Plan, Sequence, bucket, buckets
+from gptoss_jax.engine.scheduler import Limits, Plan, Sequence, buckets
 from gptoss_jax.engine.step import (
     DeviceState,
     Rows,
@@ -77,8 +77,8 @@ class Runner:
         self._last: Launched | None = None
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
-        self._most_pages = min(most_pages, shape.pages)
-        self._tables = np.zeros((self.parts, shape.slots, self._most_pages), np.int32)
+        self._page_counts = buckets(4, 4, min(most_pages, shape.pages))
+        self._tables = np.zeros((self.parts, shape.slots, self._page_counts[-1]), np.int32)
         self._filled = np.zeros((self.parts, shape.slots), np.int64)
         self._settings = _Settings.empty(self.parts, shape.slots)
         self._programs: dict[tuple[Callable[..., Any], StepKind], Callable[..., Any]] = {}
@@ -151,7 +151,7 @@ class Runner:
     def _restore(self, plans: list[Plan]) -> None:
         count = max(len(plan.restores) for plan in plans)
         if count:
-            pairs = np.full((2, self.parts, bucket(count)), self._shape.rings, np.int32)
+            pairs = np.full((2, self.parts, _doubled(count)), self._shape.rings, np.int32)
             for part, plan in enumerate(plans):
                 for i, (row, slot) in enumerate(plan.restores):
                     pairs[:, part, i] = row, slot
@@ -190,7 +190,7 @@ class Runner:
             decodes=_padded(decodes, self._limits.decodes(prefills > 0)) if decodes or not prefills else 0,
             prefills=_padded(prefills, self._limits.counts(chunk)) if prefills else 0,
             chunk=chunk if prefills else 1,
-            pages=bucket(max(len(s.pages) for s in everyone), 4, self._most_pages, least=4),
+            pages=_padded(max(len(s.pages) for s in everyone), self._page_counts),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
             logprobs=any(s.params.logprobs is not None for s in everyone),
             prompt_logprobs=any(c.sequence.params.prompt_logprobs is not None for c in chunks),
@@ -257,7 +257,7 @@ class Runner:
             )
         ]
         biases = [self._biases(sequence) for *_, sequence in at]
-        width = bucket(max(map(len, biases)), 2, least=BIASES)
+        width = _doubled(max(map(len, biases)), BIASES)
         shape = (self.parts, rows)
         penalties = np.zeros((3, *shape), np.float32)
         penalties[0] = 1
@@ -317,7 +317,7 @@ class Runner:
         chunks = [(n, size) for size in limits.chunk_sizes for n in limits.counts(size)]
         rows = [(count, 0, 1) for count in limits.decodes(beside_chunks=False)]
         rows += [(count, *own) for count in (0, *limits.decodes(beside_chunks=True)) for own in chunks]
-        for pages, own, sampling in itertools.product(buckets(4, 4, self._most_pages), rows, means):
+        for pages, own, sampling in itertools.product(self._page_counts, rows, means):
             if own[1] and sampling == "greedy":
                 continue
             for rounds in {1, most_rounds} if own[1] == 0 else {1}:
@@ -370,6 +370,13 @@ def _send(step: Launched) -> None:
 def _text(program: Any, *arguments: Any) -> str:
     compiled = program.lower(*arguments).compile() if hasattr(program, "lower") else program
     return str(compiled.as_text())
+
+
+def _doubled(count: int, least: int = 1) -> int:
+    """The smallest of least, 2 * least, ... that is at least the count."""
+    while least < count:
+        least *= 2
+    return least
 
 
 def _padded(count: int, sizes: list[int]) -> int:

@@ -6,6 +6,7 @@ Each part of the batch (one on a single device) has slots, pages and requests of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import deque
 
@@ -39,7 +40,7 @@ class Limits:
     chunk: int
     prefix_cache: bool = True
 
-    @property
+    @functools.cached_property
     def chunk_sizes(self) -> list[int]:
         """What chunks are padded to: few sizes where they are cheap, more where padding would cost."""
         few = [size for size in (16, 64) if size < self.chunk]
@@ -316,13 +317,13 @@ class Scheduler:
             part.admit(sequence, plans[part.number])
 
     def _plan_chunks(self, part: Part, plan: Plan, plans: list[Plan]) -> None:
+        # All chunks of a step are padded to the size of the longest, and all parts to the count of the fullest.
+        fullest = max(len(p.chunks) for p in plans)
+        longest = max((c.stop - c.start for p in plans for c in p.chunks), default=0)
         for sequence in sorted(part.running, key=lambda s: s.arrival):
             if sequence.prefilled:
                 continue
-            # All chunks of a step are padded to the size of the longest, and all parts to the count of the fullest.
-            count = max(len(plan.chunks) + 1, *(len(p.chunks) for p in plans))
-            longest = max((c.stop - c.start for p in plans for c in p.chunks), default=0)
-            room = self.limits.room(count)
+            room = self.limits.room(max(len(plan.chunks) + 1, fullest))
             if room < longest:
                 break
             stop = min(sequence.known_length, sequence.computed + room)
@@ -333,21 +334,14 @@ class Scheduler:
                     if row is not None:
                         snapshots.append((row, position))
             plan.chunks.append(Chunk(sequence, sequence.computed, stop, snapshots))
+            longest = max(longest, stop - sequence.computed)
             part.remember(sequence, stop)
             sequence.computed = stop
             sequence.prefilled = stop == sequence.known_length
 
 
-def bucket(n: int, factor: int = 2, most: int | None = None, least: int = 1) -> int:
-    """The smallest of least, least * factor, ... that is at least n; at most `most`."""
-    size = least
-    while size < n:
-        size *= factor
-    return size if most is None else min(size, most)
-
-
 def buckets(factor: int, least: int, most: int) -> list[int]:
-    """What `bucket` gives for 1 to `most`."""
+    """Sizes least, least * factor, ... up to `most`, which is the last."""
     sizes = [min(least, most)]
     while sizes[-1] < most:
         sizes.append(min(sizes[-1] * factor, most))
