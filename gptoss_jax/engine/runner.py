@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine.constraints import TokenConstraint
+from gptoss_jax.engine.packing import Packed
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.sampling import Adjustments, Means, Penalties, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence, buckets
@@ -49,7 +50,7 @@ class Launched:
     """
 
     kind: StepKind
-    inputs: StepInputs
+    inputs: Packed[StepInputs]
     adjustments: Adjustments | None
     decodes: list[list[tuple[Sequence, int]]]
     chunks: list[list[tuple[Sequence, int, int, int, bool]]]
@@ -102,7 +103,7 @@ class Runner:
         self._prepare_counts(plans, kind)
         launched = self._last = Launched(
             kind,
-            self._inputs(kind, plans),
+            Packed.of(self._inputs(kind, plans)),
             self._adjustments(kind, plans) if kind.adjusted else None,
             [[(s, s.epoch) for s in plan.decodes] for plan in plans],
             [
@@ -130,11 +131,12 @@ class Runner:
         if step.kind.masked:
             step.rows, self._state = self._pass(step.kind)(*arguments)
         else:
-            step.outputs, self._state = self._step(step.kind)(*arguments, step.adjustments)
+            step.outputs, self._state = self._step(step.kind)(*arguments, _packed(step.adjustments))
 
     def _resume(self, step: Launched) -> None:
         """Start the choosing of a masked step."""
-        step.outputs, self._state = self._choice(step.kind)(step.rows, self._state, step.adjustments)
+        choice = self._choice(step.kind)
+        step.outputs, self._state = choice(step.rows, self._state, _packed(step.adjustments))
         step.rows = None
 
     def _note(self, part: int, sequence: Sequence) -> None:
@@ -327,7 +329,7 @@ class Runner:
         """Compile a kind of step that is not adjusted, without running it."""
         plans = [Plan() for _ in range(self.parts)]
         step: Any = self._step(kind)
-        lowered = step.lower(self._weights, self._state, self._inputs(kind, plans), None)
+        lowered = step.lower(self._weights, self._state, Packed.of(self._inputs(kind, plans)), None)
         self._programs[run_step, kind] = lowered.compile()
 
     @property
@@ -354,9 +356,9 @@ class Runner:
         kind, adjustments = self._last.kind, self._last.adjustments
         arguments = (self._weights, self._state, self._last.inputs)
         if not kind.masked:
-            return _text(self._step(kind), *arguments, adjustments)
+            return _text(self._step(kind), *arguments, _packed(adjustments))
         rows, _ = jax.eval_shape(self._pass(kind), *arguments)
-        choice = _text(self._choice(kind), rows, self._state, adjustments)
+        choice = _text(self._choice(kind), rows, self._state, _packed(adjustments))
         return f"{_text(self._pass(kind), *arguments)}\n{choice}"
 
 
@@ -365,6 +367,10 @@ def _send(step: Launched) -> None:
     step.outputs = replicate(step.outputs)
     for output in jax.tree.leaves(step.outputs):
         output.copy_to_host_async()
+
+
+def _packed(adjustments: Adjustments | None) -> Packed[Adjustments] | None:
+    return Packed.of(adjustments) if adjustments else None
 
 
 def _text(program: Any, *arguments: Any) -> str:
@@ -430,13 +436,13 @@ class _Settings:
         return jax.tree.map(lambda x: x[part, slots], self.state)
 
 
-def _computed_by[**P, T](kernels: str, step: Callable[P, T]) -> Callable[P, T]:
-    """The step, traced with these kernels. Raises UsageError where they do not cover it."""
+def _computed_by[T](kernels: str, step: Callable[..., T]) -> Callable[..., T]:
+    """The step for packed arguments, traced with these kernels. Raises UsageError where they do not cover it."""
 
-    def traced(*args: P.args, **kwargs: P.kwargs) -> T:
+    def traced(*args: Any) -> T:
         with use_backend(kernels):
             try:
-                return step(*args, **kwargs)
+                return step(*(arg.unpack() if isinstance(arg, Packed) else arg for arg in args))
             except NotImplementedError as reason:
                 raise UsageError(f"kernels: {kernels}: {reason}") from None
 
