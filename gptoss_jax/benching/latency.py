@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.benching.ceilings import Ceilings, sampling_seconds
+from gptoss_jax.benching.ceilings import Ceilings
 from gptoss_jax.benching.profile import DeviceTime, traced
+from gptoss_jax.benching.sampling import sampling_seconds
 from gptoss_jax.benching.workload import random_prompt
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.memory import kv_dtype
