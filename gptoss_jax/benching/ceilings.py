@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
     """Of one device: bytes a second of a large copy, read plus written, and operations a second of a matrix product."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 MOST_PARTS = 128
-LISTED = 64
+LISTED = 256
 """The k-th largest logit is looked up among so many of the largest; for a larger k it takes passes over all logits."""
 TRIES = 4
 """Tokens that are drawn at once, to have one that top-p keeps."""
@@ -44,15 +44,25 @@ def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, m
     The same seed, position and logits give the same token in any batch, and by any means that do for the row.
     """
     logits_RPC = _in_parts(logits_RV)
+    if means == "cut":
+        return _cut(logits_RPC, state, positions_R)
     # Apart from what is made of it, which the compiler would else find in passes over all logits of its own.
     largest_RP = lax.optimization_barrier(jnp.max(logits_RPC, axis=-1))
     part_R1 = jnp.argmax(largest_RP, axis=-1, keepdims=True)
     greedy_R = _token(part_R1, jnp.argmax(_take_parts(logits_RPC, part_R1), axis=-1), logits_RPC)[..., 0]
     if means == "greedy":
         return greedy_R
-    drawing = _Drawing(logits_RPC, jnp.max(largest_RP, axis=-1), state, positions_R)
-    drawn_R = drawing.plainly() if means == "draw" else drawing.within_cuts()
+    drawn_R = _Drawing(logits_RPC, jnp.max(largest_RP, axis=-1), state, positions_R).plainly()
     return jnp.where(state.temperature > 0, drawn_R, greedy_R)
+
+
+def _cut(logits_RPC: jax.Array, state: SamplingState, positions_R: jax.Array) -> jax.Array:
+    """Tokens [..., R] of rows that may have top-k and top-p, in few passes over the logits."""
+    # As above.
+    columns_RC = lax.optimization_barrier(jnp.max(logits_RPC, axis=-2))
+    floor_R = jnp.where(state.top_k > 0, _kth_of_few(logits_RPC, columns_RC, state.top_k), -jnp.inf)
+    drawing = _Drawing(logits_RPC, jnp.max(columns_RC, axis=-1), state, positions_R)
+    return jnp.where(state.temperature > 0, drawing.within_cuts(floor_R), drawing.likeliest())
 
 
 def _in_parts(x_RV: jax.Array) -> jax.Array:
@@ -96,15 +106,22 @@ class _Drawing:
         nothing_R = jnp.full(self.largest.shape, -jnp.inf)
         return self._draw(self._mass(), nothing_R, nothing_R, 0, 1)[0][..., 0]
 
-    def within_cuts(self) -> jax.Array:
+    def likeliest(self) -> jax.Array:
+        """Tokens [..., R] of the largest logit: the first, where several have it."""
+        parts, inner = self.logits.shape[-2:]
+        token_PC = jnp.arange(parts * inner, dtype=jnp.int32).reshape(parts, inner)
+        is_largest_RPC = self.logits == self.largest[..., None, None]
+        first_RP = jnp.min(jnp.where(is_largest_RPC, token_PC, parts * inner - 1), axis=-1)
+        return jnp.min(lax.optimization_barrier(first_RP), axis=-1)
+
+    def within_cuts(self, floor_R: jax.Array) -> jax.Array:
         """Tokens [..., R] among those that top-k and then top-p keep.
 
-        These are the tokens of at least some logit. Top-k's is looked up. Top-p's need not be known: a token drawn
-        from more than it keeps is, if it keeps it, drawn from what it keeps. If it does not, nothing of that logit or
-        less is kept, and the next ones are drawn from the rest.
+        These are the tokens of at least some logit. Top-k's is `floor_R`, if k is not too large. Top-p's need not be
+        known: a token drawn from more than it keeps is, if it keeps it, drawn from what it keeps. If it does not,
+        nothing of that logit or less is kept, and the next ones are drawn from the rest.
         """
         top_k_R = self.state.top_k
-        floor_R = jnp.where(top_k_R > 0, _kth_of_few(self.logits, top_k_R), -jnp.inf)
         below_R = jnp.full(self.largest.shape, -jnp.inf)
         # What a row draws that takes the likeliest does not matter.
         greedy_R = self.state.temperature <= 0
@@ -209,9 +226,9 @@ def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, numbers_A: jax.Array, si
     return row(keys_R2, positions_R)
 
 
-def _kth_of_few(logits_RPC: jax.Array, k_R: jax.Array) -> jax.Array:
+def _kth_of_few(logits_RPC: jax.Array, columns_RC: jax.Array, k_R: jax.Array) -> jax.Array:
     """The k-th largest logit, for a k from 1 to LISTED."""
-    few_RL, _ = _top(logits_RPC, min(LISTED, math.prod(logits_RPC.shape[-2:])))
+    few_RL, _ = _top(logits_RPC, columns_RC, min(LISTED, math.prod(logits_RPC.shape[-2:])))
     return jnp.take_along_axis(few_RL, jnp.clip(k_R - 1, 0, few_RL.shape[-1] - 1)[..., None], axis=-1)[..., 0]
 
 
@@ -230,15 +247,15 @@ def _kth_largest(logits_RPC: jax.Array, k_R: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(order_RPC >= least_R[..., None, None], logits_RPC, jnp.inf), axis=(-2, -1))
 
 
-def _top(x_RPC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _top(x_RPC: jax.Array, columns_RC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest [..., R, k] in order, and where in the vocabulary they are.
 
-    They lie in the k columns, places in the parts, that have the largest maxima, and of these in the k groups of
-    parts that have: only maxima and few values are sorted.
+    They lie in the k columns, places in the parts, that have the largest maxima `columns_RC`, and of these in the k
+    groups of parts that have: only maxima and few values are sorted.
     """
     parts, inner = x_RPC.shape[-2:]
     columns, group = min(k, inner), math.gcd(parts, 8)
-    column_Rc = lax.top_k(jnp.max(x_RPC, axis=-2), columns)[1]
+    column_Rc = lax.top_k(columns_RC, columns)[1]
     x_RPc = jnp.take_along_axis(x_RPC, column_Rc[..., None, :], axis=-1)
     x_RgB = jnp.moveaxis(x_RPc.reshape(*x_RPc.shape[:-2], -1, group, columns), -2, -3)
     x_RgB = x_RgB.reshape(*x_RgB.shape[:-2], -1)
@@ -261,7 +278,8 @@ def logprobs_of(logits_RV: jax.Array, tokens_R: jax.Array, top: int) -> tuple[ja
     logprobs_RV = jax.nn.log_softmax(logits_RV, axis=-1)
     here_RV = jnp.arange(logits_RV.shape[-1]) == tokens_R[..., None]
     chosen_R = jnp.sum(jnp.where(here_RV, logprobs_RV, 0), axis=-1)
-    return (chosen_R, *_top(_in_parts(logprobs_RV), top))
+    logprobs_RPC = _in_parts(logprobs_RV)
+    return (chosen_R, *_top(logprobs_RPC, jnp.max(logprobs_RPC, axis=-2), top))
 
 
 @jax.tree_util.register_dataclass
