@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import os
 import secrets
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 from gptoss_jax.engine.constraints import ConstraintMaker, Scope, TokenConstraint
 from gptoss_jax.engine.drafts import Drafter, PromptLookup
 from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
+from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs
 from gptoss_jax.engine.runner import Launched, Runner, needs_adjusting
 from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
@@ -23,11 +26,8 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOss
 from pallas_kernels import backend_names
 
-DECODE_ROUNDS = 4
-"""On an H100 the host needs 2 to 3 ms to start a step and read the one before, and one sequence's step takes 2."""
-
-ACCELERATOR_CHUNK, CPU_CHUNK = 2048, 512
-"""On an H100 a prompt's token takes 32 us in a step of 512, which reads all experts for few, and 20 in a larger one."""
+COMPILERS = 8
+"""Kinds of step that are compiled at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +69,6 @@ class EngineOptions:
             raise UsageError(f"speculative_tokens: expected 0 to 64, found {self.speculative_tokens}")
         if self.kernels not in backend_names():
             raise UsageError(f"kernels: expected {', '.join(backend_names())}, found {self.kernels!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """How much is done at once on a platform: what the options of these names are when they are None."""
-
-    prefill_chunk: int
-    step_tokens: int
-    decode_rounds: int
-
-    @classmethod
-    def of(cls, options: EngineOptions, platform: str) -> Pace:
-        """As the options say, or as suits the platform."""
-        usual = CPU_CHUNK if platform == "cpu" else ACCELERATOR_CHUNK
-        step_tokens = options.step_tokens or max(usual, options.prefill_chunk or 0)
-        rounds = options.decode_rounds or (1 if platform == "cpu" else DECODE_ROUNDS)
-        return cls(min(options.prefill_chunk or usual, step_tokens), step_tokens, rounds)
 
 
 @dataclasses.dataclass
@@ -143,7 +126,7 @@ class Engine:
         parts = model.partition.degree("batch")
         dtype = kv_dtype(options.kv_cache_dtype or str(model.embed_tokens[...].dtype))
         device = model.partition.mesh.local_devices[0] if model.partition.mesh else jax.local_devices()[0]
-        self.pace = Pace.of(options, device.platform)
+        self.pace = Pace.of(device.platform, options.prefill_chunk, options.step_tokens, options.decode_rounds)
         self.shape = cache_shape(
             model.config,
             model.partition,
@@ -166,7 +149,7 @@ class Engine:
         )
         self._scheduler = Scheduler(limits, parts)
         self._runner = Runner(
-            model, self.shape, limits, dtype, options.speculative_tokens, self._eos, options.kernels
+            model, self.shape, limits, self.pace, dtype, options.speculative_tokens, self._eos, options.kernels
         )
         self._drafter = drafter or PromptLookup()
         self._constrain = constrain
@@ -421,11 +404,19 @@ class Engine:
         """Compile every kind of step that requests with plain settings can need; returns how many."""
         from tqdm import tqdm
 
-        kinds = list(self._runner.kinds(self.pace.decode_rounds))
+        kinds = list(self._runner.kinds())
         # Where it is not a terminal, a line now and then.
         often = 0.1 if sys.stderr.isatty() else 10
-        for kind in tqdm(kinds, "Compiling", file=sys.stderr, mininterval=often, disable=progress is False):
-            self._runner.compile(kind)
+        # Several processes compile in one order, since their compilers may wait for each other.
+        workers = min(COMPILERS, os.cpu_count() or 1) if jax.process_count() == 1 else 1
+        with (
+            tqdm(
+                total=len(kinds), desc="Compiling", file=sys.stderr, mininterval=often, disable=progress is False
+            ) as bar,
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            for _ in pool.map(self._runner.compile, kinds):
+                bar.update()
         return len(kinds)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine.constraints import TokenConstraint
+from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.packing import Packed
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.sampling import Adjustments, Means, Penalties, SamplingState
@@ -66,6 +67,7 @@ class Runner:
         model: GptOss,
         shape: CacheShape,
         limits: Limits,
+        pace: Pace,
         dtype: DTypeLike,
         drafts: int,
         eos: frozenset[int],
@@ -74,11 +76,11 @@ class Runner:
         self._config, self._partition = model.config, model.partition
         self._structure, self._weights = Structure.of(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
-        self._kernels = kernels
+        self._kernels, self._rounds = kernels, pace.decode_rounds
         self._last: Launched | None = None
         self.parts = model.partition.degree("batch")
-        most_pages = -(-model.config.max_position_embeddings // shape.page_size) + 1
-        self._page_counts = buckets(4, 4, min(most_pages, shape.pages))
+        most_pages = -(-model.config.max_position_embeddings // shape.page_size)
+        self._page_counts = buckets(pace.pages_factor, pace.least_pages, min(most_pages, shape.pages))
         self._tables = np.zeros((self.parts, shape.slots, self._page_counts[-1]), np.int32)
         self._filled = np.zeros((self.parts, shape.slots), np.int64)
         self._settings = _Settings.empty(self.parts, shape.slots)
@@ -188,9 +190,10 @@ class Runner:
         chunk = self._limits.chunk_size(max((c.stop - c.start for c in chunks), default=0))
         decodes = max(len(plan.decodes) for plan in plans)
         prefills = max(len(plan.chunks) for plan in plans)
+        prefills = _padded(prefills, self._limits.counts(chunk)) if prefills else 0
         return StepKind(
-            decodes=_padded(decodes, self._limits.decodes(prefills > 0)) if decodes or not prefills else 0,
-            prefills=_padded(prefills, self._limits.counts(chunk)) if prefills else 0,
+            decodes=0 if prefills == 1 and not decodes else _padded(decodes, self._limits.decodes(prefills > 0)),
+            prefills=prefills,
             chunk=chunk if prefills else 1,
             pages=_padded(max(len(s.pages) for s in everyone), self._page_counts),
             drafts=self._drafts if any(s.drafts for s in sequences) else 0,
@@ -304,26 +307,27 @@ class Runner:
         """What runs a kind of step or of its parts; it takes over the state, its second argument."""
         if (run, kind) not in self._programs:
             cuts = dataclasses.replace(kind, sampling="cut")
-            # Nearly as fast: beside chunks any choosing is.
-            does = kind.sampling == "draw" or kind.prefills
+            # Nearly as fast: any choosing is, beside chunks or in a step that is rare.
+            does = kind.sampling == "draw" or kind.prefills or kind.rounds < self._rounds
             if does and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
             traced = _computed_by(self._kernels, partial(run, of, kind))
             self._programs[run, kind] = jax.jit(traced, donate_argnums=1)
         return self._programs[run, kind]
 
-    def kinds(self, most_rounds: int = 1) -> Iterator[StepKind]:
+    def kinds(self) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
         limits = self._limits
-        means: tuple[Means, ...] = ("greedy", "cut")
+        beside = limits.decodes(beside_chunks=True)
         chunks = [(n, size) for size in limits.chunk_sizes for n in limits.counts(size)]
-        rows = [(count, 0, 1) for count in limits.decodes(beside_chunks=False)]
-        rows += [(count, *own) for count in (0, *limits.decodes(beside_chunks=True)) for own in chunks]
-        for pages, own, sampling in itertools.product(self._page_counts, rows, means):
-            if own[1] and sampling == "greedy":
-                continue
-            for rounds in {1, most_rounds} if own[1] == 0 else {1}:
-                yield StepKind(*own, pages, rounds=rounds, sampling=sampling)
+        # Few sequences that decode, or none, cost little beside several chunks.
+        mixed = [(count, *own) for own in chunks for count in ([0, *beside] if own[0] == 1 else beside)]
+        ways: set[tuple[int, Means]] = {(self._rounds, "greedy"), (self._rounds, "cut"), (1, "cut")}
+        for pages in self._page_counts:
+            for count, (rounds, sampling) in itertools.product(limits.decodes(beside_chunks=False), sorted(ways)):
+                yield StepKind(count, 0, 1, pages, rounds=rounds, sampling=sampling)
+            for own in mixed:
+                yield StepKind(*own, pages, sampling="cut")
 
     def compile(self, kind: StepKind) -> None:
         """Compile a kind of step that is not adjusted, without running it."""

@@ -281,8 +281,9 @@ def _kernel(
     else:
         first, last = 0, jnp.minimum(jnp.max(position_R), keys - 1) // config.keys + 1
     if config.splits > 1:
-        share = pl.cdiv(pl.cdiv(keys, config.keys), config.splits)
-        first, last = jnp.maximum(first, split * share), jnp.minimum(last, (split + 1) * share)
+        # Of what is there: tables may be much longer than their sequences.
+        share = pl.cdiv(last - first, config.splits)
+        first, last = first + split * share, jnp.minimum(last, first + (split + 1) * share)
 
     def attend(block: jax.Array, seen_RN: jax.Array, state: State) -> State:
         largest_R, denominator_R, sum_RD = state
