@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.benching.ceilings import median_seconds
-from gptoss_jax.engine.sampling import Adjustments, Means, Penalties, SamplingState, adjust, sample
+from gptoss_jax.engine.adjusting import Adjustments, Penalties, adjust
+from gptoss_jax.engine.sampling import Means, SamplingState, sample
 
 BIASES = 64
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from gptoss_jax.engine.adjusting import Adjustments, Penalties
 from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.packing import Packed
 from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.engine.sampling import Adjustments, Means, Penalties, SamplingState
+from gptoss_jax.engine.sampling import Means, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence, buckets
 from gptoss_jax.engine.step import (
     DeviceState,

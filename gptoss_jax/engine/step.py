@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from gptoss_jax.engine.sampling import Adjustments, Means, SamplingState, adjust, logprobs_of, sample
+from gptoss_jax.engine.adjusting import Adjustments, adjust
+from gptoss_jax.engine.sampling import Means, SamplingState, logprobs_of, sample
 from gptoss_jax.kv_cache import KVCache, Segments, StepCache
 from gptoss_jax.model import GptOss
 from sharding import Partition, constrain, on_shards
