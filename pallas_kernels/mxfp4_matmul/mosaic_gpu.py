@@ -34,23 +34,26 @@ from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, unp
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
 from pallas_kernels.mxfp4_matmul.tiles import Tiles, tiles_by_expert
 
-LEAST_SHARE = 64
-"""Rows an expert, on average, from which this is faster than the other GPU kernels."""
+LEAST_SHARE = 48
+"""Rows an expert, on average, from which this is faster than the Triton kernels."""
 
 TILE_ROWS = 128
 """Activation rows of a tile."""
 
 MULTIPLIED_ROWS = (64, 128)
-"""Activation rows that are multiplied of a tile that has as many or fewer."""
+"""Activation rows of a tile that are multiplied: the first of these that all of its rows fit in."""
 
 WARPGROUPS = 3
-"""Warpgroups that multiply, each 64 weight rows."""
+"""Warpgroups that multiply, each 64 weight rows: the released 2880 outputs are whole tiles of 192 or of 96."""
+
+FETCHING_REGISTERS, MULTIPLYING_REGISTERS = 24, 160
+"""Registers of a thread; those of a thread of each of the four warpgroups are at most 512."""
 
 STAGES = {1: 3, 2: 4}
 """Blocks in the ring of shared memory, by parts."""
 
 ROUND = 3
-"""Blocks that are multiplied without a wait for all of them."""
+"""Blocks that are multiplied without a wait for all of them; registers are spilled with more."""
 
 STORED_ROWS = {1: 64, 2: 128}
 """Activation rows that a warpgroup stages in shared memory at once on their way out, by parts."""
@@ -59,14 +62,11 @@ VALUE_BITS = 0x81C081C0
 """Sign, the low two exponent bits and the top mantissa bit of two bfloat16."""
 
 NIBBLES = tuple((8 * (j // 2), 0x000F000F << 4 * (j % 2), (1 << 6 | 1 << 12) >> 4 * (j % 2)) for j in range(4))
-"""Of nibble j of two words, a shift to the right, a mask, and a multiplier that moves its magnitude and its sign to
-VALUE_BITS at once, as the two copies of the nibble that it adds are apart."""
+"""Of nibble j of two words, a shift to the right, a mask, and a multiplier: it adds two copies of the nibble, which do
+not overlap and put its magnitude and its sign at VALUE_BITS."""
 
 INTERPRETED_PROGRAMS = 2
 """Programs of a kernel that is interpreted, where a GPU has one on each multiprocessor."""
-
-FETCHING_REGISTERS, MULTIPLYING_REGISTERS = 24, 160
-"""Registers of a thread; a multiprocessor has 512 for every four that the four warpgroups' threads make."""
 
 FULL = plgpu.Layout.WGMMA
 HALF = plgpu.Layout.TILED(
@@ -97,22 +97,18 @@ def expert_mlp(
         raise NotImplementedError(f"tokens of {x_TD.dtype}")
     num_tokens, k = expert_ids_Tk.shape
     num_experts = gate_up_EFD.shape[0]
-    rows = num_tokens * k
-    if not interpret and rows < LEAST_SHARE * num_experts:
-        raise NotImplementedError(f"{rows} rows over {num_experts} experts")
+    if not interpret and num_tokens * k < LEAST_SHARE * num_experts:
+        raise NotImplementedError(f"{num_tokens * k} rows over {num_experts} experts")
     programs = INTERPRETED_PROGRAMS if interpret else multiprocessors()
 
-    tiles = tiles_by_expert(expert_ids_Tk.reshape(rows), num_experts, TILE_ROWS)
+    tiles = tiles_by_expert(expert_ids_Tk.reshape(num_tokens * k), num_experts, TILE_ROWS)
     row_S = rows_of_slots(tiles)
     x_SD = x_TD.at[row_S // k].get(mode="clip")
-    run = functools.partial(_matmul, tiles, programs=programs, interpret=interpret)
-    hidden_SI = run(x_SD, gate_up_EFD, gate_up_bias_EF, swiglu_limit)
-    out_SD = run(hidden_SI, down_EDI, down_bias_ED, None)
-    slot_S = jnp.arange(row_S.shape[0], dtype=jnp.int32)
-    slot_R = jnp.zeros(rows, jnp.int32).at[row_S].set(slot_S, mode="drop", unique_indices=True)
-    out_TkD = out_SD[slot_R].reshape(num_tokens, k, -1) * expert_weights_Tk.astype(jnp.float32)[..., None]
-    here_Tk1 = (expert_ids_Tk < num_experts)[..., None]
-    out_TD = jnp.sum(jnp.where(here_Tk1, out_TkD, 0), axis=1)
+    matmul = functools.partial(_matmul, tiles, programs=programs, interpret=interpret)
+    hidden_SI = matmul(x_SD, gate_up_EFD, gate_up_bias_EF, swiglu_limit)
+    out_SD = matmul(hidden_SI, down_EDI, down_bias_ED, None)
+    weights_Tk = expert_weights_Tk.astype(jnp.float32)
+    out_TD = _sum_of_choices(out_SD, row_S, weights_Tk, expert_ids_Tk < num_experts)
     return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
 
 
@@ -137,6 +133,15 @@ def rows_of_slots(tiles: Tiles) -> jax.Array:
     here_S = (within < tiles.count_M[:, None]).reshape(-1)
     slot_S = jnp.arange(at_S.shape[0], dtype=jnp.int32)
     return jnp.where(here_S, tiles.rows_R[jnp.minimum(at_S, rows - 1)], rows + slot_S)
+
+
+def _sum_of_choices(out_SD: jax.Array, row_S: jax.Array, weights_Tk: jax.Array, here_Tk: jax.Array) -> jax.Array:
+    """Each token's rows of the result, weighted and summed: [T, D]."""
+    num_tokens, k = weights_Tk.shape
+    slot_S = jnp.arange(row_S.shape[0], dtype=jnp.int32)
+    slot_R = jnp.zeros(num_tokens * k, jnp.int32).at[row_S].set(slot_S, mode="drop", unique_indices=True)
+    out_TkD = out_SD[slot_R].reshape(num_tokens, k, -1) * weights_Tk[..., None]
+    return jnp.sum(jnp.where(here_Tk[..., None], out_TkD, 0), axis=1)
 
 
 def tile_outputs(parts: int) -> int:
@@ -196,21 +201,22 @@ def _scratch(parts: int, out_dtype: Any, interpret: bool) -> dict[str, Any]:
 
     def swizzled(row_bytes: int, itemsize: int) -> tuple[Any, ...]:
         """Rows are spread over the banks."""
-        return plgpu.TilingTransform((8, row_bytes // itemsize)), plgpu.SwizzleTransform(row_bytes)
+        tiling = plgpu.TilingTransform((8, row_bytes // itemsize))  # type: ignore[abstract]
+        return tiling, plgpu.SwizzleTransform(row_bytes)  # type: ignore[abstract]
 
     stages, outputs = STAGES[parts], tile_outputs(parts)
     stored = (WARPGROUPS, STORED_ROWS[parts], 64 // parts)
     stored_bytes = min(128, 64 // parts * out_dtype.itemsize)
     scratch = {
-        "x_smem": plgpu.SMEM((stages, TILE_ROWS, BLOCK), jnp.bfloat16, transforms=swizzled(128, 2)),
-        "words_smem": plgpu.SMEM((stages, parts, outputs, WORDS), jnp.int16, transforms=swizzled(2 * WORDS, 2)),
-        "scales_smem": plgpu.SMEM((stages, parts, outputs), jnp.int32),
+        "x": plgpu.SMEM((stages, TILE_ROWS, BLOCK), jnp.bfloat16, transforms=swizzled(128, 2)),
+        "words": plgpu.SMEM((stages, parts, outputs, WORDS), jnp.int16, transforms=swizzled(2 * WORDS, 2)),
+        "scales": plgpu.SMEM((stages, parts, outputs), jnp.int32),
         "out_smem": plgpu.SMEM(stored, out_dtype, transforms=swizzled(stored_bytes, out_dtype.itemsize)),
         "filled": plgpu.Barrier(num_arrivals=1 + 2 * parts, num_barriers=stages),
         "freed": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     }
     if interpret:
-        scratch["unpacked_smem"] = plgpu.SMEM((WARPGROUPS, 64, 64), jnp.bfloat16)
+        scratch["unpacked"] = plgpu.SMEM((WARPGROUPS, 64, 64), jnp.bfloat16)
     return scratch
 
 
@@ -259,19 +265,14 @@ def _kernel(
     bias_ref: Any,
     out_ref: Any,
     *,
-    x_smem: Any,
-    words_smem: Any,
-    scales_smem: Any,
     out_smem: Any,
-    filled: Any,
-    freed: Any,
-    unpacked_smem: Any = None,
     contracting: int,
     swiglu_limit: float | None,
     interpret: bool,
+    **ring_of_blocks: Any,
 ) -> None:
     """`tiles_ref` [1] is how many tiles have rows; they come first."""
-    ring = _Ring(x_smem, words_smem, scales_smem, filled, freed, unpacked_smem)
+    ring = _Ring(**ring_of_blocks)
     warpgroup = lax.axis_index("warpgroup")
     program, programs = lax.axis_index("program"), lax.axis_size("program")
     outputs = tile_outputs(ring.parts)
@@ -394,7 +395,9 @@ def _contract(ring: _Ring, number: jax.Array, contracting: int, interpret: bool,
     rounds = (blocks - 1) // ROUND
     packed = load(0)
     if rounds:
-        packed = lax.fori_loop(0, rounds, lambda r, packed: multiply_blocks(r * ROUND, ROUND, packed, True), packed)
+        packed = lax.fori_loop(
+            0, rounds, lambda r, packed: multiply_blocks(r * ROUND, ROUND, packed, True), packed
+        )
     multiply_blocks(rounds * ROUND, blocks - rounds * ROUND, packed, False)
     return acc_ref[...]
 
@@ -457,9 +460,7 @@ def _unpack(words: list[jax.Array], scales: list[jax.Array], half: int) -> jax.A
     parts = len(words)
     layouts = [_layout(parts)] * parts, [_layout(parts).reduce(1)] * parts
 
-    @plgpu.inline_mgpu(
-        arg_types=layouts, return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.bfloat16, layout=FULL)
-    )
+    @plgpu.inline_mgpu(arg_types=layouts, return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.bfloat16, layout=FULL))
     def build(_: Any, words: Any, scales: Any) -> Any:
         shape = mgpu.WGMMA_LAYOUT.registers_shape((64, 64))
         pairs = ir.VectorType.get((2,), ir.BF16Type.get())
@@ -483,7 +484,9 @@ def _unpack_plain(words: list[jax.Array], scales: list[jax.Array], half: int) ->
     """`_unpack` for the interpreter."""
     columns = []
     for j in (2 * half, 2 * half + 1):
-        parts = [unpack(own, (scale >> (8 * j) & 255)[:, None], j) for own, scale in zip(words, scales, strict=True)]
+        parts = [
+            unpack(own, (scale >> (8 * j) & 255)[:, None], j) for own, scale in zip(words, scales, strict=True)
+        ]
         columns.append(jnp.stack([part.reshape(4, -1, WORDS) for part in parts], axis=1).reshape(64, WORDS))
     return jnp.concatenate(columns, axis=1).astype(jnp.bfloat16)
 
@@ -497,9 +500,7 @@ def _asm(code: str, *args: ir.Value) -> ir.Value:
 def _factor(scales: ir.Value, j: int) -> ir.Value:
     """2^(scale - 1) in both halves, bfloat16, of byte j of the scales; see `gpu_layout.group_factor`."""
     selector = f"{0x4040 + 0x0101 * j:#x}"
-    return _asm(
-        "{ .reg .b32 a; prmt.b32 a, $1, 0, " + selector + "; mad.lo.u32 $0, a, 128, 0x3F003F00; }", scales
-    )
+    return _asm("{ .reg .b32 a; prmt.b32 a, $1, 0, " + selector + "; mad.lo.u32 $0, a, 128, 0x3F003F00; }", scales)
 
 
 def _nibble(words: ir.Value, factor: ir.Value, j: int) -> ir.Value:
