@@ -43,6 +43,9 @@ TILE_ROWS = 128
 MULTIPLIED_ROWS = (64, 128)
 """Activation rows of a tile that are multiplied: the first of these that all of its rows fit in."""
 
+COPIED = 64
+"""The activations' columns are a multiple of this: a copy fills rows of 128 bytes in shared memory."""
+
 WARPGROUPS = 3
 """Warpgroups that multiply, each 64 weight rows: the released 2880 outputs are whole tiles of 192 or of 96."""
 
@@ -103,7 +106,7 @@ def expert_mlp(
 
     tiles = tiles_by_expert(expert_ids_Tk.reshape(num_tokens * k), num_experts, TILE_ROWS)
     row_S = rows_of_slots(tiles)
-    x_SD = x_TD.at[row_S // k].get(mode="clip")
+    x_SD = jnp.pad(x_TD, ((0, 0), (0, -x_TD.shape[1] % COPIED))).at[row_S // k].get(mode="clip")
     matmul = functools.partial(_matmul, tiles, programs=programs, interpret=interpret)
     hidden_SI = matmul(x_SD, gate_up_EFD, gate_up_bias_EF, swiglu_limit)
     out_SD = matmul(hidden_SI, down_EDI, down_bias_ED, None)
@@ -161,13 +164,15 @@ def _matmul(
 ) -> jax.Array:
     """Each slot times its tile's expert, plus the bias: [S, N]; slots of no row hold anything.
 
-    With two parts the clamped SwiGLU follows, and the result is bfloat16; with one it is float32.
+    With two parts the clamped SwiGLU follows, and the result is bfloat16, with zeros up to whole units of COPIED;
+    with one it is float32.
     """
     num_experts, parts, _, outputs, _ = experts.words.shape
-    steps = pl.cdiv(outputs, tile_outputs(parts))
+    padded = outputs + -outputs % COPIED if parts == 2 else outputs
     bias_EPN = bias_EF.astype(jnp.float32).reshape(num_experts, outputs, parts).transpose(0, 2, 1)
-    bias_EPN = jnp.pad(bias_EPN, ((0, 0), (0, 0), (0, steps * tile_outputs(parts) - outputs)))
-    out_type = jax.ShapeDtypeStruct((x_SK.shape[0], outputs), jnp.bfloat16 if parts == 2 else jnp.float32)
+    covered = pl.cdiv(padded, tile_outputs(parts)) * tile_outputs(parts)
+    bias_EPN = jnp.pad(bias_EPN, ((0, 0), (0, 0), (0, covered - outputs)))
+    out_type = jax.ShapeDtypeStruct((x_SK.shape[0], padded), jnp.bfloat16 if parts == 2 else jnp.float32)
     body = functools.partial(
         _kernel, contracting=experts.contracting, swiglu_limit=swiglu_limit, interpret=bool(interpret)
     )

@@ -344,6 +344,7 @@ def test_only_hopper_gpus_run_the_hopper_kernel(kind: str, cores: int | None) ->
         mosaic_gpu.multiprocessors()
 
 
+@settings(max_examples=8)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=300))
 def test_slots_of_tiles_hold_each_row_once(ids: list[int]) -> None:
     ids_R = jnp.asarray(ids, jnp.int32)
