@@ -96,6 +96,8 @@ def expert_cases() -> Iterator[Row]:
 
         counts = (1, 2, 64, 256, 1024, 8192) if experts == 32 else (1, 8, 256, 2048)
         routings = [(count, "uniform") for count in counts] + [(1, "absent"), (64, "absent"), (300, "one")]
+        # Enough rows an expert for the kernels for many.
+        routings += [(2048, "absent"), (64 * experts + 1, "one")]
         for count, routing in routings:
             draw = jax.random.uniform(jax.random.key(count), (count, experts))
             ids = lax.top_k(draw, 4)[1]

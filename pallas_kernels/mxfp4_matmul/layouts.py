@@ -35,7 +35,10 @@ class Layout:
 
 LAYOUTS = (
     Layout(
-        frozenset({"triton", "triton_vector"}), frozenset({"cuda"}), gpu_layout.prepare, gpu_layout.LARGEST_SCALE
+        frozenset({"triton", "triton_vector", "mosaic_gpu"}),
+        frozenset({"cuda"}),
+        gpu_layout.prepare,
+        gpu_layout.LARGEST_SCALE,
     ),
     Layout(frozenset({"mosaic_tpu"}), frozenset({"tpu"}), tpu_layout.prepare, tpu_layout.LARGEST_SCALE),
 )

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 HIDDEN, HEADS, KV_HEADS, WIDTH = 2880, 64, 8, 64
 
 
+KERNELS = ('custom_call_target="__gpu$xla.gpu.triton"', 'custom_call_target="mosaic_gpu_v2"')
 CARDS = ["h100", *(pytest.param(card, marks=pytest.mark.slow) for card in ("a100", "l40", "b200"))]
 
 
@@ -40,11 +41,17 @@ def card(request: pytest.FixtureRequest) -> Iterator[Mesh]:
         yield mesh
 
 
-def kernels_in(function: Callable[..., Any], mesh: Mesh, *shapes: Any) -> int:
-    """How many Triton kernels the program compiled for the target has."""
+def compiled(function: Callable[..., Any], mesh: Mesh, *shapes: Any) -> str:
+    """The program compiled for the target."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    return jax.jit(function).lower(*shapes).compile().as_text().count("__gpu$xla.gpu.triton")
+    return jax.jit(function).lower(*shapes).compile().as_text() or ""
+
+
+def kernels_in(function: Callable[..., Any], mesh: Mesh, *shapes: Any) -> int:
+    """How many Pallas kernels the program compiled for the target has."""
+    text = compiled(function, mesh, *shapes)
+    return sum(text.count(name) for name in KERNELS)
 
 
 def bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
@@ -69,6 +76,22 @@ def test_experts(card: Mesh, count: int, tokens: int) -> None:
     assert (
         kernels_in(partial(expert_mlp, swiglu_limit=7.0), card, bfloat16(tokens, HIDDEN), *routing, *weights) >= 2
     )
+
+
+@pytest.mark.parametrize(("tokens", "inner", "many"), [(8192, 2880, True), (2048, 1440, True), (256, 2880, False)])
+def test_many_rows_an_expert_run_the_hopper_kernel(card: Mesh, tokens: int, inner: int, many: bool) -> None:
+    """On a Hopper GPU alone, also with the half of the intermediate dimension that one of two devices holds."""
+
+    def packed(parts: int, rows: int, contracting: int) -> GpuExperts:
+        shape = (32, parts, -(-contracting // BLOCK), rows)
+        words = jax.ShapeDtypeStruct((*shape, WORDS), jnp.uint16)
+        return GpuExperts(words, jax.ShapeDtypeStruct(shape, jnp.uint32), contracting)  # type: ignore[arg-type]
+
+    weights = (packed(2, inner, HIDDEN), bfloat16(32, 2 * inner), packed(1, HIDDEN, inner), bfloat16(32, HIDDEN))
+    routing = int32(tokens, 4), jax.ShapeDtypeStruct((tokens, 4), jnp.float32)
+    text = compiled(partial(expert_mlp, swiglu_limit=7.0), card, bfloat16(tokens, HIDDEN), *routing, *weights)
+    hopper = "H100" in card.devices.flat[0].device_kind
+    assert text.count(KERNELS[1]) == (2 if hopper and many else 0)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as gpu_interpreter
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
-from pallas_kernels.mxfp4_matmul import expert_mlp, gpu_layout, mosaic_tpu, tiles, tpu_layout, triton
+from pallas_kernels.mxfp4_matmul import expert_mlp, gpu_layout, mosaic_gpu, mosaic_tpu, tiles, tpu_layout, triton
 from pallas_kernels.mxfp4_matmul.reference import tiling
 from pallas_kernels.tpu import Chip
 
@@ -247,7 +249,7 @@ def test_tpu_kernels_race_with_nothing(tokens: int, cores: int) -> None:
     assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton_vector", "mosaic_tpu"])
+@pytest.mark.parametrize("backend", ["triton", "triton_vector", "mosaic_gpu", "mosaic_tpu"])
 @pytest.mark.parametrize(
     ("tokens", "experts", "k", "hidden", "inner"), [(1, 5, 4, 96, 32), (2, 6, 3, 576, 64), (1, 3, 1, 64, 1952)]
 )
@@ -277,6 +279,84 @@ def test_kernels_with_all_tokens_on_one_expert_or_on_none(backend: str, ids: int
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("ids", "hidden", "inner"),
+    [
+        # A full tile, one of more than half and one of less; outputs of several steps, and of one that is not full.
+        ([0] * 130 + [2] * 70, 64, 224),
+        # Contracting sizes that end a round of blocks, or begin one, with a half block or a whole one.
+        ([1, 2], 3 * 128 + 64, 4 * 128),
+        ([3, 3], 64, 64),
+    ],
+)
+def test_the_hopper_kernel_races_with_nothing(ids: list[int], hidden: int, inner: int) -> None:
+    """On the GPU interpreter, whose unwritten memory is NaN and whose barriers must all be waited for."""
+    arguments = case(0, len(ids), 3, 1, hidden, inner)
+    arguments["x_TD"] = arguments["x_TD"].astype(jnp.bfloat16)
+    arguments["expert_ids_Tk"] = jnp.asarray(ids, jnp.int32)[:, None]
+    got = mosaic_gpu.expert_mlp(
+        **prepared(arguments, "mosaic_gpu"),
+        swiglu_limit=LIMIT,
+        residual_TD=None,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    assert not gpu_interpreter.get_races().races_found
+    want = expected(arguments)
+    if set(ids) == {3}:
+        assert not np.any(np.asarray(got, np.float32))
+    else:
+        plain = expert_mlp(**arguments, swiglu_limit=LIMIT, backend="reference")
+        assert relative_error(got, want) < 1.1 * relative_error(plain, want)
+
+
+def test_the_hopper_kernel_s_bits_are_those_of_the_layout() -> None:
+    words = np.arange(1 << 16, dtype=np.uint32)
+    two = words | words[::-1] << 16
+    for j, (shift, mask, multiplier) in enumerate(mosaic_gpu.NIBBLES):
+        bits = (two >> shift & mask) * np.uint32(multiplier) & mosaic_gpu.VALUE_BITS
+        for half, own in ((bits & 0xFFFF, words), (bits >> 16, words[::-1])):
+            nibble = own >> 4 * j & 15
+            np.testing.assert_array_equal(half, (nibble & 7) << 6 | (nibble >> 3) << 15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cores"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132),
+        ("NVIDIA H100 PCIe", 114),
+        ("NVIDIA GH200 480GB", 132),
+        ("NVIDIA H200", 132),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("NVIDIA L40S", None),
+        ("NVIDIA B200", None),
+        ("NVIDIA GB200", None),
+    ],
+)
+def test_only_hopper_gpus_run_the_hopper_kernel(kind: str, cores: int | None) -> None:
+    device = AbstractDevice(device_kind=kind, num_cores=cores or 148, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        if cores:
+            assert mosaic_gpu.multiprocessors() == cores
+        else:
+            with pytest.raises(NotImplementedError, match="Hopper"):
+                mosaic_gpu.multiprocessors()
+    with pytest.raises(NotImplementedError, match="Hopper"):
+        mosaic_gpu.multiprocessors()
+
+
+@settings(max_examples=8)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=300))
+def test_slots_of_tiles_hold_each_row_once(ids: list[int]) -> None:
+    ids_R = jnp.asarray(ids, jnp.int32)
+    cut = tiles.tiles_by_expert(ids_R, 5, mosaic_gpu.TILE_ROWS)
+    row_S = np.asarray(mosaic_gpu.rows_of_slots(cut))
+    assert len(set(row_S.tolist())) == len(row_S)
+    held = row_S < len(ids)
+    assert sorted(row_S[held]) == [row for row, expert in enumerate(ids) if expert < 5]
+    expert_S = np.repeat(np.asarray(cut.expert_M), mosaic_gpu.TILE_ROWS)
+    np.testing.assert_array_equal(expert_S[held], np.asarray(ids)[row_S[held]])
+
+
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.sampled_from([1, 4, 16]))
 def test_tiles_by_expert_hold_each_row_once(ids: list[int], tile_rows: int) -> None:
     num_experts = 5
@@ -300,7 +380,7 @@ def test_many_rows_are_sorted_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_kernels_do_not_cover_is_said() -> None:
     arguments = case(0, 3, 4, 2)
-    for backend in ("triton", "mosaic_tpu"):
+    for backend in ("triton", "mosaic_gpu", "mosaic_tpu"):
         with pytest.raises(NotImplementedError, match="layout"):
             expert_mlp(**arguments, swiglu_limit=LIMIT, backend=backend)
         half = prepared(arguments, backend) | {"x_TD": arguments["x_TD"].astype(jnp.float16)}
