@@ -175,6 +175,8 @@ def test_penalties_biases_and_masks_by_definition() -> None:
     [
         ("temperature", -1.0),
         ("temperature", float("inf")),
+        ("temperature", "hot"),
+        ("ignore_eos", "no"),
         ("top_p", 0.0),
         ("top_k", -2),
         ("min_p", 2.0),
