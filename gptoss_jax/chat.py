@@ -39,6 +39,11 @@ def flags() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
+    with cli.by_flag(options):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     params = cli.sampling_params(options)
     if follow := cli.join("chat", options):
         return follow()
