@@ -8,13 +8,12 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gptoss_jax import cli
 from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.errors import UsageError, expect
+from gptoss_jax.errors import UsageError, expect, named
 
 if TYPE_CHECKING:
     from gptoss_jax.llm import LLM, Request
@@ -83,7 +82,7 @@ def _read_requests(options: argparse.Namespace, params: SamplingParams) -> list[
             continue
         where = f"--batch: {options.batch}: line {number}"
         fields = {"id": number} | cli.parse_json(text, where, dict)
-        with _named(where):
+        with named(where):
             _check(fields, options.raw)
             if fields["id"] in seen:
                 raise UsageError(f"id: {fields['id']!r} is used in line {seen[fields['id']]} already")
@@ -93,15 +92,6 @@ def _read_requests(options: argparse.Namespace, params: SamplingParams) -> list[
     if not lines:
         raise UsageError(f"--batch: {options.batch}: expected a request a line, found none")
     return lines
-
-
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Errors here are those of a line."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
 
 
 def _check(fields: dict[str, Any], raw: bool) -> None:
@@ -130,7 +120,7 @@ def _check(fields: dict[str, Any], raw: bool) -> None:
 def _request(llm: LLM, line: _Line, options: argparse.Namespace, conversation: dict[str, Any]) -> Request:
     """A line's request, its own settings before the flags'. Raises UsageError if it can never run."""
     fields, request_id = line.fields, json.dumps(line.id)
-    with _named(line.where):
+    with named(line.where):
         if "prompt_tokens" in fields:
             request = llm.raw_request(request_id, fields["prompt_tokens"], line.params)
         elif "prompt" in fields and fields.get("raw", options.raw):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from gptoss_jax.errors import GptOssError, UsageError
+from gptoss_jax.errors import GptOssError, UsageError, named
 from sharding.errors import ClusterError, ShardingError
 from sharding.multihost import current
 
@@ -59,6 +59,13 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
+def _not_empty(text: str) -> str:
+    """The type of a flag whose value says something: an empty one comes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path or a name, found ''")
+    return text
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """An argument parser for `python -m gptoss_jax.<command>`."""
     return Parser(prog=f"python -m gptoss_jax.{command}", description=description)
@@ -72,6 +79,7 @@ def add_model_flags(
     group = flags.add_argument_group("model")
     group.add_argument(
         "--model",
+        type=_not_empty,
         metavar="PATH|NAME",
         help=f"{model} (default: the small model that ships with the project)",
     )
@@ -213,7 +221,7 @@ def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `LLM.chat` takes besides messages, from the flags; a schema of the answer is shown to the model, too."""
     form = structured_outputs(options) if getattr(options, "json_schema", None) else None
     return {
-        "tools": read_json(options.tools, "--tools", list) if options.tools else None,
+        "tools": read_tools(options.tools, "--tools") if options.tools else None,
         "builtin_tools": options.builtin_tools,
         "reasoning_effort": options.reasoning_effort,
         "response_format": form and {"type": "json_schema", "schema": json.loads(str(form.json))},
@@ -259,7 +267,7 @@ def by_flag(options: argparse.Namespace) -> Iterator[None]:
     """What runs here names a field that cannot be used as Python does; report it by the flag that sets it."""
     try:
         yield
-    except UsageError as error:
+    except (UsageError, ShardingError) as error:
         field, _, rest = str(error).partition(":")
         name = "max_new_tokens" if field == "max_tokens" else field
         if name not in vars(options):
@@ -303,6 +311,16 @@ def parse_json(text: str, where: str, kind: type) -> Any:
 def read_json(path: Path, flag: str, kind: type) -> Any:
     """A JSON file named by a flag, whose outermost value is a `kind`. Raises UsageError."""
     return parse_json(read_text(path, flag), f"{flag}: {path}", kind)
+
+
+def read_tools(path: Path, flag: str) -> list[Any]:
+    """The function tools of a JSON file named by a flag. Raises UsageError."""
+    from gptoss_jax.harmony.tools import function_tools
+
+    tools: list[Any] = read_json(path, flag, list)
+    with named(f"{flag}: {path}"):
+        function_tools(tools)
+    return tools
 
 
 def dimmed(text: str, stream: TextIO) -> str:
@@ -367,6 +385,7 @@ def _streams_guarded() -> Iterator[None]:
     """Progress that cannot be shown does not end a command; an answer that cannot be written does."""
     out: Any = _Guarded(sys.stdout, "standard output", needed=True)
     err: Any = _Guarded(sys.stderr, "standard error", needed=False)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
 

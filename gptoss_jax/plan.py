@@ -68,6 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
     _check(options)
+    with cli.by_flag(options):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     from gptoss_jax.config import ModelConfig
     from sharding.topologies import parse_topology, prepare_environment
 

@@ -156,7 +156,8 @@ def test_what_is_no_file_of_results_is_left_as_it_is(command, tmp_path: Path, te
         ((SUM, "--top-p", "nan"), "--top-p"),
         ((SUM, "--model", "/no/such/place"), "/no/such/place"),
         ((SUM, "--tools", "/no/such/file"), "--tools"),
-        ((SUM, "--mesh", "expert=two"), "expert"),
+        ((SUM, "--mesh", "expert=two"), "error: --mesh: expert: expected a size"),
+        ((SUM, "--model", ""), "--model: expected a path or a name, found ''"),
         ((SUM, "--mesh", "expert=64"), "64"),
         ((SUM, "--prompt-tokens", "1"), "prompt"),
         (("--prompt-tokens", "1,x"), "--prompt-tokens"),
@@ -259,8 +260,9 @@ def test_a_batch_without_requests_is_refused(command, tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_a_batch_in_one_line(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi", "max_tokens": 2}')
-    monkeypatch.setattr(batch, "_open_output", lambda path: Path("/dev/full").open("ab"))
-    code, _, err = command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    with open("/dev/full", "ab") as full:
+        monkeypatch.setattr(batch, "_open_output", lambda path: full)
+        code, _, err = command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert code == 2
     assert err.splitlines()[-1] == f"error: --output: {tmp_path / 'out.jsonl'}: No space left on device"
 
@@ -273,6 +275,17 @@ def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:
     code = subprocess.run(["bash", "-c", line + "exit ${PIPESTATUS[0]}"]).returncode
     assert code == 0
     assert len(results.read_text().splitlines()) == 3
+
+
+def test_a_bad_tool_is_named_with_its_file(command, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text('[{"type": "function"}]')
+    named = f"{tmp_path / 'tools.json'}: tools[0].name: expected"
+    code, _, err = command(generate.main, SUM, "--tools", tmp_path / "tools.json")
+    assert code == 2
+    assert err.startswith(f"error: --tools: {named}")
+    code, _, err = command(chat.main, stdin=f"/tools {tmp_path / 'tools.json'}\n")
+    assert code == 0
+    assert err.startswith(f"error: /tools: {named}")
 
 
 @pytest.mark.parametrize("broken", [">&-", ">/dev/full"])

@@ -19,7 +19,7 @@ from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs
 from gptoss_jax.engine.runner import Launched, Runner, needs_adjusting
 from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
 from gptoss_jax.engine.step import Logprobs
-from gptoss_jax.errors import UsageError, expect
+from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.model import GptOss
 from pallas_kernels import backend_names, backend_platforms, current_platform
 
@@ -219,10 +219,8 @@ class Engine:
         """
         if request_id in self._sequences:
             raise UsageError(f"{request_id}: a request of this name is running already")
-        try:
+        with named(f"request {request_id}"):
             prompt, max_tokens, constraints = self._admit(prompt_token_ids, params, scope)
-        except UsageError as error:
-            raise UsageError(f"request {request_id}: {error}") from None
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
             Sequence(request_id, i, prompt.astype(np.int32), params, max_tokens, (seed + i) % 2**64)

@@ -105,9 +105,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._normalise()
-        self._check(
-            "max_tokens", self.max_tokens is None or is_int(self.max_tokens, 1), "an integer from 1 to 2**31 - 1"
-        )
+        fine = self.max_tokens is None or is_int(self.max_tokens, 1)
+        self._check("max_tokens", fine, "an integer from 1, below 2**31")
         self._check("temperature", is_number(self.temperature, 0, 1e6), "a number from 0 to 1e6")
         self._check("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1")
         self._check("top_k", is_int(self.top_k, 0), "an integer from 0, below 2**31")
