@@ -43,6 +43,7 @@ def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
     before that.
     """
     lines = _read_requests(options, params)
+    cli.check_writable(options.output, "--output")
     if options.output.exists() and options.output.samefile(options.batch):
         raise UsageError(f"--output: {options.output}: expected another file than --batch")
     done = _finished_ids(options.output)
@@ -159,7 +160,6 @@ def _append(output: BinaryIO, path: Path, line: bytes) -> None:
 
 def _finished_ids(path: Path) -> set[Any]:
     """The ids in a file of results, if there is one; a line that an interruption cut short does not count."""
-    cli.check_writable(path, "--output")
     done: set[Any] = set()
     if not path.exists():
         return done

@@ -65,9 +65,9 @@ class ModelConfig:
     def from_file(cls, path: str | Path) -> ModelConfig:
         """Read config.json, or a directory that holds one. Raises CheckpointError."""
         path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
         try:
+            if path.is_dir():
+                path = path / "config.json"
             fields = json.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None

@@ -71,7 +71,6 @@ class LLM:
         warm_up: bool = False,
         progress: bool | None = None,
     ) -> None:
-        expect(isinstance(path, str | Path), "path", "a checkpoint's directory or a Hub name", path)
         expect(isinstance(engine, EngineOptions | None), "engine", "EngineOptions", engine)
         engine = engine or EngineOptions()
         if kernels is not None:

@@ -155,6 +155,7 @@ def test_what_is_no_file_of_results_is_left_as_it_is(command, tmp_path: Path, te
         ((SUM, "--max-new-tokens", "0"), "--max-new-tokens"),
         ((SUM, "--top-p", "nan"), "--top-p"),
         ((SUM, "--model", "/no/such/place"), "/no/such/place"),
+        ((SUM, "--model", "a" * 5000), "File name too long"),
         ((SUM, "--tools", "/no/such/file"), "--tools"),
         ((SUM, "--mesh", "expert=two"), "error: --mesh: expert: expected a size"),
         ((SUM, "--model", ""), "--model: expected a path or a name, found ''"),
@@ -236,6 +237,7 @@ def test_a_bad_line_of_a_batch_is_named(command, tmp_path: Path, line: str, name
         ("out.jsonl", ("--kv-cache-memory", "1000"), "--kv-cache-memory: 1000 bytes"),
         ("out.jsonl", ("--tools", "/no/such/file"), "--tools"),
         ("no/out.jsonl", (), "--output"),
+        ("a" * 5000, (), "File name too long"),
         (".", (), "--output"),
     ],
 )

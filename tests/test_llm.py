@@ -49,6 +49,8 @@ def test_wrong_arguments_are_named(method: str, arguments: tuple[Any, ...], name
         ({"path": 5}, "^path: expected .*, found 5$"),
         ({"engine": {"max_batch": 2}}, "^engine: expected EngineOptions, found "),
         ({"dtype": 5}, "^dtype: "),
+        ({"mesh": 5}, "^mesh: expected .*, found 5$"),
+        ({"rules": {"heads": ()}}, "^rules: expected ShardingRules, found "),
         ({"kernels": "mosaic_tpu"}, "^kernels: mosaic_tpu is for TPUs, found the platform cpu$"),
         ({"engine": EngineOptions(kv_cache_memory=1000)}, "^kv_cache_memory: 1000 bytes"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -169,13 +168,9 @@ def is_int(value: Any, least: int, most: int = 2**31 - 1) -> bool:
 
 
 def is_number(value: Any, least: float, most: float) -> bool:
-    """Whether it is a finite number from `least` to `most`."""
-    return (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and least <= float(value) <= most
-    )
+    """Whether it is a number from `least` to `most`."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and bool(least <= value <= most)
 
 
 @dataclasses.dataclass(frozen=True)
