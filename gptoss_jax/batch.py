@@ -52,11 +52,14 @@ def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
         print(
             f"{len(lines) - len(todo)} of {len(lines)} requests are in {options.output} already", file=sys.stderr
         )
-    if todo:
-        conversation = cli.conversation_options(options)
-        llm = cli.load_llm(options)
-        requests = [_request(llm, line, options, conversation) for line in todo]
-        _write_results(llm, requests, [line.id for line in todo], options.output)
+    if not todo:
+        # What an interruption cut short is removed all the same.
+        _open_output(options.output).close()
+        return 0
+    conversation = cli.conversation_options(options)
+    llm = cli.load_llm(options)
+    requests = [_request(llm, line, options, conversation) for line in todo]
+    _write_results(llm, requests, [line.id for line in todo], options.output)
     return 0
 
 

@@ -132,7 +132,11 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
     assert code == 0
     assert "3 of 5" in err
     assert results.read_text().splitlines(keepends=True)[:3] == kept[:3]
-    assert {line["id"]: line["text"] for line in map(json.loads, results.read_text().splitlines())} == whole
+    text = results.read_text()
+    assert {line["id"]: line["text"] for line in map(json.loads, text.splitlines())} == whole
+    results.write_text(text + text[:20])
+    assert command(generate.main, "--batch", requests, "--output", results)[0] == 0
+    assert results.read_text() == text
 
 
 @pytest.mark.parametrize("text", ['{"a": "precious line without end"}', '{"id": "a", "prompt": "hi"}\n'])
