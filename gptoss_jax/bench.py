@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from gptoss_jax.model import GptOss
 
 
+ALIKE = {"requests": 64, "prompt_tokens": 512, "output_tokens": 128}
+"""What `throughput` runs without a trace, unless flags say otherwise."""
+
+
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = cli.parser("bench", "Measure how fast a model runs here; a subcommand's --help lists its flags.")
@@ -28,7 +32,7 @@ def flags() -> argparse.ArgumentParser:
     latency.add_argument("--batch", type=_sizes, default=[1], metavar="N,...", help="requests (default: 1)")
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
     throughput = _add(commands, "throughput", "Tokens a second of many requests, and what each of them sees.")
-    throughput.add_argument("--requests", type=int, default=64, metavar="N", help="default: 64, all at once")
+    throughput.add_argument("--requests", type=int, metavar="N", help="default: 64, all at once")
     throughput.add_argument(
         "--trace",
         type=Path,
@@ -37,6 +41,7 @@ def flags() -> argparse.ArgumentParser:
     )
     throughput.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
     throughput.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs (default: 1)")
+    throughput.set_defaults(**dict.fromkeys(ALIKE))
     start = _add(
         commands, "start", "Seconds from a process's start to its first tokens, compile cache cold and warm."
     )
@@ -64,7 +69,7 @@ def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, prompts and draws")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (extra: plot)")
+    output.add_argument("--plot", type=Path, metavar="FILE.png|svg|pdf", help="draw it (extra: plot)")
     return parser
 
 
@@ -83,14 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags().parse_args(arguments)
     _check(options)
     if options.plot:
-        from gptoss_jax.plotting import check_writable, pyplot
+        from gptoss_jax import plotting
 
-        check_writable(options.plot)
-        pyplot()
-    if options.command == "start":
-        return _start(options, arguments)
-    run: dict[str, Callable[[argparse.Namespace], int]] = {"latency": _latency, "throughput": _throughput}
-    return run[options.command](options)
+        plotting.check(options.plot)
+    with cli.by_flag(options):
+        if options.command == "start":
+            return _start(options, arguments)
+        run: dict[str, Callable[[argparse.Namespace], int]] = {"latency": _latency, "throughput": _throughput}
+        return run[options.command](options)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -101,6 +106,12 @@ def _check(options: argparse.Namespace) -> None:
                 raise UsageError(f"--{name.replace('_', '-')}: expected 1 or more, found {one}")
     if options.command == "latency" and options.output_tokens < 8:
         raise UsageError(f"--output-tokens: expected 8 or more steps to measure, found {options.output_tokens}")
+    if options.command == "throughput":
+        for name, usual in ALIKE.items():
+            if getattr(options, name) is None:
+                setattr(options, name, usual)
+            elif options.trace:
+                raise UsageError(f"--{name.replace('_', '-')}: not with --trace, whose lines tell it")
 
 
 def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams]:
@@ -119,6 +130,12 @@ def _load(options: argparse.Namespace) -> GptOss:
     return load(options.model, options.mesh, options.dtype, options.seed)
 
 
+def _check_room(model: GptOss, named: str, prompt: int, output: int) -> None:
+    room = model.config.max_position_embeddings
+    if prompt + output > room:
+        raise UsageError(f"{named}: {prompt} and {output} new ones exceed the model's context of {room}")
+
+
 def _latency(options: argparse.Namespace) -> int:
     engine_options, params = _prepare(options)
     from gptoss_jax.benching import report
@@ -128,11 +145,7 @@ def _latency(options: argparse.Namespace) -> int:
     # Before the weights take the memory that a large copy needs.
     ceilings = measure_ceilings(options.dtype)
     model = _load(options)
-    longest, room = max(options.prompt_tokens) + options.output_tokens, model.config.max_position_embeddings
-    if longest > room:
-        raise UsageError(
-            f"--prompt-tokens: with {options.output_tokens} new ones {longest} exceed the context of {room}"
-        )
+    _check_room(model, "--prompt-tokens", max(options.prompt_tokens), options.output_tokens)
     found = []
     for prompt_tokens in options.prompt_tokens:
         for batch in options.batch:
@@ -164,7 +177,11 @@ def _throughput(options: argparse.Namespace) -> int:
         arrivals = read_trace(options.trace)
     else:
         arrivals = alike(options.requests, options.prompt_tokens, options.output_tokens)
-    engine = Engine(_load(options), engine_options, eos_token_ids=())
+    model = _load(options)
+    longest = max(arrivals, key=lambda arrival: arrival.prompt_tokens + arrival.output_tokens)
+    named = f"--trace: {options.trace}: prompt_tokens" if options.trace else "--prompt-tokens"
+    _check_room(model, named, longest.prompt_tokens, longest.output_tokens)
+    engine = Engine(model, engine_options, eos_token_ids=())
     if options.warm_up:
         engine.warm_up()
     _progress(f"{len(arrivals)} requests, once to compile and {options.repeats} times to measure")
@@ -207,6 +224,7 @@ def _start_here(options: argparse.Namespace) -> int:
     watch.lap("devices")
     model = jax.block_until_ready(load(options.model, options.mesh, options.dtype, options.seed))
     watch.lap("weights")
+    _check_room(model, "--prompt-tokens", options.prompt_tokens, options.output_tokens)
     engine = Engine(model, dataclasses.replace(engine_options, max_batch=1), eos_token_ids=())
     if options.warm_up:
         engine.warm_up()

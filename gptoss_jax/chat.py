@@ -39,6 +39,11 @@ def flags() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
+    with cli.by_flag(options):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     params = cli.sampling_params(options)
     if follow := cli.join("chat", options):
         return follow()
@@ -87,7 +92,7 @@ class Session:
         elif name == "/effort" and argument in ("low", "medium", "high"):
             self._conversation["reasoning_effort"] = argument
         elif name == "/tools" and argument:
-            tools = None if argument == "off" else cli.read_json(Path(argument).expanduser(), "/tools", list)
+            tools = None if argument == "off" else cli.read_tools(Path(argument).expanduser(), "/tools")
             self._conversation["tools"] = tools
         elif name == "/analysis" and argument in ("on", "off"):
             self._show_analysis = argument == "on"
@@ -136,6 +141,8 @@ def _ask(question: str) -> str | None:
         return input(question if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeDecodeError:
+        raise UsageError("standard input: not UTF-8 text") from None
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return ""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from gptoss_jax.errors import GptOssError, UsageError
+from gptoss_jax.errors import GptOssError, UsageError, named
 from sharding.errors import ClusterError, ShardingError
 from sharding.multihost import current
 
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
 
 BUILTIN_TOOLS = ("browser", "python")
+
+JSON_KINDS = {
+    dict: "a JSON object",
+    list: "a JSON list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+"""What the types that JSON is read as are called."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +59,13 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
+def _not_empty(text: str) -> str:
+    """The type of a flag whose value says something: an empty one comes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path or a name, found ''")
+    return text
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """An argument parser for `python -m gptoss_jax.<command>`."""
     return Parser(prog=f"python -m gptoss_jax.{command}", description=description)
@@ -61,6 +79,7 @@ def add_model_flags(
     group = flags.add_argument_group("model")
     group.add_argument(
         "--model",
+        type=_not_empty,
         metavar="PATH|NAME",
         help=f"{model} (default: the small model that ships with the project)",
     )
@@ -169,14 +188,12 @@ def add_conversation_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
-    """The sampling flags as SamplingParams; a value out of range is reported by its flag."""
+    """The sampling flags as SamplingParams. Raises UsageError, naming the field."""
     from gptoss_jax.engine.params import SamplingParams
 
     names = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
-    with _by_flag():
-        return SamplingParams(
-            max_tokens=options.max_new_tokens, **{name: getattr(options, name) for name in names}, **more
-        )
+    given = {name: getattr(options, name) for name in names}
+    return SamplingParams(max_tokens=options.max_new_tokens, **given, **more)
 
 
 def structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams | None:
@@ -204,7 +221,7 @@ def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `LLM.chat` takes besides messages, from the flags; a schema of the answer is shown to the model, too."""
     form = structured_outputs(options) if getattr(options, "json_schema", None) else None
     return {
-        "tools": read_json(options.tools, "--tools", list) if options.tools else None,
+        "tools": read_tools(options.tools, "--tools") if options.tools else None,
         "builtin_tools": options.builtin_tools,
         "reasoning_effort": options.reasoning_effort,
         "response_format": form and {"type": "json_schema", "schema": json.loads(str(form.json))},
@@ -234,7 +251,7 @@ def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
 
 
 def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
-    """The engine flags as EngineOptions; `more` has precedence. A value out of range is reported by its flag."""
+    """The engine flags as EngineOptions; `more` has precedence. Raises UsageError, naming the field."""
     from gptoss_jax.engine.engine import EngineOptions
 
     names = [
@@ -242,27 +259,40 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
         *("speculative_tokens", "kernels"),
     ]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-    with _by_flag():
-        return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
+    return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
 
 
 @contextlib.contextmanager
-def _by_flag() -> Iterator[None]:
-    """Report a field that cannot be used by the flag that sets it."""
+def by_flag(options: argparse.Namespace) -> Iterator[None]:
+    """What runs here names a field that cannot be used as Python does; report it by the flag that sets it."""
     try:
         yield
-    except UsageError as error:
+    except (UsageError, ShardingError) as error:
         field, _, rest = str(error).partition(":")
-        flag = "max_new_tokens" if field == "max_tokens" else field
-        raise UsageError(f"--{flag.replace('_', '-')}:{rest}") from None
+        name = "max_new_tokens" if field == "max_tokens" else field
+        if name not in vars(options):
+            raise
+        raise UsageError(f"--{name.replace('_', '-')}:{rest}") from None
 
 
 def read_text(path: Path, flag: str) -> str:
-    """A text file named by a flag. Raises UsageError."""
+    """A text file named by a flag, less the byte order mark that some editors write. Raises UsageError."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{flag}: {path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UsageError(f"{flag}: {path}: {error.strerror}") from None
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Before the work whose result a file is for: raises UsageError where it could not be written. None is made yet."""
+    try:
+        there = path.exists()
+        if there and not path.is_file():
+            raise UsageError(f"{flag}: {path}: expected a regular file")
+        if not os.access(path if there else path.absolute().parent, os.W_OK):
+            raise UsageError(f"{flag}: {path}: expected a place that can be written")
     except OSError as error:
         raise UsageError(f"{flag}: {path}: {error.strerror}") from None
 
@@ -271,16 +301,26 @@ def parse_json(text: str, where: str, kind: type) -> Any:
     """JSON whose outermost value is a `kind`. Raises UsageError."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, kind):
-        raise UsageError(f"{where}: expected a JSON {kind.__name__}, found {type(value).__name__}")
+        raise UsageError(f"{where}: expected {JSON_KINDS[kind]}, found {JSON_KINDS[type(value)]}")
     return value
 
 
 def read_json(path: Path, flag: str, kind: type) -> Any:
     """A JSON file named by a flag, whose outermost value is a `kind`. Raises UsageError."""
     return parse_json(read_text(path, flag), f"{flag}: {path}", kind)
+
+
+def read_tools(path: Path, flag: str) -> list[Any]:
+    """The function tools of a JSON file named by a flag. Raises UsageError."""
+    from gptoss_jax.harmony.tools import function_tools
+
+    tools: list[Any] = read_json(path, flag, list)
+    with named(f"{flag}: {path}"):
+        function_tools(tools)
+    return tools
 
 
 def dimmed(text: str, stream: TextIO) -> str:
@@ -299,11 +339,55 @@ def run(main: Callable[[], int | None]) -> None:
 
     Of several processes, the others end with this one.
     """
-    with _warnings_shown():
+    with _streams_guarded(), _warnings_shown():
         code, reason = _outcome(main)
     if cluster := current():
         cluster.end(code or 0, reason)
     sys.exit(code)
+
+
+class _Guarded:
+    """A standard stream that may break, because its reader has left or the disk is full.
+
+    What comes then is dropped, silently if the stream is not `needed`; else BrokenPipeError or UsageError is raised.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str, needed: bool) -> None:
+        # A process that was started without the stream has None in its place: this cannot be written either.
+        self._stream, self._name, self._needed = stream or open(os.devnull), name, needed  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """See TextIO."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """See TextIO."""
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError as error:
+            # What is buffered must not raise again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._needed and isinstance(error, BrokenPipeError):
+                raise
+            if self._needed:
+                raise UsageError(f"{self._name}: {error.strerror or error}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _streams_guarded() -> Iterator[None]:
+    """Progress that cannot be shown does not end a command; an answer that cannot be written does."""
+    out: Any = _Guarded(sys.stdout, "standard output", needed=True)
+    err: Any = _Guarded(sys.stderr, "standard error", needed=False)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 class _Warnings(logging.Handler):
@@ -343,8 +427,7 @@ def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:
         print("interrupted", file=sys.stderr)
         return 130, ""
     except BrokenPipeError:
-        # The reader has left; what is buffered must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of standard output has left, with all that it wanted.
         return 0, ""
     except Exception as error:
         if not (cluster := current()):

@@ -65,15 +65,15 @@ class ModelConfig:
     def from_file(cls, path: str | Path) -> ModelConfig:
         """Read config.json, or a directory that holds one. Raises CheckpointError."""
         path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            if path.is_dir():
+                path = path / "config.json"
+            fields = json.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON: {error}") from None
         return cls.from_dict(fields, source=str(path))
 

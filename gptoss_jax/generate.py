@@ -54,6 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
     _check(options)
+    with cli.by_flag(options):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     params = cli.sampling_params(options, logprobs=options.logprobs)
     if follow := cli.join("generate", options):
         return follow()
@@ -108,7 +113,7 @@ def _prompt(options: argparse.Namespace) -> str | list[int]:
         text = cli.read_text(options.prompt_file, "--prompt-file")
     else:
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError:
             raise UsageError("standard input: not UTF-8 text") from None
     if not text.strip():

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gptoss_jax.errors import CheckpointError
+from gptoss_jax.errors import CheckpointError, expect
 from gptoss_jax.layouts import INDEX_FILE
-from gptoss_jax.safetensors_file import (
-    show,
-)
+from gptoss_jax.safetensors_file import show
 
 HUB_PATTERNS = (
     "config.json",
@@ -24,17 +22,22 @@ HUB_PATTERNS = (
 def resolve(name: str | Path) -> Path:
     """The local directory of a checkpoint: `name` itself, or a Hub repository's `org/name`, downloaded if need be.
 
-    Progress goes to stderr; without a network the Hub's local cache serves. Raises CheckpointError.
+    Progress goes to stderr; without a network the Hub's local cache serves. Raises CheckpointError, and UsageError for
+    what is no name.
     """
+    expect(isinstance(name, str | Path), "path", "a checkpoint's directory or a Hub name", name)
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # ~nobody
         path = Path(name)
-    # An empty name would be the current directory.
-    if str(name) and path.is_dir():
-        return path
-    if str(name) and path.exists():
-        raise CheckpointError(f"{path}: expected a checkpoint's directory, found a file")
+    try:
+        # An empty name would be the current directory.
+        if str(name) and path.is_dir():
+            return path
+        if str(name) and path.exists():
+            raise CheckpointError(f"{path}: expected a checkpoint's directory, found a file")
+    except OSError as error:
+        raise CheckpointError(f"{show(name)}: {error.strerror}") from None
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", str(name), re.ASCII):
         raise CheckpointError(f"{show(name)}: no such directory")
     # Imported here because it takes longer than reading a config.

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptoss_jax import harmony
 from gptoss_jax.compile_cache import enable_compile_cache
 from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
-from gptoss_jax.errors import CheckpointError, UsageError
+from gptoss_jax.errors import CheckpointError, UsageError, expect
 from gptoss_jax.hub import resolve
 from gptoss_jax.loading import EMBEDDED, load_model
 from gptoss_jax.structured import Grammars
@@ -70,6 +71,7 @@ class LLM:
         warm_up: bool = False,
         progress: bool | None = None,
     ) -> None:
+        expect(isinstance(engine, EngineOptions | None), "engine", "EngineOptions", engine)
         engine = engine or EngineOptions()
         if kernels is not None:
             engine = dataclasses.replace(engine, kernels=kernels)
@@ -103,8 +105,13 @@ class LLM:
 
         `sampling_params` is one for all or one each. Raises UsageError.
         """
+        expect(
+            isinstance(prompts, str) or _is_list(prompts), "prompts", "text, token ids or a list of them", prompts
+        )
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], numbers.Integral)):
             prompts = [prompts]  # type: ignore[assignment]
+        for i, prompt in enumerate(prompts):
+            expect(isinstance(prompt, str) or _is_list(prompt), f"prompts[{i}]", "text or token ids", prompt)
         requests = [
             self.raw_request(str(i), prompt, params)  # type: ignore[arg-type]
             for i, (prompt, params) in enumerate(zip(prompts, _each(sampling_params, len(prompts)), strict=True))
@@ -126,7 +133,10 @@ class LLM:
         builtin_tools, model_identity, current_date (today unless given), response_format. Each output's `message`
         is the assistant's next message, tool calls in it. Raises UsageError.
         """
+        expect(_is_list(messages), "messages", "a list of messages, or of such lists", messages)
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        for i, conversation in enumerate(conversations):
+            expect(_is_list(conversation), f"messages[{i}]", "a message, or a list of them", conversation)
         requests = [
             self.chat_request(str(i), conversation, params, tools=tools, **options)  # type: ignore[arg-type]
             for i, (conversation, params) in enumerate(
@@ -153,6 +163,10 @@ class LLM:
         options.setdefault("current_date", datetime.date.today().isoformat())
         scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
         return Request(request_id, harmony.render(messages, tokenizer, **options), params, chat=True, scope=scope)
+
+    def check(self, request: Request) -> None:
+        """Raises UsageError for a request that can never run, as `stream` does before any has started."""
+        self.engine.check(request.prompt_token_ids, request.params, request.scope)
 
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -248,9 +262,16 @@ def _transcript(request: Request, tokenizer: Tokenizer | None) -> ChatTranscript
     return ChatTranscript(tokenizer, request.params.stop)
 
 
+def _is_list(value: Any) -> bool:
+    """Whether it is a list of some kind, such as an array, and no text."""
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+
+
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    fine = _is_list(params) and all(isinstance(one, SamplingParams) for one in params)
+    expect(fine, "sampling_params", "SamplingParams, or a list of them", params)
     if len(params) != count:
         raise UsageError(f"sampling_params: expected one or {count}, found {len(params)}")
     return list(params)

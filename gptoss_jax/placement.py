@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import expect
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 from gptoss_jax.weights import Weight, WeightSpec
 from pallas_kernels.mxfp4_matmul import Layout, PackedExperts, current_layout
@@ -32,7 +33,12 @@ def partition_for(
     rules: ShardingRules | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Partition:
-    """The partition of a model over a mesh (see `sharding.make_mesh`), or of one device. Raises ShardingError."""
+    """The partition of a model over a mesh (see `sharding.make_mesh`), or of one device.
+
+    Raises ShardingError, and UsageError for what is no mesh and no rules.
+    """
+    expect(isinstance(mesh, str | jax.sharding.Mesh | None), "mesh", "text or a jax.sharding.Mesh", mesh)
+    expect(isinstance(rules, ShardingRules | None), "rules", "ShardingRules", rules)
     return Partition(
         None if mesh is None else make_mesh(mesh, devices),
         rules or ShardingRules(),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from gptoss_jax import cli
 from gptoss_jax.errors import UsageError
-from gptoss_jax.plotting import check_writable
 
 if TYPE_CHECKING:
     from gptoss_jax.planner.plans import Request
@@ -61,7 +60,7 @@ def flags() -> argparse.ArgumentParser:
         help="attention splits its sequences over the expert axis too, for large batches",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw memory and time of each mesh")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png|svg|pdf", help="draw memory and time of each mesh")
     return parser
 
 
@@ -69,6 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
     _check(options)
+    with cli.by_flag(options):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     from gptoss_jax.config import ModelConfig
     from sharding.topologies import parse_topology, prepare_environment
 
@@ -108,7 +112,9 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UsageError(f"--{name}: expected {least} or more, found {value}")
     if options.plot:
-        check_writable(options.plot)
+        from gptoss_jax import plotting
+
+        plotting.check(options.plot)
 
 
 def _divided(request: Request, parts: int) -> Request:

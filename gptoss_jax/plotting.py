@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.errors import UsageError
+from gptoss_jax.cli import check_writable
+from gptoss_jax.errors import UsageError, expect
+
+FORMATS = (".png", ".svg", ".pdf")
 
 
-def check_writable(path: Path) -> None:
-    """Before the work that a picture is of: raises UsageError where the picture could not be written."""
-    directory = path.absolute().parent
-    if not os.access(directory, os.W_OK):
-        raise UsageError(f"--plot: {directory}: expected a directory that can be written")
+def check(path: Path) -> None:
+    """Before the work that a picture is of: raises UsageError where the picture could not be drawn or written."""
+    expect(
+        path.suffix.lower() in FORMATS, f"--plot: {path}", f"a name that ends in {', '.join(FORMATS)}", path.suffix
+    )
+    check_writable(path, "--plot")
+    pyplot()
 
 
 def pyplot() -> Any:
@@ -29,10 +33,10 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG file and close it. Raises UsageError."""
+    """Write a figure in the format that the file's name tells, and close it. Raises UsageError."""
     figure.tight_layout()
     try:
-        figure.savefig(path, format="png", dpi=130)
+        figure.savefig(path, format=path.suffix[1:].lower(), dpi=130)
     except OSError as error:
         raise UsageError(f"--plot: {path}: {error.strerror}") from None
     finally:

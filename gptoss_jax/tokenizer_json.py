@@ -76,7 +76,7 @@ def read_tokenizer_json(path: Path) -> TokenizerFile:
     pre-tokeniser, double ids.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 _forced_backend: ContextVar[str] = ContextVar("forced_backend", default="auto")
 _forced_platform: ContextVar[str | None] = ContextVar("forced_platform", default=None)
 _told: set[tuple[str, str, str]] = set()
-_names: set[str] = set()
+_platforms: dict[str, frozenset[str]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Backend:
     function: Callable[..., Any]
 
     def __post_init__(self) -> None:
-        _names.add(self.name)
+        _platforms[self.name] = backend_platforms(self.name) | self.platforms
 
 
 class _Setting:
@@ -70,7 +70,12 @@ def use_backend(name: str) -> _Setting:
 
 def backend_names() -> list[str]:
     """What `use_backend` can be told: "auto", "reference", and the backends of the ops that have been imported."""
-    return ["auto", "reference", *sorted(_names)]
+    return ["auto", "reference", *sorted(_platforms)]
+
+
+def backend_platforms(name: str) -> frozenset[str]:
+    """The platforms whose hardware runs the backend of a name; none for "auto" and "reference"."""
+    return _platforms.get(name, frozenset())
 
 
 def platform(name: Platform) -> _Setting:

@@ -69,11 +69,14 @@ def test_start_tells_phases_apart(command, config: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subcommand", ["latency", "throughput", "start"])
-def test_pictures(command, config: Path, tmp_path: Path, subcommand: str) -> None:
+@pytest.mark.parametrize(
+    ("subcommand", "name", "begin"),
+    [("latency", "x.png", b"\x89PNG"), ("throughput", "x.svg", b"<?xml"), ("start", "x.PDF", b"%PDF")],
+)
+def test_pictures(command, config: Path, tmp_path: Path, subcommand: str, name: str, begin: bytes) -> None:
     pytest.importorskip("matplotlib")
-    assert command(bench.main, subcommand, "--model", config, "--plot", tmp_path / "x.png", *FAST)[0] == 0
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert command(bench.main, subcommand, "--model", config, "--plot", tmp_path / name, *FAST)[0] == 0
+    assert (tmp_path / name).read_bytes().startswith(begin)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,13 @@ def test_pictures(command, config: Path, tmp_path: Path, subcommand: str) -> Non
         (("latency", "--kernels", "fast"), "--kernels"),
         (("throughput", "--model", "/no/such.json"), "/no/such.json"),
         (("throughput", "--trace", "/no/such"), "--trace"),
+        (("throughput", "--trace", "x", "--requests", "64"), "--requests: not with --trace"),
+        (("throughput", "--trace", "x", "--prompt-tokens", "512"), "--prompt-tokens: not with --trace"),
+        (("throughput", "--trace", "x", "--output-tokens", "128"), "--output-tokens: not with --trace"),
+        (("throughput", "--prompt-tokens", "9000"), "--prompt-tokens: 9000 and 128 new ones exceed"),
+        (("throughput", "--kv-cache-memory", "1000"), "error: --kv-cache-memory: 1000 bytes"),
+        (("throughput", "--plot", "x.xyz"), "--plot: x.xyz: expected a name that ends in .png, .svg, .pdf"),
+        (("latency", "--plot", "x"), "--plot: x: expected a name"),
     ],
 )
 def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) -> None:
@@ -110,7 +120,7 @@ def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) 
 def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, line: str, named: str) -> None:
     good = {"arrival_s": 2, "prompt_tokens": 3, "output_tokens": 1}
     file = tmp_path / "trace.jsonl"
-    file.write_text(json.dumps(good))
+    file.write_text(json.dumps(good), encoding="utf-8-sig")
     assert read_trace(file) == [Arrival(2, 3, 1)]
     file.write_text(json.dumps(good) + "\n" + line)
     with pytest.raises(Exception, match="line 2") as caught:

@@ -774,3 +774,9 @@ if __name__ == "__main__":
         random_weights(sys.argv[2])
     else:
         one_process(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
+    config = ModelConfig.from_file(GOLDEN)
+    (tmp_path / "config.json").write_text((GOLDEN / "config.json").read_text(), encoding="utf-8-sig")
+    assert ModelConfig.from_file(tmp_path) == config

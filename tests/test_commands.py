@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pallas_kernels
-from gptoss_jax import chat, generate
+from gptoss_jax import batch, chat, generate
 from gptoss_jax.loading import EMBEDDED
 from pallas_kernels import backend
 
@@ -132,7 +132,11 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
     assert code == 0
     assert "3 of 5" in err
     assert results.read_text().splitlines(keepends=True)[:3] == kept[:3]
-    assert {line["id"]: line["text"] for line in map(json.loads, results.read_text().splitlines())} == whole
+    text = results.read_text()
+    assert {line["id"]: line["text"] for line in map(json.loads, text.splitlines())} == whole
+    results.write_text(text + text[:20])
+    assert command(generate.main, "--batch", requests, "--output", results)[0] == 0
+    assert results.read_text() == text
 
 
 @pytest.mark.parametrize("text", ['{"a": "precious line without end"}', '{"id": "a", "prompt": "hi"}\n'])
@@ -155,15 +159,20 @@ def test_what_is_no_file_of_results_is_left_as_it_is(command, tmp_path: Path, te
         ((SUM, "--max-new-tokens", "0"), "--max-new-tokens"),
         ((SUM, "--top-p", "nan"), "--top-p"),
         ((SUM, "--model", "/no/such/place"), "/no/such/place"),
+        ((SUM, "--model", "a" * 5000), "File name too long"),
         ((SUM, "--tools", "/no/such/file"), "--tools"),
-        ((SUM, "--mesh", "expert=two"), "expert"),
+        ((SUM, "--mesh", "expert=two"), "error: --mesh: expert: expected a size"),
+        ((SUM, "--model", ""), "--model: expected a path or a name, found ''"),
         ((SUM, "--mesh", "expert=64"), "64"),
         ((SUM, "--prompt-tokens", "1"), "prompt"),
         (("--prompt-tokens", "1,x"), "--prompt-tokens"),
         (("--prompt-tokens", "99999999999999999999999"), "vocabulary"),
         ((SUM, "--max-batch", "0"), "--max-batch"),
         ((SUM, "--max-batch", "x"), "--max-batch"),
-        ((SUM, "--kv-cache-memory", "250000"), "expected at least"),
+        ((SUM, "--kv-cache-memory", "250000"), "error: --kv-cache-memory: 250000 bytes"),
+        ((SUM, "--prefill-chunk", "0"), "error: --prefill-chunk: expected"),
+        ((SUM, "--kernels", "triton"), "--kernels: triton is for NVIDIA GPUs, found the platform cpu"),
+        ((SUM, "--kernels", "mosaic_tpu"), "TPUs"),
         ((SUM, "--speculative-tokens", "100000"), "--speculative-tokens"),
         ((SUM, "--builtin-tools", "python,shell"), "shell"),
         ((SUM, "--logprobs", "3"), "--logprobs"),
@@ -195,6 +204,18 @@ def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) 
         ('{"prompt_tokens": [1, 3000000000000000000000]}', "vocabulary"),
         ('{"prompt_tokens": [1.5]}', "prompt_tokens"),
         ('{"messages": []}', "messages"),
+        ('{"messages": "hi"}', "messages: expected a list, found 'hi'"),
+        ('{"prompt": ""}', "prompt: expected text that is not empty"),
+        ('{"prompt": " ", "raw": true}', "prompt: expected text that is not empty"),
+        ('{"prompt": 5}', "prompt"),
+        ('{"prompt_tokens": []}', "prompt_tokens: expected a list of integers that is not empty"),
+        ('{"prompt_tokens": [1, 5000]}', "token 5000 is outside the vocabulary"),
+        ('{"prompt_tokens": [1], "max_tokens": 5000}', "exceed the model's context of 4096"),
+        ('{"prompt_tokens": [1], "tools": []}', "tools: only with the chat format"),
+        ('{"prompt": "hi", "raw": "no"}', "raw: expected true or false, found 'no'"),
+        ('{"prompt": "hi", "ignore_eos": "no"}', "ignore_eos: expected true or false, found 'no'"),
+        ('{"prompt": "hi", "structured_outputs": {"json_object": "yes"}}', "json_object: expected true"),
+        ('{"prompt": "hi", "seed": ' + "1" * 5000 + "}", "JSON"),
         ('{"messages": [{"role": "user", "content": "hi"}], "raw": true}', "raw"),
         ('{"prompt": "hi", "id": true}', "id"),
         ('{"prompt": "hi", "temprature": 1}', "temprature"),
@@ -208,7 +229,90 @@ def test_a_bad_line_of_a_batch_is_named(command, tmp_path: Path, line: str, name
     code, _, err = command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert code == 2
     assert len(err.splitlines()) == 1
+    assert err.startswith(f"error: --batch: {tmp_path / 'in.jsonl'}: line 2: ")
     assert named in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "arguments", "named"),
+    [
+        ("out.jsonl", ("--model", "/no/such/place"), "/no/such/place"),
+        ("out.jsonl", ("--kv-cache-memory", "1000"), "--kv-cache-memory: 1000 bytes"),
+        ("out.jsonl", ("--tools", "/no/such/file"), "--tools"),
+        ("no/out.jsonl", (), "--output"),
+        ("a" * 5000, (), "File name too long"),
+        (".", (), "--output"),
+    ],
+)
+def test_a_batch_that_cannot_start_leaves_nothing(
+    command, tmp_path: Path, output: str, arguments: tuple[str, ...], named: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}')
+    code, _, err = command(
+        generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / output, *arguments
+    )
+    assert code == 2
+    assert named in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == [tmp_path / "in.jsonl"]
+
+
+def test_a_batch_without_requests_is_refused(command, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("\n")
+    code, _, err = command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert code == 2
+    assert "expected a request a line, found none" in err
+
+
+def test_a_full_disk_ends_a_batch_in_one_line(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi", "max_tokens": 2}')
+    with open("/dev/full", "ab") as full:
+        monkeypatch.setattr(batch, "_open_output", lambda path: full)
+        code, _, err = command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert code == 2
+    assert err.splitlines()[-1] == f"error: --output: {tmp_path / 'out.jsonl'}: No space left on device"
+
+
+@pytest.mark.parametrize("broken", ["2>&1 >/dev/null | true", "2>&-", "2>/dev/full"])
+def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:
+    requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text("".join(f'{{"prompt": "What is {i} + 2?", "max_tokens": 3}}\n' for i in range(3)))
+    line = f"{sys.executable} -m gptoss_jax.generate --batch {requests} --output {results} {broken}; "
+    code = subprocess.run(["bash", "-c", line + "exit ${PIPESTATUS[0]}"]).returncode
+    assert code == 0
+    assert len(results.read_text().splitlines()) == 3
+
+
+def test_a_bad_tool_is_named_with_its_file(command, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text('[{"type": "function"}]')
+    named = f"{tmp_path / 'tools.json'}: tools[0].name: expected"
+    code, _, err = command(generate.main, SUM, "--tools", tmp_path / "tools.json")
+    assert code == 2
+    assert err.startswith(f"error: --tools: {named}")
+    code, _, err = command(chat.main, stdin=f"/tools {tmp_path / 'tools.json'}\n")
+    assert code == 0
+    assert err.startswith(f"error: /tools: {named}")
+
+
+@pytest.mark.parametrize("broken", [">&-", ">/dev/full"])
+def test_an_answer_that_cannot_be_written_is_no_success(broken: str) -> None:
+    line = f"{sys.executable} -m gptoss_jax.generate --prompt-tokens 1,2 --json --max-new-tokens 1 {broken}"
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: standard output: ")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(command, tmp_path: Path) -> None:
+    requests, results, schema = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "schema.json"
+    requests.write_text(json.dumps({"prompt": SUM}), encoding="utf-8-sig")
+    schema.write_text('{"type": "boolean"}', encoding="utf-8-sig")
+    (tmp_path / "tools.json").write_text("[]", encoding="utf-8-sig")
+    files = ("--tools", tmp_path / "tools.json", "--json-schema", schema)
+    assert command(generate.main, "--batch", requests, "--output", results, *files)[0] == 0
+    assert json.loads(results.read_text())["text"] in ("true", "false")
+    (tmp_path / "prompt").write_text(SUM, encoding="utf-8-sig")
+    assert command(generate.main, "--prompt-file", tmp_path / "prompt")[1] == "17 + 25 = 42\n"
+    assert command(generate.main, stdin="\ufeff" + SUM)[1] == "17 + 25 = 42\n"
 
 
 def test_a_batch_writes_all_that_was_asked_for(command, tmp_path: Path) -> None:

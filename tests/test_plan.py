@@ -169,6 +169,7 @@ def test_help_is_quick() -> None:
         (["--topology", "v5e:4x8", "--batch", "0"], "--batch"),
         (["--topology", "v5e:4x8", "--context", "999999"], "131072"),
         (["--topology", "v5e:4x8", "--plot", "/nonexistent/plan.png"], "--plot: /nonexistent"),
+        (["--topology", "v5e:4x8", "--plot", "plan.xyz"], "ends in .png, .svg, .pdf, found '.xyz'"),
         (["--topology", "v5e:4x8", "--model", "missing.json"], "missing.json"),
     ],
 )
@@ -184,7 +185,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, monkeypatch: 
 def test_exit_code_of_bad_input() -> None:
     run = command("--model", str(M20B), "--topology", "v5e:zz")
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error: topology: v5e: ")
+    assert run.stderr.startswith("error: --topology: v5e: ")
     assert run.stderr.count("\n") == 1
 
 

@@ -18,21 +18,24 @@ from gptoss_jax.engine.constraints import ConstraintMaker, Scope, TokenConstrain
 from gptoss_jax.engine.drafts import Drafter, PromptLookup
 from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
 from gptoss_jax.engine.pace import Pace
-from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs
+from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs, is_int
 from gptoss_jax.engine.runner import Launched, Runner, needs_adjusting
 from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
 from gptoss_jax.engine.step import Logprobs
-from gptoss_jax.errors import UsageError
+from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.model import GptOss
-from pallas_kernels import backend_names
+from pallas_kernels import backend_names, backend_platforms, current_platform
 
 COMPILERS = 8
 """Kinds of step that are compiled at once."""
 
+HARDWARE = {"cpu": "CPUs", "cuda": "NVIDIA GPUs", "rocm": "AMD GPUs", "tpu": "TPUs"}
+"""What pallas_kernels' platforms are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How the engine uses a device.
+    """How the engine uses a device. Raises UsageError, naming the field, for a value that cannot be.
 
     Args:
       max_batch: sequences that run together, over the whole mesh.
@@ -62,13 +65,19 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "page_size", "prefill_chunk", "step_tokens", "decode_rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name}: expected 1 or more, found {value}")
-        if not 0 <= self.speculative_tokens <= 64:
-            raise UsageError(f"speculative_tokens: expected 0 to 64, found {self.speculative_tokens}")
-        if self.kernels not in backend_names():
-            raise UsageError(f"kernels: expected {', '.join(backend_names())}, found {self.kernels!r}")
+            value, default = getattr(self, name), getattr(EngineOptions, name)
+            expect((value is default is None) or is_int(value, 1), name, "an integer from 1, below 2**31", value)
+        memory, guesses = self.kv_cache_memory, self.speculative_tokens
+        expect(memory is None or is_int(memory, 1, 2**63), "kv_cache_memory", "a number of bytes", memory)
+        if self.kv_cache_dtype is not None:
+            kv_dtype(self.kv_cache_dtype)
+        expect(isinstance(self.prefix_cache, bool), "prefix_cache", "True or False", self.prefix_cache)
+        expect(is_int(guesses, 0, 64), "speculative_tokens", "an integer from 0 to 64", guesses)
+        expect(self.kernels in backend_names(), "kernels", ", ".join(backend_names()), self.kernels)
+        platforms = backend_platforms(self.kernels)
+        if platforms and (here := current_platform()) not in platforms:
+            of = " and ".join(HARDWARE[platform] for platform in sorted(platforms))
+            raise UsageError(f"kernels: {self.kernels} is for {of}, found the platform {here}")
 
 
 @dataclasses.dataclass
@@ -193,9 +202,8 @@ class Engine:
         """
         if request_id in self._sequences:
             raise UsageError(f"{request_id}: a request of this name is running already")
-        prompt = self._read_prompt(request_id, prompt_token_ids)
-        max_tokens = self._check(request_id, prompt, params)
-        constraints = self._constraints_of(request_id, params, scope)
+        with named(f"request {request_id}"):
+            prompt, max_tokens, constraints = self._admit(prompt_token_ids, params, scope)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
             Sequence(request_id, i, prompt.astype(np.int32), params, max_tokens, (seed + i) % 2**64)
@@ -207,42 +215,49 @@ class Engine:
         self._constraints |= zip(sequences, constraints, strict=False)
         self._sequences[request_id] = sequences
 
-    def _read_prompt(self, request_id: str, tokens: Iterable[int]) -> np.ndarray:
+    def check(self, prompt_token_ids: Iterable[int], params: SamplingParams, scope: Scope = "text") -> None:
+        """Raises UsageError for a request that can never run, as `add` does, and queues nothing."""
+        self._admit(prompt_token_ids, params, scope)
+
+    def _admit(
+        self, prompt_token_ids: Iterable[int], params: SamplingParams, scope: Scope
+    ) -> tuple[np.ndarray, int, list[TokenConstraint]]:
+        """A request's prompt, the most tokens that it may generate, and its completions' constraints."""
+        prompt = self._read_prompt(prompt_token_ids)
+        return prompt, self._room(prompt, params), self._constraints_of(params, scope)
+
+    def _read_prompt(self, tokens: Iterable[int]) -> np.ndarray:
         tokens, vocab = list(tokens), self.config.vocab_size
         if not tokens:
-            raise UsageError(f"request {request_id}: the prompt has no tokens")
+            raise UsageError("the prompt has no tokens")
         for token in tokens:
             if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-                raise UsageError(f"request {request_id}: expected token ids, found {token!r:.60}")
+                raise UsageError(f"expected token ids, found {token!r:.60}")
             if not 0 <= int(token) < vocab:
-                raise UsageError(f"request {request_id}: token {token!s:.30} is outside the vocabulary of {vocab}")
+                raise UsageError(f"token {token!s:.30} is outside the vocabulary of {vocab}")
         return np.asarray(tokens, np.int64)
 
-    def _check(self, request_id: str, prompt: np.ndarray, params: SamplingParams) -> int:
+    def _room(self, prompt: np.ndarray, params: SamplingParams) -> int:
         """The most tokens that the request may generate."""
         vocab, context = self.config.vocab_size, self.config.max_position_embeddings
         for token in (*(params.logit_bias or {}), *params.stop_token_ids):
             if token >= vocab:
-                raise UsageError(f"request {request_id}: token {token} is outside the vocabulary of {vocab}")
+                raise UsageError(f"token {token} is outside the vocabulary of {vocab}")
         held = self.shape.pages * self.shape.page_size - self.options.speculative_tokens
         for room, what in ((context, "the model's context"), (held, "the cache")):
             if prompt.size + (params.max_tokens or 1) > room:
                 raise UsageError(
-                    f"request {request_id}: {prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed "
-                    f"{what} of {room}"
+                    f"{prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed {what} of {room}"
                 )
         return params.max_tokens or min(context, held) - prompt.size
 
-    def _constraints_of(self, request_id: str, params: SamplingParams, scope: Scope) -> list[TokenConstraint]:
+    def _constraints_of(self, params: SamplingParams, scope: Scope) -> list[TokenConstraint]:
         """One for each of the request's completions; none for free ones."""
         if params.structured_outputs is None:
             return []
         if self._constrain is None:
-            raise UsageError(f"request {request_id}: structured_outputs: the checkpoint has no tokenizer.json")
-        try:
-            return [self._constrain(params.structured_outputs, scope) for _ in range(params.n)]
-        except UsageError as error:
-            raise UsageError(f"request {request_id}: {error}") from None
+            raise UsageError("structured_outputs: the checkpoint has no tokenizer.json")
+        return [self._constrain(params.structured_outputs, scope) for _ in range(params.n)]
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request, waiting or running, and all that it holds; False if there is none of that name."""

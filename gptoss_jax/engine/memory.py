@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.errors import UsageError
+from gptoss_jax.errors import UsageError, expect
 from gptoss_jax.kv_cache import CacheShape, page_bytes, ring_bytes
 from sharding import Partition, least
 
@@ -24,8 +24,7 @@ KV_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float8": jnp.flo
 
 def kv_dtype(name: str) -> DTypeLike:
     """The dtype of `--kv-cache-dtype`. Raises UsageError."""
-    if name not in KV_DTYPES:
-        raise UsageError(f"kv_cache_dtype: expected {', '.join(KV_DTYPES)}, found {name!r}")
+    expect(name in list(KV_DTYPES), "kv_cache_dtype", ", ".join(KV_DTYPES), name)
     return KV_DTYPES[name]
 
 

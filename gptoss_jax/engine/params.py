@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from gptoss_jax.errors import UsageError
+from gptoss_jax.errors import UsageError, expect
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -53,8 +52,7 @@ class StructuredOutputsParams:
             "grammar": (isinstance(value, str), "the text of a grammar"),
             "json_object": (value is True, "true"),
         }[name]
-        if not fine:
-            raise UsageError(f"structured_outputs.{name}: expected {expected}, found {value!r:.60}")
+        expect(fine, f"structured_outputs.{name}", expected, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,26 +104,28 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._normalise()
-        self._check("max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 1), "an integer from 1")
-        self._check("temperature", _is_number(self.temperature, 0, 1e6), "a number from 0 to 1e6")
-        self._check("top_p", _is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1")
-        self._check("top_k", _is_int(self.top_k, 0), "an integer from 0")
-        self._check("min_p", _is_number(self.min_p, 0, 1), "a number from 0 to 1")
-        self._check("seed", self.seed is None or _is_int(self.seed, 0, 2**64 - 1), "an integer of 64 bits")
+        fine = self.max_tokens is None or is_int(self.max_tokens, 1)
+        self._check("max_tokens", fine, "an integer from 1, below 2**31")
+        self._check("temperature", is_number(self.temperature, 0, 1e6), "a number from 0 to 1e6")
+        self._check("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1")
+        self._check("top_k", is_int(self.top_k, 0), "an integer from 0, below 2**31")
+        self._check("min_p", is_number(self.min_p, 0, 1), "a number from 0 to 1")
+        self._check("seed", self.seed is None or is_int(self.seed, 0, 2**64 - 1), "an integer of 64 bits")
         self._check("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
-        self._check("stop_token_ids", all(_is_int(t, 0) for t in self.stop_token_ids), "token ids")
-        self._check("n", _is_int(self.n, 1, 1024), "an integer from 1 to 1024")
-        self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer from 0")
-        fine = _is_number(self.repetition_penalty, 0, 1e6) and self.repetition_penalty > 0
+        self._check("stop_token_ids", all(is_int(t, 0) for t in self.stop_token_ids), "token ids")
+        self._check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+        self._check("n", is_int(self.n, 1, 1024), "an integer from 1 to 1024")
+        self._check("min_tokens", is_int(self.min_tokens, 0), "an integer from 0, below 2**31")
+        fine = is_number(self.repetition_penalty, 0, 1e6) and self.repetition_penalty > 0
         self._check("repetition_penalty", fine, "a number above 0")
         for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, _is_number(getattr(self, name), -2, 2), "a number from -2 to 2")
+            self._check(name, is_number(getattr(self, name), -2, 2), "a number from -2 to 2")
         bias = self.logit_bias or {}
-        fine = len(bias) <= 1024 and all(_is_int(t, 0) and _is_number(b, -1e6, 1e6) for t, b in bias.items())
+        fine = len(bias) <= 1024 and all(is_int(t, 0) and is_number(b, -1e6, 1e6) for t, b in bias.items())
         self._check("logit_bias", fine, "at most 1024 token ids with a number each")
-        fine = self.prompt_logprobs is None or _is_int(self.prompt_logprobs, 0, 20)
+        fine = self.prompt_logprobs is None or is_int(self.prompt_logprobs, 0, 20)
         self._check("prompt_logprobs", fine, "an integer from 0 to 20")
-        self._check("logprobs", self.logprobs is None or _is_int(self.logprobs, 0, 20), "an integer from 0 to 20")
+        self._check("logprobs", self.logprobs is None or is_int(self.logprobs, 0, 20), "an integer from 0 to 20")
         if self.structured_outputs is not None:
             # Only a stop token can follow a complete answer.
             self._check("min_tokens", self.min_tokens == 0, "0 with structured_outputs")
@@ -159,21 +159,18 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
-        if not fine:
-            raise UsageError(f"{name}: expected {expected}, found {getattr(self, name)!r:.60}")
+        expect(fine, name, expected, getattr(self, name))
 
 
-def _is_int(value: Any, least: int, most: int = 2**31 - 1) -> bool:
+def is_int(value: Any, least: int, most: int = 2**31 - 1) -> bool:
+    """Whether it is an integer from `least` to `most`."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
-def _is_number(value: Any, least: float, most: float) -> bool:
-    return (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and least <= float(value) <= most
-    )
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Whether it is a number from `least` to `most`."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and bool(least <= value <= most)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.cli import Parser
-from gptoss_jax.errors import GptOssError, UsageError
+from gptoss_jax.cli import Parser, run
+from gptoss_jax.errors import UsageError, named
 from gptoss_jax.harmony.forms import read_messages
 from gptoss_jax.harmony.messages import ROLES, ParsedMessage
 from gptoss_jax.harmony.openai import render
@@ -42,7 +42,7 @@ known) and "strict" (default false); the output is {"id", "messages", "malformed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; 0, or 2 after one line on stderr for bad input."""
+    """Runs the command. Raises UsageError, naming the line."""
     parser = Parser(
         prog="python -m gptoss_jax.harmony",
         description=_DESCRIPTION,
@@ -55,21 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
         default=str(_EMBEDDED),
         help="a directory with a tokenizer.json, or o200k_harmony (default: the embedded model's)",
     )
-    try:
-        options = parser.parse_args(arguments)
-        tokenizer = _tokenizer(options.tokenizer)
-        handle = _render if options.command == "render" else _parse
-        for number, line in enumerate(sys.stdin.buffer, 1):
-            if line.strip():
-                try:
-                    print(json.dumps(handle(_read_line(line), tokenizer)), flush=True)
-                except (GptOssError, RecursionError) as error:
-                    raise UsageError(f"line {number}: {error or 'nested too deeply'}") from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except GptOssError as error:
-        print(" ".join(str(error).split("\n")), file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    tokenizer = _tokenizer(options.tokenizer)
+    handle = _render if options.command == "render" else _parse
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        if line.strip():
+            with named(f"line {number}"):
+                found = handle(_read_line(line), tokenizer)
+            print(json.dumps(found), flush=True)
     return 0
 
 
@@ -80,7 +73,7 @@ def _tokenizer(name: str) -> Tokenizer:
 def _read_line(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"expected a JSON object: {error}") from None
     if not isinstance(value, dict):
         raise UsageError(f"expected a JSON object, found {type(value).__name__}")
@@ -152,4 +145,4 @@ def _as_json(message: ParsedMessage) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -178,7 +178,7 @@ def _step_json(step: StepPlan) -> dict[str, Any]:
 
 
 def plot(request: Request, plans: Sequence[MeshPlan], path: Path) -> None:
-    """Draw the memory and the decode time of each mesh into a PNG file. Raises UsageError."""
+    """Draw the memory and the decode time of each mesh into a file. Raises UsageError."""
     from gptoss_jax.planner.plans import describe
 
     plt = pyplot()

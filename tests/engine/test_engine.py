@@ -290,7 +290,32 @@ def test_what_is_warmed_up_compiles_no_more() -> None:
 def test_what_can_never_run_is_refused(prompt: list[int], params: SamplingParams, named: str) -> None:
     with pytest.raises(UsageError, match=named):
         engine().add("a", prompt, params)
+    with pytest.raises(UsageError, match=named) as caught:
+        engine().check(prompt, params)
+    assert "request" not in str(caught.value)
     assert engine().unfinished == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_batch", "8"),
+        ("max_batch", None),
+        ("page_size", 1.5),
+        ("prefill_chunk", True),
+        ("step_tokens", 2**31),
+        ("kv_cache_memory", "1e9"),
+        ("kv_cache_dtype", ["float8"]),
+        ("prefix_cache", "no"),
+        ("speculative_tokens", None),
+        ("kernels", 5),
+        ("kernels", "triton"),
+    ],
+)
+def test_options_of_other_types_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"^{field}: .*") as caught:
+        EngineOptions(**{field: value})
+    assert "found" in str(caught.value)
 
 
 def test_a_cache_too_small_is_refused_with_the_numbers() -> None:

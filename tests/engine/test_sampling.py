@@ -176,6 +176,10 @@ def test_penalties_biases_and_masks_by_definition() -> None:
     [
         ("temperature", -1.0),
         ("temperature", float("inf")),
+        ("temperature", "hot"),
+        ("temperature", 10**400),
+        ("temperature", float("nan")),
+        ("ignore_eos", "no"),
         ("top_p", 0.0),
         ("top_k", -2),
         ("min_p", 2.0),

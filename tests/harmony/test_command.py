@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gptoss_jax import cli
 from gptoss_jax.harmony.__main__ import main
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -19,9 +20,10 @@ def run(
 ) -> tuple[int, list[Any], str]:
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    code = main(arguments)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: main(arguments))
     out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines()], err
+    return ended.value.code, [json.loads(line) for line in out.splitlines()], err
 
 
 def test_golden_lines(
@@ -77,6 +79,7 @@ def test_openai_lines_with_options(
         ("render", {"messages": [], "next_role": "x"}, "line 2: next_role"),
         ("render", {"messages": [], "auto_drop_analysis": 1}, "line 2: auto_drop_analysis"),
         ("render", {"messages": [], "tools": "x"}, "line 2: tools"),
+        ("render", '{"messages": [], "id": ' + "1" * 5000 + "}", "line 2: expected a JSON object"),
         ("parse", {}, "line 2: tokens"),
         ("parse", {"tokens": ["x"]}, "line 2: tokens[0]"),
         ("parse", {"tokens": [True]}, "line 2: tokens[0]"),
@@ -96,7 +99,7 @@ def test_a_bad_line_is_one_line_on_stderr(
     code, out, err = run([command, "--tokenizer", str(small_dir)], [good, line, good], monkeypatch, capsys)
     assert code == 2
     assert len(out) == 1
-    assert err.startswith(expected)
+    assert err.startswith(f"error: {expected}")
     assert err.count("\n") == 1
 
 
@@ -131,3 +134,11 @@ def test_a_closed_pipe_is_no_error(small_dir: Path) -> None:
     _, err = process.communicate(b'{"tokens": [1]}\n' * 10)
     assert err == b""
     assert process.returncode == 0
+
+
+def test_lines_that_cannot_be_written_are_no_success(small_dir: Path) -> None:
+    command = [sys.executable, "-m", "gptoss_jax.harmony", "parse", "--tokenizer", str(small_dir)]
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(command, input=b'{"tokens": [1]}', stdout=full, stderr=subprocess.PIPE)
+    assert ended.returncode == 2
+    assert ended.stderr == b"error: standard output: No space left on device\n"
