@@ -42,7 +42,8 @@ class Latency:
     which every request decodes. `floor` is the least time in which its `step_bytes` could be read, and `reached` the
     share of the step that this is; `prefill_reached` likewise, of the operations or bytes of a prompt's chunks.
     `device` is a step whose host part is left out, `waits` the share of a step in which the device has nothing to do.
-    `sampling` has the time of choosing the batch's tokens in each way. `kernels` are those launched in a step.
+    `sampling` has the time of choosing the batch's tokens in each way. `kernels` are those that run in a step, for
+    which the host launches `graphs` device graphs, and `lone_kernels` outside of them (None where it is not known).
     """
 
     case: Case
@@ -61,6 +62,8 @@ class Latency:
     sampling: dict[str, float]
     kernels: int
     kernels_a_layer: float
+    graphs: float | None
+    lone_kernels: float | None
     drafted: int
     accepted: int
 
@@ -119,6 +122,8 @@ def measure(
         sampling=sampling_seconds(case.batch, model.config.vocab_size),
         kernels=kernels,
         kernels_a_layer=kernels / model.config.num_hidden_layers,
+        graphs=profiled.graphs / traced_steps if profiled.span else None,
+        lone_kernels=profiled.lone_kernels / traced_steps if profiled.span else None,
         drafted=load.drafted - before.drafted,
         accepted=load.accepted - before.accepted,
     )

@@ -1,4 +1,4 @@
-"""How busy a device was, from jax's profiler, where the platform reports its kernels."""
+"""How busy a device was and what the host started, from jax's profiler, where the platform reports its kernels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ import jax
 
 @dataclasses.dataclass
 class DeviceTime:
-    """Of one device while it was traced: seconds from the first kernel's start to the last one's end, seconds in which
-    a kernel ran, and how many there were; zeros where the platform does not tell."""
+    """Of one device while it was traced; zeros where the platform does not tell.
+
+    `span` are the seconds from the first kernel's start to the last one's end, `busy` those in which one ran, and
+    `kernels` their number. The host launched `graphs` device graphs, and `lone_kernels` kernels outside of them.
+    """
 
     span: float = 0.0
     busy: float = 0.0
     kernels: int = 0
+    graphs: int = 0
+    lone_kernels: int = 0
 
 
 @contextlib.contextmanager
@@ -37,6 +42,10 @@ def traced() -> Iterator[DeviceTime]:
 
 def _read(file: Path, into: DeviceTime) -> None:
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        if plane.name.startswith("/host"):
+            calls = [event.name for line in plane.lines for event in line.events]
+            into.graphs += sum(name.startswith("cuGraphLaunch") for name in calls)
+            into.lone_kernels += sum(name.startswith("cuLaunchKernel") for name in calls)
         if plane.name != "/device:GPU:0":
             continue
         events = [

@@ -26,7 +26,21 @@ def latency_tables(found: Sequence[Latency], ceilings: Ceilings) -> str:
     times = [
         ["batch", "prompt", "first token ms", "last", "prefill tok/s", "of floor", "ms/step", "min-max", "tok/s"]
     ]
-    steps = [["batch", "prompt", "GB/step", "floor ms", "reached", "device ms", "waits", "kernels", "a layer"]]
+    steps = [
+        [
+            "batch",
+            "prompt",
+            "GB/step",
+            "floor ms",
+            "reached",
+            "device ms",
+            "waits",
+            "kernels",
+            "a layer",
+            "graphs",
+            "alone",
+        ]
+    ]
     for one in found:
         key = [str(one.case.batch), str(one.case.prompt_tokens)]
         times.append(
@@ -51,6 +65,7 @@ def latency_tables(found: Sequence[Latency], ceilings: Ceilings) -> str:
                 _share(one.waits),
                 str(one.kernels),
                 f"{one.kernels_a_layer:.1f}",
+                *("" if count is None else f"{count:.2f}" for count in (one.graphs, one.lone_kernels)),
             ]
         )
     ways = list(found[0].sampling)

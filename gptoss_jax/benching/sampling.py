@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from gptoss_jax.benching.ceilings import median_seconds
 from gptoss_jax.engine.adjusting import Adjustments, Penalties, adjust
+from gptoss_jax.engine.compiling import compiler_options
 from gptoss_jax.engine.sampling import Means, SamplingState, sample
 
 BIASES = 64
@@ -54,7 +56,7 @@ def _seconds(way: Way, logits_RV: jax.Array, rounds: int) -> float:
     )
     adjustments = _adjustments(way, *logits_RV.shape)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def program(logits_RV: jax.Array, state: SamplingState, adjustments: Adjustments | None) -> jax.Array:
         def body(i: jax.Array, tokens_R: jax.Array) -> jax.Array:
             # Else what depends on these alone would be done once, before the loop.

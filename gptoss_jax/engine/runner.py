@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine.adjusting import Adjustments, Penalties
+from gptoss_jax.engine.compiling import compiler_options
 from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.packing import Packed
@@ -313,7 +314,7 @@ class Runner:
             if does and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
             traced = _computed_by(self._kernels, partial(run, of, kind))
-            self._programs[run, kind] = jax.jit(traced, donate_argnums=1)
+            self._programs[run, kind] = jax.jit(traced, donate_argnums=1, compiler_options=compiler_options())
         return self._programs[run, kind]
 
     def kinds(self) -> Iterator[StepKind]:

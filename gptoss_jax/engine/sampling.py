@@ -7,6 +7,7 @@ is first a part by its share and then a token of it, so that little noise is nee
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -18,8 +19,10 @@ from jax import lax
 MOST_PARTS = 128
 TRIES = 4
 """Tokens that are drawn at once, to have one that the cuts keep."""
-FIRST_DEPTHS = (1.0, 2.0, 4.0, 6.0, 9.0, 13.0, 20.0)
-"""How far below the largest logit, in temperatures, the k-th is first looked for."""
+SHARES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
+"""The k-th largest logit is first looked for where so many times k are expected to be larger."""
+DEPTHS = (1.0, 2.0, 4.0, 6.0, 9.0, 13.0, 20.0)
+"""For a k too large for that: so many temperatures below the largest."""
 DEEPEST = 100.0
 """What lies so many temperatures below has no mass in float32."""
 MOST_ROUNDS = 64
@@ -53,7 +56,7 @@ def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, m
     greedy_R = _token(part_R1, jnp.argmax(_take_parts(logits_RPC, part_R1), axis=-1), logits_RPC)[..., 0]
     if means == "greedy":
         return greedy_R
-    drawing = _Drawing(logits_RPC, jnp.max(largest_RP, axis=-1), state, positions_R)
+    drawing = _Drawing(logits_RPC, largest_RP, state, positions_R)
     drawn_R = drawing.plainly() if means == "draw" else drawing.within_cuts()
     return jnp.where(state.temperature > 0, drawn_R, greedy_R)
 
@@ -110,12 +113,17 @@ class _Progress(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Drawing:
-    """Draws from logits float32 [..., R, P, C], of which `largest` [..., R] is the largest."""
+    """Draws from logits float32 [..., R, P, C], of whose parts `peaks` [..., R, P] are the largest."""
 
     logits: jax.Array
-    largest: jax.Array
+    peaks: jax.Array
     state: SamplingState
     positions: jax.Array
+
+    @functools.cached_property
+    def largest(self) -> jax.Array:
+        """[..., R]."""
+        return jnp.max(self.peaks, axis=-1)
 
     def plainly(self) -> jax.Array:
         """Tokens [..., R] of rows that have neither top-k nor top-p."""
@@ -130,9 +138,14 @@ class _Drawing:
         from the rest. A token's rank decides on top-k, and on top-p the mass above it, as a share of what top-k
         keeps. Of that, bounds are enough, mostly those of the first two looks at where the k-th logit is.
         """
-        first = self._first_bracket()
+        first, floor_R = self._first_bracket()
         nothing_R = jnp.full(self.largest.shape, -jnp.inf)
-        tries = self._try(first, nothing_R, jnp.int32(0))
+        tries = self._try(floor_R, nothing_R, jnp.int32(0))
+        # Of rows that have too few above the floor nothing is known yet.
+        well_R1 = ((self.state.top_k == 0) | (first.low >= floor_R))[..., None]
+        tries = tries._replace(
+            logits=jnp.where(well_R1, tries.logits, -jnp.inf), rank=jnp.where(well_R1, tries.rank, jnp.inf)
+        )
         undecided_R = jnp.zeros(self.largest.shape, bool)
         # What a row draws that takes the likeliest does not matter.
         done_R = self.state.temperature <= 0
@@ -145,7 +158,7 @@ class _Drawing:
 
         def again(carry: tuple[jax.Array, _Progress]) -> tuple[jax.Array, _Progress]:
             number, now = carry
-            tries = self._try(now.bracket, now.below, number)
+            tries = self._try(now.bracket.low, now.below, number)
             tries = jax.tree.map(lambda new, old: jnp.where(now.rejected[..., None], new, old), tries, now.tries)
             now = now._replace(bracket=self._narrowed(now.bracket), tries=tries)
             return number + 1, self._decided(now, last=number >= MOST_ROUNDS)
@@ -153,21 +166,43 @@ class _Drawing:
         start = (jnp.int32(1), self._decided(progress, last=jnp.bool_(False)))
         return lax.while_loop(unsettled, again, start)[1].drawn
 
-    def _first_bracket(self) -> _Bracket:
-        """Rows without top-k keep all, which is known; of others the k-th largest is looked for."""
-        depths = jnp.asarray(FIRST_DEPTHS)
-        thresholds_RA = self.largest[..., None] - self._temperature()[..., None] * depths
-        whole_R = jnp.sum(_part_sums((self._mass(), self.logits > -jnp.inf)), axis=(-2, -1))
-        low_R = self.largest - DEEPEST * self._temperature()
+    def _first_bracket(self) -> tuple[_Bracket, jax.Array]:
+        """Where the k-th largest is, and a logit [..., R] that most likely at least k reach.
+
+        Rows without top-k keep all, which is known.
+        """
+        temperature_R, all_R = self._temperature(), self.state.top_k == 0
+        thresholds_RA, expected_RA = self._expected()
+        depths_RA = self.largest[..., None] - temperature_R[..., None] * jnp.asarray(DEPTHS)
+        thresholds_RA = jnp.where(expected_RA, thresholds_RA, depths_RA)
+        floor_R = jnp.where(expected_RA[..., -2], thresholds_RA[..., -2], thresholds_RA[..., -1])
+        whole_R = jnp.sum(_part_sums((self._mass(), jnp.bool_(True))), axis=(-2, -1))
+        low_R = self.largest - DEEPEST * temperature_R
         widest = _Bracket(low_R, jnp.nextafter(self.largest, jnp.inf), whole_R, jnp.zeros_like(whole_R))
-        found = self._within(widest, thresholds_RA)
-        everything = _Bracket(jnp.full_like(low_R, -jnp.inf), widest.high, whole_R, whole_R)
-        return jax.tree.map(lambda some, all_: jnp.where(self.state.top_k > 0, some, all_), found, everything)
+        nothing_R = jnp.full_like(low_R, -jnp.inf)
+        everything = _Bracket(nothing_R, widest.high, whole_R, whole_R)
+        found = jax.tree.map(
+            lambda some, all_: jnp.where(all_R, all_, some), self._within(widest, thresholds_RA), everything
+        )
+        return found, jnp.where(all_R, nothing_R, floor_R)
+
+    def _expected(self) -> tuple[jax.Array, jax.Array]:
+        """Logits [..., R, A] that about SHARES times k should reach, and whether that many can be told from the peaks.
+
+        Of n tokens thrown into P parts 1 - exp(-n / P) of the parts get one, so as many peaks are among the n largest.
+        """
+        parts = self.peaks.shape[-1]
+        count_RA = self.state.top_k[..., None] * jnp.asarray(SHARES)
+        hit_RA = jnp.clip(jnp.ceil(-parts * jnp.expm1(-count_RA / parts)), 1, parts)
+        reach_RP = jnp.sum(self.peaks[..., None, :] >= self.peaks[..., :, None], axis=-1)
+        enough_RAP = reach_RP[..., None, :] >= hit_RA[..., None]
+        thresholds_RA = jnp.max(jnp.where(enough_RAP, self.peaks[..., None, :], -jnp.inf), axis=-1)
+        return thresholds_RA, count_RA < 0.7 * parts * math.log(parts)
 
     def _narrowed(self, bracket: _Bracket) -> _Bracket:
         """An eighth of each bracket; where no float is left between its ends, `low` is the k-th largest."""
-        step = (bracket.high - bracket.low)[..., None] / (len(FIRST_DEPTHS) + 1)
-        found = self._within(bracket, bracket.low[..., None] + step * jnp.arange(1, len(FIRST_DEPTHS) + 1))
+        step = (bracket.high - bracket.low)[..., None] / (len(SHARES) + 1)
+        found = self._within(bracket, bracket.low[..., None] + step * jnp.arange(1, len(SHARES) + 1))
         exact_R = (found.low == bracket.low) & (found.high == bracket.high)
         return found._replace(least=jnp.where(exact_R, found.most, found.least))
 
@@ -188,9 +223,9 @@ class _Drawing:
         )
         return jax.tree.map(lambda new, old: jnp.where(self.state.top_k > 0, new, old), narrower, bracket)
 
-    def _try(self, bracket: _Bracket, below_R: jax.Array, number: jax.Array) -> _Tries:
-        """Draw a few tokens of at least the bracket's `low` and above another logit."""
-        tokens_RA, logits_RA = self._draw(bracket.low, below_R, number * TRIES, TRIES)
+    def _try(self, floor_R: jax.Array, below_R: jax.Array, number: jax.Array) -> _Tries:
+        """Draw a few tokens of at least some logit and above another."""
+        tokens_RA, logits_RA = self._draw(floor_R, below_R, number * TRIES, TRIES)
         rank_RA, above_RA = self._counts_and_masses(logits_RA, jnp.greater, jnp.less_equal)
         return _Tries(tokens_RA, logits_RA, above_RA, rank_RA)
 
