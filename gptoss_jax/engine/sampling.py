@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 MOST_PARTS = 128
+SUMMED = 4
+"""Parts that are summed as one: a GPU adds up what its threads have for each sum and part, which costs more than it."""
 TRIES = 4
 """Tokens that are drawn at once, to have one that the cuts keep."""
-SHARES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
+SHARES = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)
 """The k-th largest logit is first looked for where so many times k are expected to be larger."""
-DEPTHS = (1.0, 2.0, 4.0, 6.0, 9.0, 13.0, 20.0)
+DEPTHS = (1.0, 2.0, 3.0, 4.5, 6.0, 8.0, 11.0, 15.0, 20.0)
 """For a k too large for that: so many temperatures below the largest."""
 DEEPEST = 100.0
 """What lies so many temperatures below has no mass in float32."""
@@ -176,15 +178,18 @@ class _Drawing:
         depths_RA = self.largest[..., None] - temperature_R[..., None] * jnp.asarray(DEPTHS)
         thresholds_RA = jnp.where(expected_RA, thresholds_RA, depths_RA)
         floor_R = jnp.where(expected_RA[..., -2], thresholds_RA[..., -2], thresholds_RA[..., -1])
-        whole_R = jnp.sum(_part_sums((self._mass(), jnp.bool_(True))), axis=(-2, -1))
-        low_R = self.largest - DEEPEST * temperature_R
-        widest = _Bracket(low_R, jnp.nextafter(self.largest, jnp.inf), whole_R, jnp.zeros_like(whole_R))
-        nothing_R = jnp.full_like(low_R, -jnp.inf)
-        everything = _Bracket(nothing_R, widest.high, whole_R, whole_R)
-        found = jax.tree.map(
-            lambda some, all_: jnp.where(all_R, all_, some), self._within(widest, thresholds_RA), everything
+        fewer = [(jnp.float32(1), self.logits < thresholds_RA[..., i, None, None]) for i in range(len(SHARES))]
+        sums_RA = self._sums(*fewer, (self._mass(), jnp.bool_(True)))
+        low_R, high_R = self._ends(thresholds_RA, self._vocabulary - sums_RA[..., :-1])
+        whole_R, nothing_R = sums_RA[..., -1], jnp.full_like(low_R, -jnp.inf)
+        low_R = jnp.maximum(low_R, self.largest - DEEPEST * temperature_R)
+        bracket = _Bracket(
+            low=jnp.where(all_R, nothing_R, low_R),
+            high=jnp.minimum(high_R, jnp.nextafter(self.largest, jnp.inf)),
+            most=whole_R,
+            least=jnp.where(all_R, whole_R, 0),
         )
-        return found, jnp.where(all_R, nothing_R, floor_R)
+        return bracket, jnp.where(all_R, nothing_R, floor_R)
 
     def _expected(self) -> tuple[jax.Array, jax.Array]:
         """Logits [..., R, A] that about SHARES times k should reach, and whether that many can be told from the peaks.
@@ -200,28 +205,32 @@ class _Drawing:
         return thresholds_RA, count_RA < 0.7 * parts * math.log(parts)
 
     def _narrowed(self, bracket: _Bracket) -> _Bracket:
-        """An eighth of each bracket; where no float is left between its ends, `low` is the k-th largest."""
-        step = (bracket.high - bracket.low)[..., None] / (len(SHARES) + 1)
-        found = self._within(bracket, bracket.low[..., None] + step * jnp.arange(1, len(SHARES) + 1))
-        exact_R = (found.low == bracket.low) & (found.high == bracket.high)
-        return found._replace(least=jnp.where(exact_R, found.most, found.least))
-
-    def _within(self, bracket: _Bracket, thresholds_RA: jax.Array) -> _Bracket:
-        """The bracket between two neighbours of its ends and the thresholds."""
-        top_k_R1 = self.state.top_k[..., None]
+        """A quarter of each bracket; where no float is left between its ends, `low` is the k-th largest."""
+        quarter_R1 = (bracket.high - bracket.low)[..., None] / 4
+        thresholds_RA = bracket.low[..., None] + quarter_R1 * jnp.arange(4)
+        thresholds_RA = jnp.concatenate([thresholds_RA, bracket.high[..., None]], axis=-1)
         count_RA, mass_RA = self._counts_and_masses(thresholds_RA, jnp.greater_equal, jnp.less)
-        enough_RA, at_most_RA = count_RA >= top_k_R1, count_RA <= top_k_R1
-        low_R = jnp.max(thresholds_RA, axis=-1, where=enough_RA, initial=-jnp.inf)
-        high_R = jnp.min(thresholds_RA, axis=-1, where=~enough_RA, initial=jnp.inf)
-        most_R = jnp.min(mass_RA, axis=-1, where=enough_RA, initial=jnp.inf)
-        least_R = jnp.max(mass_RA, axis=-1, where=at_most_RA, initial=0)
+        low_R, high_R = self._ends(thresholds_RA, count_RA)
+        top_k_R1 = self.state.top_k[..., None]
+        most_R = jnp.min(mass_RA, axis=-1, where=count_RA >= top_k_R1, initial=jnp.inf)
+        least_R = jnp.max(mass_RA, axis=-1, where=count_RA <= top_k_R1, initial=0)
         narrower = _Bracket(
-            jnp.maximum(bracket.low, low_R),
-            jnp.minimum(bracket.high, high_R),
-            jnp.minimum(bracket.most, most_R),
-            jnp.maximum(bracket.least, least_R),
+            jnp.maximum(low_R, bracket.low),
+            jnp.minimum(high_R, bracket.high),
+            jnp.minimum(most_R, bracket.most),
+            jnp.maximum(least_R, bracket.least),
         )
+        exact_R = (narrower.low == bracket.low) & (narrower.high == bracket.high)
+        narrower = narrower._replace(least=jnp.where(exact_R, narrower.most, narrower.least))
         return jax.tree.map(lambda new, old: jnp.where(self.state.top_k > 0, new, old), narrower, bracket)
+
+    def _ends(self, thresholds_RA: jax.Array, count_RA: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The largest threshold that at least k logits reach, and the smallest that fewer do, [..., R]."""
+        enough_RA = count_RA >= self.state.top_k[..., None]
+        return (
+            jnp.max(thresholds_RA, axis=-1, where=enough_RA, initial=-jnp.inf),
+            jnp.min(thresholds_RA, axis=-1, where=~enough_RA, initial=jnp.inf),
+        )
 
     def _try(self, floor_R: jax.Array, below_R: jax.Array, number: jax.Array) -> _Tries:
         """Draw a few tokens of at least some logit and above another."""
@@ -236,13 +245,20 @@ class _Drawing:
 
         What is outside is counted, since the compiler would keep a condition that is used twice in memory.
         """
-        mass_RPC, parts, inner = self._mass(), *self.logits.shape[-2:]
         bounds = [bounds_RA[..., i, None, None] for i in range(bounds_RA.shape[-1])]
-        one = jnp.float32(1)
-        terms = [(one, outside(self.logits, bound)) for bound in bounds]
-        terms += [(mass_RPC, within(self.logits, bound)) for bound in bounds]
-        sums_RA = jnp.sum(_part_sums(*terms), axis=-1)
-        return parts * inner - sums_RA[..., : len(bounds)], sums_RA[..., len(bounds) :]
+        terms = [(jnp.float32(1), outside(self.logits, bound)) for bound in bounds]
+        terms += [(self._mass(), within(self.logits, bound)) for bound in bounds]
+        sums_RA = self._sums(*terms)
+        return self._vocabulary - sums_RA[..., : len(bounds)], sums_RA[..., len(bounds) :]
+
+    def _sums(self, *terms: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Float32 [..., R, A]: of each pair the sum of the values [..., R, P, C] where the condition holds."""
+        joined = [(_joined_parts(x), _joined_parts(where)) for x, where in terms]
+        return jnp.sum(_part_sums(*joined), axis=-1)
+
+    @property
+    def _vocabulary(self) -> int:
+        return math.prod(self.logits.shape[-2:])
 
     def _decided(self, now: _Progress, last: jax.Array) -> _Progress:
         """Take each row's first token that is kept, if those before it are not; the `last` time what comes nearest."""
@@ -293,6 +309,14 @@ class _Drawing:
     def _temperature(self) -> jax.Array:
         """[..., R], by which can be divided."""
         return jnp.maximum(self.state.temperature, 1e-6)
+
+
+def _joined_parts(x_RPC: jax.Array) -> jax.Array:
+    """The same with fewer and larger parts, if it has parts."""
+    if x_RPC.ndim < 2 or x_RPC.shape[-2] % SUMMED:
+        return x_RPC
+    *rows, parts, inner = x_RPC.shape
+    return x_RPC.reshape(*rows, parts // SUMMED, SUMMED * inner)
 
 
 def _part_sums(*terms: tuple[jax.Array, jax.Array]) -> jax.Array:
