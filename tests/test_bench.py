@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptoss_jax import bench
-from gptoss_jax.benching.profile import _covered
+from gptoss_jax.benching.launches import Launches, counted
 from gptoss_jax.benching.sampling import WAYS
 from gptoss_jax.benching.workload import Arrival, read_trace
 from gptoss_jax.loading import EMBEDDED
@@ -138,5 +138,16 @@ def test_kernels_of_a_program_are_counted() -> None:
     assert 14 <= count_kernels(text) < 50
 
 
-def test_a_device_is_busy_while_any_kernel_runs() -> None:
-    assert _covered([(5, 7), (0, 2), (1, 3), (1, 2)]) == 5
+def test_launches_of_graphs_and_of_lone_kernels_are_counted() -> None:
+    found = Launches()
+    found.count(
+        ["cuGraphLaunch (CudaGraph:71)", "cuLaunchKernelEx", "cuMemcpyDtoHAsync", "cuLaunchHostFunc", "step"]
+    )
+    found.count(["cuGraphLaunch", "cuLaunchKernel"])
+    assert found == Launches(graphs=2, lone_kernels=2)
+
+
+def test_what_runs_without_a_gpu_launches_nothing() -> None:
+    with counted() as found:
+        jax.block_until_ready(jnp.arange(8) + 1)
+    assert found == Launches()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.benching.ceilings import Ceilings
-from gptoss_jax.benching.profile import DeviceTime, traced
+from gptoss_jax.benching.launches import counted
 from gptoss_jax.benching.sampling import sampling_seconds
 from gptoss_jax.benching.workload import random_prompt
 from gptoss_jax.engine.engine import Engine, EngineOptions
@@ -95,16 +95,11 @@ def measure(
     before = engine.load
     runs = [_run(engine, params, case, rng) for _ in range(repeats)]
     load = engine.load
-    device, profiled, traced_steps, program = _device_time(engine, params, case, rng)
+    device = _device(engine, params, case, rng)
     step = statistics.median(t for run in runs for t in run.steps)
-    waits = max(0.0, 1 - device / step)
-    if profiled.span:
-        device, waits = profiled.busy / traced_steps, 1 - profiled.busy / profiled.span
     prefill = statistics.median(max(run.first) for run in runs)
     needed = work(model, options, case)
     floor = needed.num_bytes / ceilings.copy_bytes
-    # A compiler may have unrolled a launch's steps, so what ran counts where it is known.
-    kernels = round(profiled.kernels / traced_steps) if profiled.span else count_kernels(program)
     return Latency(
         case=case,
         first_token=statistics.median(statistics.median(run.first) for run in runs),
@@ -117,13 +112,13 @@ def measure(
         step_bytes=needed.num_bytes,
         floor=floor,
         reached=floor / step,
-        device=device,
-        waits=waits,
+        device=device.seconds,
+        waits=max(0.0, 1 - device.seconds / step),
         sampling=sampling_seconds(case.batch, model.config.vocab_size),
-        kernels=kernels,
-        kernels_a_layer=kernels / model.config.num_hidden_layers,
-        graphs=profiled.graphs / traced_steps if profiled.span else None,
-        lone_kernels=profiled.lone_kernels / traced_steps if profiled.span else None,
+        kernels=round(device.kernels),
+        kernels_a_layer=device.kernels / model.config.num_hidden_layers,
+        graphs=device.graphs,
+        lone_kernels=device.lone_kernels,
         drafted=load.drafted - before.drafted,
         accepted=load.accepted - before.accepted,
     )
@@ -200,19 +195,31 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
     return _Run([at - started for at in first.values()], steps or [float("nan")], last - decoding_since, tokens)
 
 
-def _device_time(
-    engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator
-) -> tuple[float, DeviceTime, float, str]:
-    """Seconds of a step that is launched again and again, what the profiler saw of how many, and the program's text."""
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    """A step without the host's part: seconds, kernels, and what is launched for it (None where it is not known)."""
+
+    seconds: float
+    kernels: float
+    graphs: float | None
+    lone_kernels: float | None
+
+
+def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> _Device:
+    """Of a launch that is repeated."""
     _start(engine, params, case, rng)
     _prefill(engine, case)
     for _ in range(4):
         engine.step()
-    profiled, tokens = DeviceTime(), 0
+    launches, tokens = None, 0
     if jax.default_backend() == "gpu":
-        with traced() as profiled:
+        with counted() as launches:
             for _ in range(TRACED_STEPS):
                 tokens += len(engine.step())
-    seconds, program = engine.replay(REPLAYS), engine.program()
+    seconds, (program, steps) = engine.replay(REPLAYS), engine.program()
     _stop(engine, case)
-    return seconds, profiled, tokens / case.batch, program
+    kernels = count_kernels(program) / steps
+    if launches is None:
+        return _Device(seconds, kernels, None, None)
+    traced_steps = tokens / case.batch
+    return _Device(seconds, kernels, launches.graphs / traced_steps, launches.lone_kernels / traced_steps)

@@ -411,8 +411,8 @@ class Engine:
         """
         return self._runner.replay(times)
 
-    def program(self) -> str:
-        """The compiled text of the last step."""
+    def program(self) -> tuple[str, int]:
+        """The compiled text of the last launch, and how many steps in a row it makes."""
         return self._runner.program()
 
     def warm_up(self, progress: bool | None = None) -> int:

@@ -356,16 +356,16 @@ class Runner:
         jax.block_until_ready(self._state)
         return (time.perf_counter() - started) / times / step.kind.rounds
 
-    def program(self) -> str:
-        """The compiled text of the last step; of a masked one, those of both programs."""
+    def program(self) -> tuple[str, int]:
+        """The compiled text of the last launch, of a masked one those of both programs, and its steps in a row."""
         assert self._last is not None
         kind, adjustments = self._last.kind, self._last.adjustments
         arguments = (self._weights, self._state, self._last.inputs)
         if not kind.masked:
-            return _text(self._step(kind), *arguments, _packed(adjustments))
+            return _text(self._step(kind), *arguments, _packed(adjustments)), kind.rounds
         rows, _ = jax.eval_shape(self._pass(kind), *arguments)
         choice = _text(self._choice(kind), rows, self._state, _packed(adjustments))
-        return f"{_text(self._pass(kind), *arguments)}\n{choice}"
+        return f"{_text(self._pass(kind), *arguments)}\n{choice}", 1
 
 
 def _send(step: Launched) -> None:
