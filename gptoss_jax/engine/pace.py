@@ -8,7 +8,7 @@ DECODE_ROUNDS = 4
 """On an H100 the host needs 2 to 3 ms to start a step and read the one before, and one sequence's step takes 2."""
 
 ACCELERATOR_CHUNK, CPU_CHUNK = 2048, 512
-"""On an H100 a prompt's token takes 32 us in a step of 512, which reads all experts for few, and 20 in a larger one."""
+"""On an H100 a prompt's token takes 28 us in a step of 512, which reads all experts for few, and 19 in one of 2048."""
 
 
 @dataclasses.dataclass(frozen=True)
