@@ -102,7 +102,7 @@ class Runner:
                 self._note(number, sequence)
         self._restore(plans)
         kind = self._kind(plans, constraints)
-        if not (kind.prefills or kind.drafts or kind.logprobs or kind.adjusted):
+        if not (kind.prefills or kind.drafts or kind.masked):
             kind = dataclasses.replace(kind, rounds=rounds)
         self._prepare_counts(plans, kind)
         launched = self._last = Launched(

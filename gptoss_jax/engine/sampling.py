@@ -1,7 +1,7 @@
 """Sampling on the device, vectorised over requests, each with its own settings and its own randomness.
 
 Logits are looked at in parts of the vocabulary, [..., R, P, C]: a device of a mesh has whole parts, and what is drawn
-is first a part by its share and then a token of it, so that little noise is needed. Nothing is sorted but for log-probabilities.
+is first a part by its share and then a token of it, so that little noise is needed. Only log-probabilities are sorted.
 """
 
 from __future__ import annotations

@@ -274,7 +274,13 @@ class Scheduler:
         for part, plan in zip(self.parts, plans, strict=True):
             for sequence in plan.decodes:
                 enough = sequence.max_tokens - sequence.generated >= most
-                if not enough or not part.grow(sequence, len(sequence.prompt) + sequence.generated + most - 1):
+                # Until then a sequence's ends are biased away, from there on not.
+                changes = sequence.generated < sequence.params.min_tokens < sequence.generated + most
+                if (
+                    not enough
+                    or changes
+                    or not part.grow(sequence, len(sequence.prompt) + sequence.generated + most - 1)
+                ):
                     return 1
         return most
 

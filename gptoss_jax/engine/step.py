@@ -36,7 +36,7 @@ class StepKind:
       decodes: sequences that decode, each with its last token and `drafts` guesses of those after it.
       prefills: sequences that prefill, each a chunk of `chunk` tokens.
       pages: pages in a sequence's table.
-      rounds: decode steps in a row, when nothing else is computed; the host then waits and works once for all.
+      rounds: decode steps in a row, when there are no prompts, guesses or masks; the host works once for all of them.
       logprobs: report log-probabilities of new tokens.
       prompt_logprobs: report those of the chunks' tokens.
       adjusted: apply biases to the logits, and penalties and masks where they are needed, too.
@@ -189,7 +189,7 @@ def run_step(
     model = structure.model(weights)
     with model.partition.active():
         if kind.rounds > 1:
-            outputs, state = _rounds(model, kind, state, inputs)
+            outputs, state = _rounds(model, kind, state, inputs, adjustments)
         else:
             outputs, state = _one_step(model, kind, state, inputs, adjustments)
         return _whole(outputs), state
@@ -222,21 +222,24 @@ def _whole(outputs: StepOutputs) -> StepOutputs:
 
 
 def _rounds(
-    model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs
+    model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs, adjustments: Adjustments | None
 ) -> tuple[StepOutputs, DeviceState]:
     """Decode steps one after the other: each takes the tokens that the one before left on the device."""
+    type Decoded = tuple[jax.Array, Logprobs | None]
 
-    def one(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], jax.Array]:
+    def one(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], Decoded]:
         state, positions_BS = carry
         now = dataclasses.replace(inputs, decode_positions=positions_BS)
-        outputs, state = _one_step(model, kind, state, now)
-        return (state, jnp.where(positions_BS < 0, -1, positions_BS + 1)), outputs.decoded[..., 0]
+        outputs, state = _one_step(model, kind, state, now, adjustments)
+        decoded = jax.tree.map(lambda x: x[:, :, 0], (outputs.decoded, outputs.decode_logprobs))
+        return (state, jnp.where(positions_BS < 0, -1, positions_BS + 1)), decoded
 
     first_BS = jnp.asarray(inputs.decode_positions)
-    (state, _), decoded_rBS = jax.lax.scan(one, (state, first_BS), None, length=kind.rounds)
+    (state, _), by_round = jax.lax.scan(one, (state, first_BS), None, length=kind.rounds)
+    decoded_BSr, logprobs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), by_round)
     accepted_BS = jnp.full_like(first_BS, kind.rounds - 1)
     no_first_BN = jnp.zeros((len(first_BS), 0), jnp.int32)
-    return StepOutputs(jnp.moveaxis(decoded_rBS, 0, -1), accepted_BS, no_first_BN, None, None, None), state
+    return StepOutputs(decoded_BSr, accepted_BS, no_first_BN, logprobs, None, None), state
 
 
 def _one_step(

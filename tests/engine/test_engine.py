@@ -160,6 +160,8 @@ def test_rounds_of_decode_steps_change_nothing() -> None:
     requests = {str(i): (p, greedy(5 + 6 * i)) for i, p in enumerate(prompts(8, 5))}
     requests["s"] = (requests["0"][0], SamplingParams(max_tokens=18, temperature=0.7, top_p=0.9, seed=5))
     requests["l"] = (requests["1"][0], SamplingParams(max_tokens=7, temperature=0, logprobs=1))
+    penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {7: 2.0}}
+    requests["p"] = (requests["2"][0], SamplingParams(max_tokens=25, temperature=0, **penalties))
     alone = run(engine(), requests)
     before = in_rounds.load.steps
     assert run(in_rounds, requests) == alone
@@ -168,6 +170,31 @@ def test_rounds_of_decode_steps_change_nothing() -> None:
     stopped = run(in_rounds, {"e": (requests["4"][0], ends), "4": requests["4"]})
     assert stopped == {"e": alone["4"][: alone["4"].index(alone["4"][9]) + 1], "4": alone["4"]}
     assert in_rounds.load.pages_held == 0
+
+
+@pytest.mark.parametrize("asked", [{"logprobs": 2}, {"presence_penalty": 1.0}, {"min_tokens": 13}])
+def test_what_is_asked_of_each_token_holds_in_rounds(asked: dict[str, object]) -> None:
+    """A launch makes four steps, and what comes of it is the same."""
+    prompt = prompts(8, 1)[0]
+    often = run(engine(), {"a": (prompt, greedy(24))})["a"][6]
+    params = greedy(24, stop_token_ids=[often], **asked)
+
+    def events(decode_rounds: int) -> tuple[list[TokenEvent], int]:
+        own = Engine(tiny(), dataclasses.replace(OPTIONS, decode_rounds=decode_rounds))
+        own.add("a", prompt, params)
+        events, calls = [], 0
+        while own.unfinished:
+            events += own.step()
+            calls += 1
+        return events, calls
+
+    (alone, calls), (in_rounds, fewer_calls) = events(1), events(4)
+    assert [event.token_id for event in in_rounds] == [event.token_id for event in alone]
+    assert fewer_calls < calls
+    for got, want in zip(in_rounds, alone, strict=True):
+        assert (got.logprobs is None) == (want.logprobs is None)
+        if got.logprobs and want.logprobs:
+            assert got.logprobs.top == pytest.approx(want.logprobs.top, abs=1e-5)
 
 
 def test_several_completions_share_the_prompt() -> None:
