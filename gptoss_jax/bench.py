@@ -31,6 +31,7 @@ def flags() -> argparse.ArgumentParser:
     latency = _add(commands, "latency", "Time to first token and time a step of alike requests that run together.")
     latency.add_argument("--batch", type=_sizes, default=[1], metavar="N,...", help="requests (default: 1)")
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
+    latency.add_argument("--sampling", action="store_true", help="what each way to choose tokens adds to a step")
     throughput = _add(commands, "throughput", "Tokens a second of many requests, and what each of them sees.")
     throughput.add_argument("--requests", type=int, metavar="N", help="default: 64, all at once")
     throughput.add_argument(
@@ -139,8 +140,9 @@ def _check_room(model: GptOss, named: str, prompt: int, output: int) -> None:
 def _latency(options: argparse.Namespace) -> int:
     engine_options, params = _prepare(options)
     from gptoss_jax.benching import report
+    from gptoss_jax.benching.batch import Case
     from gptoss_jax.benching.ceilings import measure_ceilings
-    from gptoss_jax.benching.latency import Case, measure
+    from gptoss_jax.benching.latency import measure
 
     # Before the weights take the memory that a large copy needs.
     ceilings = measure_ceilings(options.dtype)
@@ -153,7 +155,9 @@ def _latency(options: argparse.Namespace) -> int:
             case = Case(batch, prompt_tokens, options.output_tokens)
             # The cache takes a share of what is free, so the last one's must be gone.
             gc.collect()
-            one = measure(model, engine_options, params, case, ceilings, options.repeats, options.seed)
+            one = measure(
+                model, engine_options, params, case, ceilings, options.repeats, options.seed, options.sampling
+            )
             _progress(
                 f"  {1e3 * one.step:.3f} ms a step, {one.rate:.0f} tok/s, "
                 f"last first token after {1e3 * one.last_first_token:.1f} ms"

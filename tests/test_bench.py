@@ -27,7 +27,9 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
-    code, out, _ = command(bench.main, "latency", "--model", config, "--batch", "2", "--repeats", "1", *FAST)
+    code, out, _ = command(
+        bench.main, "latency", "--model", config, "--batch", "2", "--repeats", "1", "--sampling", *FAST
+    )
     assert code == 0
     result = json.loads(out)
     [row] = result["rows"]
@@ -40,6 +42,7 @@ def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
     assert 0 <= row["waits"] < 1
     assert row["kernels"] > 10
     assert set(row["sampling"]) == set(WAYS)
+    assert all(seconds > 0 for seconds in row["sampling"].values())
 
 
 def test_throughput_follows_a_trace(command, config: Path, tmp_path: Path) -> None:

@@ -10,28 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptoss_jax.benching.batch import REPLAYS, TRACED_STEPS, Case, prefill, start, stop
 from gptoss_jax.benching.ceilings import Ceilings
 from gptoss_jax.benching.launches import counted
-from gptoss_jax.benching.sampling import sampling_seconds
-from gptoss_jax.benching.workload import random_prompt
+from gptoss_jax.benching.sampling import every_other, sampling_seconds
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.memory import kv_dtype
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.model import GptOss
 from gptoss_jax.planner.work import Load, Work, work_of
 from sharding.program import count_kernels
-
-TRACED_STEPS = 16
-REPLAYS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """How many requests run together, and how long their prompts and outputs are."""
-
-    batch: int
-    prompt_tokens: int
-    output_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +30,9 @@ class Latency:
     which every request decodes. `floor` is the least time in which its `step_bytes` could be read, and `reached` the
     share of the step that this is; `prefill_reached` likewise, of the operations or bytes of a prompt's chunks.
     `device` is a step whose host part is left out, `waits` the share of a step in which the device has nothing to do.
-    `sampling` has the time of choosing the batch's tokens in each way. `kernels` are those that run in a step, for
-    which the host launches `graphs` device graphs, and `lone_kernels` outside of them (None where it is not known).
+    `sampling` has what each way to choose the batch's tokens adds to a step, if that is asked for. `kernels` run in a
+    step, for which the host launches `graphs` device graphs, and `lone_kernels` outside of them (None where it is not
+    known).
     """
 
     case: Case
@@ -86,10 +75,11 @@ def measure(
     ceilings: Ceilings,
     repeats: int,
     seed: int,
+    sampling: bool = False,
 ) -> Latency:
     """Measure one case, after one run that compiles what it needs."""
     options = dataclasses.replace(options, max_batch=case.batch)
-    engine = Engine(model, options, eos_token_ids=())
+    engine = Engine(model, options, eos_token_ids=(), constrain=every_other)
     rng = np.random.default_rng(seed)
     _run(engine, params, case, rng)
     before = engine.load
@@ -97,15 +87,15 @@ def measure(
     load = engine.load
     device = _device(engine, params, case, rng)
     step = statistics.median(t for run in runs for t in run.steps)
-    prefill = statistics.median(max(run.first) for run in runs)
+    last_first = statistics.median(max(run.first) for run in runs)
     needed = work(model, options, case)
     floor = needed.num_bytes / ceilings.copy_bytes
     return Latency(
         case=case,
         first_token=statistics.median(statistics.median(run.first) for run in runs),
-        last_first_token=prefill,
-        prefill_rate=case.batch * case.prompt_tokens / prefill,
-        prefill_reached=prefill_floor(model, engine, case, ceilings) / prefill,
+        last_first_token=last_first,
+        prefill_rate=case.batch * case.prompt_tokens / last_first,
+        prefill_reached=prefill_floor(model, engine, case, ceilings) / last_first,
         step=step,
         step_spread=(min(min(run.steps) for run in runs), max(max(run.steps) for run in runs)),
         rate=statistics.median(run.tokens / run.seconds for run in runs),
@@ -114,7 +104,7 @@ def measure(
         reached=floor / step,
         device=device.seconds,
         waits=max(0.0, 1 - device.seconds / step),
-        sampling=sampling_seconds(case.batch, model.config.vocab_size),
+        sampling=sampling_seconds(engine, case, rng) if sampling else {},
         kernels=round(device.kernels),
         kernels_a_layer=device.kernels / model.config.num_hidden_layers,
         graphs=device.graphs,
@@ -138,47 +128,17 @@ def prefill_floor(model: GptOss, engine: Engine, case: Case, ceilings: Ceilings)
     total, chunk = 0.0, engine.pace.prefill_chunk
     together = max(1, engine.pace.step_tokens // min(chunk, case.prompt_tokens))
     alone = dataclasses.replace(case, batch=min(together, case.batch))
-    for start in range(0, case.prompt_tokens, chunk):
-        stop = min(start + chunk, case.prompt_tokens)
-        needed = work(model, engine.options, alone, stop - start, stop)
+    for first in range(0, case.prompt_tokens, chunk):
+        last = min(first + chunk, case.prompt_tokens)
+        needed = work(model, engine.options, alone, last - first, last)
         total += max(needed.num_bytes / ceilings.copy_bytes, needed.flops / ceilings.matmul_flops)
     return total * case.batch / alone.batch
 
 
-def _start(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> None:
-    # Those that are prefilled first must still run when the last one has been.
-    chunks = case.batch * -(-case.prompt_tokens // engine.pace.prefill_chunk)
-    ahead = chunks * (1 + engine.options.speculative_tokens)
-    room = engine.config.max_position_embeddings - case.prompt_tokens
-    after = 2 * TRACED_STEPS * engine.pace.decode_rounds
-    most = min(case.output_tokens * (1 + engine.options.speculative_tokens) + ahead + after, room)
-    params = dataclasses.replace(params, max_tokens=most, ignore_eos=True)
-    for i in range(case.batch):
-        engine.add(str(i), random_prompt(rng, engine.config.vocab_size, case.prompt_tokens), params)
-
-
-def _prefill(engine: Engine, case: Case) -> dict[str, float]:
-    """Step until every request has a token; when each had its first."""
-    first: dict[str, float] = {}
-    while len(first) < case.batch:
-        events = engine.step()
-        now = time.perf_counter()
-        for event in events:
-            first.setdefault(event.request_id, now)
-    return first
-
-
-def _stop(engine: Engine, case: Case) -> None:
-    for i in range(case.batch):
-        engine.cancel(str(i))
-    while engine.unfinished:
-        engine.step()
-
-
 def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> _Run:
     started = time.perf_counter()
-    _start(engine, params, case, rng)
-    first = _prefill(engine, case)
+    start(engine, params, case, rng)
+    first = prefill(engine, case)
     steps, tokens, last = [], 0, time.perf_counter()
     decoding_since = last
     while tokens < (case.output_tokens - 1) * case.batch:
@@ -191,7 +151,7 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
         launched = 1 if engine.options.speculative_tokens else len(events) / case.batch
         steps.append((now - last) / launched)
         last = now
-    _stop(engine, case)
+    stop(engine, case)
     return _Run([at - started for at in first.values()], steps or [float("nan")], last - decoding_since, tokens)
 
 
@@ -207,8 +167,8 @@ class _Device:
 
 def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> _Device:
     """Of a launch that is repeated."""
-    _start(engine, params, case, rng)
-    _prefill(engine, case)
+    start(engine, params, case, rng)
+    prefill(engine, case)
     for _ in range(4):
         engine.step()
     launches, tokens = None, 0
@@ -217,7 +177,7 @@ def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.G
             for _ in range(TRACED_STEPS):
                 tokens += len(engine.step())
     seconds, (program, steps) = engine.replay(REPLAYS), engine.program()
-    _stop(engine, case)
+    stop(engine, case)
     kernels = count_kernels(program) / steps
     if launches is None:
         return _Device(seconds, kernels, None, None)

@@ -68,18 +68,19 @@ def latency_tables(found: Sequence[Latency], ceilings: Ceilings) -> str:
                 *("" if count is None else f"{count:.2f}" for count in (one.graphs, one.lone_kernels)),
             ]
         )
-    ways = list(found[0].sampling)
-    sampling = [["batch", *ways]]
-    for one in found:
-        shares = [f"{1e6 * one.sampling[way]:.0f} us, {_share(one.sampling[way] / one.step)}" for way in ways]
-        sampling.append([str(one.case.batch), *shares])
+    parts = [aligned(times), aligned(steps)]
+    if ways := list(found[0].sampling):
+        sampling = [["batch", *ways]]
+        for one in found:
+            shares = [f"{1e6 * one.sampling[way]:.0f} us, {_share(one.sampling[way] / one.step)}" for way in ways]
+            sampling.append([str(one.case.batch), *shares])
+        parts.append("Choosing tokens, and its share of a step\n" + aligned(sampling))
     notes = [
         f"Floor: {ceilings.copy_bytes / 1e9:.0f} GB/s of a large copy, {ceilings.matmul_flops / 1e12:.2f} TFLOP/s of a "
         f"large matrix product, measured in this run; routing counted as uniform."
     ]
     if any(one.drafted for one in found):
         notes += [f"batch {one.case.batch}: {_guesses(one.drafted, one.accepted)}" for one in found]
-    parts = [aligned(times), aligned(steps), "Sampling a step, and its share of one\n" + aligned(sampling)]
     return "\n\n".join([*parts, "\n".join(notes)])
 
 

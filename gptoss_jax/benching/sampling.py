@@ -1,85 +1,71 @@
-"""How long choosing a batch's tokens from their logits takes, in each way that requests can ask for."""
+"""What each way to choose a batch's tokens adds to a step."""
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gptoss_jax.benching.batch import Case, replayed
 from gptoss_jax.benching.ceilings import median_seconds
-from gptoss_jax.engine.adjusting import Adjustments, Penalties, adjust
-from gptoss_jax.engine.compiling import compiler_options
-from gptoss_jax.engine.sampling import Means, SamplingState, sample
+from gptoss_jax.engine.constraints import Scope
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
+from gptoss_jax.engine.sampling import SamplingState, sample
 
-BIASES = 64
+ROUNDS = 16
 
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """Settings that all rows share; `adjusted` ones have biases too, and penalties or a mask."""
-
-    means: Means
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    penalised: bool = False
-    masked: bool = False
-
-
-WAYS = {
-    "greedy": Way("greedy", 0.0),
-    "temperature": Way("draw"),
-    "top_p": Way("cut", top_p=0.95),
-    "top_k_top_p": Way("cut", top_p=0.95, top_k=50),
-    "top_k_200": Way("cut", top_k=200),
-    "greedy_penalties": Way("greedy", 0.0, penalised=True),
-    "greedy_mask": Way("greedy", 0.0, masked=True),
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "top_k_top_p": {"temperature": 1.0, "top_p": 0.95, "top_k": 50},
+    "top_p": {"temperature": 1.0, "top_p": 0.95},
+    "top_k_200": {"temperature": 1.0, "top_k": 200},
+    "temperature": {"temperature": 1.0},
+    "penalties": {"temperature": 0.0, "repetition_penalty": 1.1, "frequency_penalty": 0.1},
+    "bias": {"temperature": 0.0, "logit_bias": {1: 1.0}},
+    "logprobs": {"temperature": 0.0, "logprobs": 5},
+    "mask": {"temperature": 0.0, "structured_outputs": StructuredOutputsParams(regex=".*")},
 }
 
 
-def sampling_seconds(rows: int, vocab: int, rounds: int = 16) -> dict[str, float]:
-    """Time of choosing `rows` tokens from float32 logits, in each way."""
-    logits_RV = 3 * jax.random.normal(jax.random.key(0), (rows, vocab), jnp.float32)
-    return {name: _seconds(way, logits_RV, rounds) for name, way in WAYS.items()}
+class EveryOther:
+    """A constraint that allows half of the vocabulary."""
+
+    def fill(self, words: np.ndarray) -> None:
+        """Set the bits of the tokens that may come next."""
+        words[:] = 0x55555555
+
+    def accept(self, token: int) -> None:
+        """Nothing follows from it."""
 
 
-def _seconds(way: Way, logits_RV: jax.Array, rounds: int) -> float:
-    rows = len(logits_RV)
-    state = SamplingState(
-        jnp.full(rows, way.temperature, jnp.float32),
-        jnp.full(rows, way.top_p, jnp.float32),
-        jnp.full(rows, way.top_k, jnp.int32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.arange(2 * rows, dtype=jnp.uint32).reshape(rows, 2),
-    )
-    adjustments = _adjustments(way, *logits_RV.shape)
-
-    @partial(jax.jit, compiler_options=compiler_options())
-    def program(logits_RV: jax.Array, state: SamplingState, adjustments: Adjustments | None) -> jax.Array:
-        def body(i: jax.Array, tokens_R: jax.Array) -> jax.Array:
-            # Else what depends on these alone would be done once, before the loop.
-            own_RV, by, tokens_R = jax.lax.optimization_barrier((logits_RV, adjustments, tokens_R))
-            own_RV = own_RV if by is None else adjust(own_RV, by)
-            return sample(own_RV, state, i + tokens_R % 2, way.means)
-
-        return jax.lax.fori_loop(0, rounds, body, jnp.zeros(rows, jnp.int32))
-
-    return median_seconds(lambda: program(logits_RV, state, adjustments), 3) / rounds
+def every_other(form: StructuredOutputsParams, scope: Scope) -> EveryOther:
+    """The constraint for any form."""
+    return EveryOther()
 
 
-def _adjustments(way: Way, rows: int, vocab: int) -> Adjustments | None:
-    """Of a sequence whose prompt has every fourth token and whose output every eighth; every other one is allowed."""
-    if not (way.penalised or way.masked):
-        return None
-    tokens_RV = jnp.broadcast_to(jnp.arange(vocab), (rows, vocab))
-    factor_R = jnp.ones(rows, jnp.float32)
-    counts_RV = (tokens_RV % 8 == 0).astype(jnp.int32)
-    penalties = Penalties(1.1 * factor_R, 0.1 * factor_R, 0.1 * factor_R, counts_RV, tokens_RV % 4 == 0)
-    return Adjustments(
-        jnp.broadcast_to(jnp.arange(BIASES), (rows, BIASES)),
-        jnp.ones((rows, BIASES), jnp.float32),
-        penalties if way.penalised else None,
-        jnp.full((rows, -(-vocab // 32)), 0x55555555, jnp.uint32) if way.masked else None,
-    )
+def sampling_seconds(engine: Engine, case: Case, rng: np.random.Generator) -> dict[str, float]:
+    """The time of choosing the likeliest tokens, and how much more a step takes in each other way with that."""
+    steps = {name: replayed(engine, SamplingParams(**way), case, rng) for name, way in WAYS.items()}
+    greedy = greedy_seconds(case.batch, engine.config.vocab_size)
+    return {name: max(0.0, seconds - steps["greedy"]) + greedy for name, seconds in steps.items()}
+
+
+def greedy_seconds(rows: int, vocab: int) -> float:
+    """The time of choosing the likeliest of float32 logits for each row."""
+    logits_RV = jax.random.normal(jax.random.key(0), (rows, vocab), jnp.float32)
+    zeros_R = jnp.zeros(rows, jnp.float32)
+    state = SamplingState(zeros_R, zeros_R, zeros_R.astype(jnp.int32), zeros_R, jnp.zeros((rows, 2), jnp.uint32))
+
+    @jax.jit
+    def program(logits_RV: jax.Array, state: SamplingState) -> jax.Array:
+        def body(_: jax.Array, tokens_R: jax.Array) -> jax.Array:
+            # Else it would be done once, before the loop.
+            own_RV, tokens_R = jax.lax.optimization_barrier((logits_RV, tokens_R))
+            return sample(own_RV, state, tokens_R, "greedy")
+
+        return jax.lax.fori_loop(0, ROUNDS, body, jnp.zeros(rows, jnp.int32))
+
+    return median_seconds(lambda: program(logits_RV, state), 3) / ROUNDS

@@ -1,0 +1,67 @@
+"""A batch of alike requests in the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+
+from gptoss_jax.benching.workload import random_prompt
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.params import SamplingParams
+
+TRACED_STEPS = 16
+REPLAYS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How many requests run together, and how long their prompts and outputs are."""
+
+    batch: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+def start(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> None:
+    """Add all requests, each with as many new tokens as are looked at afterwards."""
+    # Those that are prefilled first must still run when the last one has been.
+    chunks = case.batch * -(-case.prompt_tokens // engine.pace.prefill_chunk)
+    ahead = chunks * (1 + engine.options.speculative_tokens)
+    room = engine.config.max_position_embeddings - case.prompt_tokens
+    after = 2 * TRACED_STEPS * engine.pace.decode_rounds
+    most = min(case.output_tokens * (1 + engine.options.speculative_tokens) + ahead + after, room)
+    params = dataclasses.replace(params, max_tokens=most)
+    for i in range(case.batch):
+        engine.add(str(i), random_prompt(rng, engine.config.vocab_size, case.prompt_tokens), params)
+
+
+def prefill(engine: Engine, case: Case) -> dict[str, float]:
+    """Step until every request has a token; when each had its first."""
+    first: dict[str, float] = {}
+    while len(first) < case.batch:
+        events = engine.step()
+        now = time.perf_counter()
+        for event in events:
+            first.setdefault(event.request_id, now)
+    return first
+
+
+def stop(engine: Engine, case: Case) -> None:
+    """Cancel all requests."""
+    for i in range(case.batch):
+        engine.cancel(str(i))
+    while engine.unfinished:
+        engine.step()
+
+
+def replayed(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> float:
+    """Seconds of a step of these requests that is launched again and again, without the host's part."""
+    start(engine, params, case, rng)
+    prefill(engine, case)
+    for _ in range(4):
+        engine.step()
+    seconds = engine.replay(REPLAYS)
+    stop(engine, case)
+    return seconds
