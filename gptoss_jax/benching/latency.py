@@ -19,7 +19,7 @@ from gptoss_jax.engine.memory import kv_dtype
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.model import GptOss
 from gptoss_jax.planner.work import Load, Work, work_of
-from sharding.program import count_kernels
+from sharding.program import Collectives, count_kernels, read_collectives
 
 TRACED_STEPS = 16
 REPLAYS = 8
@@ -44,6 +44,7 @@ class Latency:
     `device` is a step whose host part is left out, `waits` the share of a step in which the device has nothing to do.
     `sampling` has the time of choosing the batch's tokens in each way. `kernels` are those that run in a step, for
     which the host launches `graphs` device graphs, and `lone_kernels` outside of them (None where it is not known).
+    `collectives` are those of a launch of `rounds` steps.
     """
 
     case: Case
@@ -66,6 +67,8 @@ class Latency:
     lone_kernels: float | None
     drafted: int
     accepted: int
+    collectives: tuple[Collectives, ...]
+    rounds: int
 
 
 @dataclasses.dataclass
@@ -86,8 +89,13 @@ def measure(
     ceilings: Ceilings,
     repeats: int,
     seed: int,
+    *,
+    details: bool = True,
 ) -> Latency:
-    """Measure one case, after one run that compiles what it needs."""
+    """Measure one case, after one run that compiles what it needs.
+
+    Without `details` what choosing tokens costs, and what the host launches, is left out, which takes a while to find.
+    """
     options = dataclasses.replace(options, max_batch=case.batch)
     engine = Engine(model, options, eos_token_ids=())
     rng = np.random.default_rng(seed)
@@ -95,7 +103,7 @@ def measure(
     before = engine.load
     runs = [_run(engine, params, case, rng) for _ in range(repeats)]
     load = engine.load
-    device = _device(engine, params, case, rng)
+    device = _device(engine, params, case, rng, details)
     step = statistics.median(t for run in runs for t in run.steps)
     prefill = statistics.median(max(run.first) for run in runs)
     needed = work(model, options, case)
@@ -114,14 +122,21 @@ def measure(
         reached=floor / step,
         device=device.seconds,
         waits=max(0.0, 1 - device.seconds / step),
-        sampling=sampling_seconds(case.batch, model.config.vocab_size),
+        sampling=sampling_seconds(case.batch, model.config.vocab_size) if details else {},
         kernels=round(device.kernels),
         kernels_a_layer=device.kernels / model.config.num_hidden_layers,
         graphs=device.graphs,
         lone_kernels=device.lone_kernels,
         drafted=load.drafted - before.drafted,
         accepted=load.accepted - before.accepted,
+        collectives=_collectives(model, device.program),
+        rounds=device.rounds,
     )
+
+
+def _collectives(model: GptOss, program: str) -> tuple[Collectives, ...]:
+    mesh = model.partition.mesh
+    return () if mesh is None else tuple(read_collectives(program, mesh.shape))
 
 
 def work(model: GptOss, options: EngineOptions, case: Case, tokens: int = 1, context: int | None = None) -> Work:
@@ -197,22 +212,29 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
 
 @dataclasses.dataclass(frozen=True)
 class _Device:
-    """A step without the host's part: seconds, kernels, and what is launched for it (None where it is not known)."""
+    """A step without the host's part: seconds, kernels, and what is launched for it (None where it is not known).
+
+    `program` is the text of a launch of `rounds` steps.
+    """
 
     seconds: float
     kernels: float
     graphs: float | None
     lone_kernels: float | None
+    program: str
+    rounds: int
 
 
-def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> _Device:
+def _device(
+    engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator, details: bool
+) -> _Device:
     """Of a launch that is repeated."""
     _start(engine, params, case, rng)
     _prefill(engine, case)
     for _ in range(4):
         engine.step()
     launches, tokens = None, 0
-    if jax.default_backend() == "gpu":
+    if details and jax.default_backend() == "gpu":
         with counted() as launches:
             for _ in range(TRACED_STEPS):
                 tokens += len(engine.step())
@@ -220,6 +242,7 @@ def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.G
     _stop(engine, case)
     kernels = count_kernels(program) / steps
     if launches is None:
-        return _Device(seconds, kernels, None, None)
+        return _Device(seconds, kernels, None, None, program, steps)
     traced_steps = tokens / case.batch
-    return _Device(seconds, kernels, launches.graphs / traced_steps, launches.lone_kernels / traced_steps)
+    graphs, lone_kernels = launches.graphs / traced_steps, launches.lone_kernels / traced_steps
+    return _Device(seconds, kernels, graphs, lone_kernels, program, steps)
