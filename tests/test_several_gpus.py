@@ -72,73 +72,72 @@ def test_a_process_that_dies_leaves_a_row() -> None:
     assert "ended with code 1" in row["error"]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Two virtual devices, and a mesh that needs more of them; by part."""
-    folder = tmp_path_factory.mktemp("several")
-    file = folder / "rows.jsonl"
+Rows = list[dict[str, Any]]
+
+
+@pytest.mark.slow
+def test_two_virtual_devices(tmp_path: Path) -> None:
+    """All parts on a mesh of both under both strategies, and on a mesh that needs more of them."""
+    file = tmp_path / "rows.jsonl"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-        "XDG_CACHE_HOME": str(folder),
+        "XDG_CACHE_HOME": str(tmp_path),
     }
     command = [sys.executable, "-m", "benchmarks.several_gpus", "--model", "embedded", "--json", str(file)]
     command += ["--meshes", "expert=2", "tensor=4", "--batch", "1,2", "--context", "64"]
     command += ["--prompt-tokens", "8", "--output-tokens", "8"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, list[dict[str, Any]]] = {"stdout": [{"text": done.stdout}]}
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        found.setdefault(row["part"], []).append(row)
-    return found
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    both = [row for row in rows if row.get("mesh") == "expert=2"]
+    check_answers(both)
+    check_speed(both)
+    check_memory([row for row in rows if row.get("mesh") in ("one device", "expert=2")])
+    failed = [row for row in rows if row.get("mesh") == "tensor=4"]
+    assert [row["part"] for row in failed] == ["tokens", "weights", "memory", "memory"]
+    assert all("needs 4 devices, found 2" in row["error"] for row in failed)
+    for part in ("needs 4 devices, found 2", "Which strategy is faster", "replicated, ", "planned GiB"):
+        assert part in done.stdout
 
 
-def of_mesh(rows: list[dict[str, Any]], mesh: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["mesh"] == mesh]
+def of_part(rows: Rows, part: str) -> Rows:
+    return [row for row in rows if row["part"] == part]
 
 
-@pytest.mark.slow
-def test_both_strategies_are_measured_on_virtual_devices(rows: dict[str, list[dict[str, Any]]]) -> None:
+def check_answers(rows: Rows) -> None:
+    """Logits and greedy tokens are one device's."""
     for part in ("logits", "tokens"):
-        assert [row["strategy"] for row in of_mesh(rows[part], "expert=2")] == ["replicated", "all-to-all"]
-    for row in of_mesh(rows["logits"], "expert=2"):
+        assert [row["strategy"] for row in of_part(rows, part)] == ["replicated", "all-to-all"]
+    for row in of_part(rows, "logits"):
         assert row["within"]
         assert row["from_one"] <= row["one_from_float32"] < 0.1
         assert row["float32_from_one"] < 1e-5
-    for row in of_mesh(rows["tokens"], "expert=2"):
+    for row in of_part(rows, "tokens"):
         assert row["identical"] == row["answers"] == row["right"] == 8
         assert row["tokens"] == row["tokens_alike"] > 100
-    found = of_mesh(rows["speed"], "expert=2")
-    assert sorted((row["strategy"], row["batch"]) for row in found) == [
-        (strategy, batch) for strategy in ("all-to-all", "replicated") for batch in (1, 2)
-    ]
+
+
+def check_speed(rows: Rows) -> None:
+    """Both strategies at each batch, with what they communicate."""
+    found = of_part(rows, "speed")
+    cases = [(row["strategy"], row["batch"]) for row in found]
+    assert cases == [(strategy, batch) for strategy in ("replicated", "all-to-all") for batch in (1, 2)]
     for row in found:
         assert ("all-to-all" in row["ops"]) == (row["strategy"] == "all-to-all")
         assert min(row["rate"], row["prefill_rate"], row["collectives"], row["collective_least"]) > 0
         assert row["collective_alone"] >= 0
-    text = rows["stdout"][0]["text"]
-    assert "Which strategy is faster" in text
-    assert "No mesh was measured with both" not in text
 
 
-@pytest.mark.slow
-def test_the_planner_is_beside_every_step(rows: dict[str, list[dict[str, Any]]]) -> None:
-    good = [row for row in rows["memory"] if row["mesh"] != "tensor=4"]
-    assert len(good) == 3 * 2
-    for row in good:
+def check_memory(rows: Rows) -> None:
+    """The planner's figures are beside each step's."""
+    found = of_part(rows, "memory")
+    assert [row["step"] for row in found] == ["decode", "prefill"] * 3
+    for row in found:
         # On CPUs the planner compiles for the very devices; their peak is not counted.
         assert row["planned_bytes"] == row["compiled"]
         assert row["seconds_differ"] == pytest.approx(row["planned_seconds"] / row["seconds"] - 1)
-        assert "peak" not in row or row["peak"] is None
-
-
-@pytest.mark.slow
-def test_a_mesh_that_cannot_be_leaves_the_reason(rows: dict[str, list[dict[str, Any]]]) -> None:
-    failed = [row for part in ("tokens", "weights", "memory") for row in of_mesh(rows[part], "tensor=4")]
-    assert len(failed) == 4
-    assert all("needs 4 devices, found 2" in row["error"] for row in failed)
-    assert "needs 4 devices, found 2" in rows["stdout"][0]["text"]
+        assert row["peak"] is None
 
 
 @pytest.mark.skipif(
