@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.model import GptOss
     from sharding import ShardingRules
+    from sharding.program import Collectives
 
 SEQUENCES, LENGTH = 8, 32
 """Tokens whose logits are compared: 206 MB of them with the released vocabulary."""
@@ -71,8 +73,8 @@ def measure(job: Job) -> None:
     from gptoss_jax.compile_cache import enable_compile_cache
 
     enable_compile_cache()
-    with failing(job, "tokens"):
-        if "tokens" in job.parts:
+    if "tokens" in job.parts:
+        with failing(job, "tokens"):
             emit(job.name | tokens(job))
     if not {"logits", "speed"} & set(job.parts):
         return
@@ -83,8 +85,8 @@ def measure(job: Job) -> None:
         model = load(job)
     if model is None:
         return
-    with failing(job, "logits"):
-        if "logits" in job.parts:
+    if "logits" in job.parts:
+        with failing(job, "logits"):
             emit(job.name | logits(job, model))
     for batch in job.batch if "speed" in job.parts else ():
         # A cache takes a share of what is free, so the last one's must be gone.
@@ -234,18 +236,25 @@ def communication(job: Job, model: GptOss, one: Latency) -> Row:
     mesh = model.partition.mesh
     if mesh is None:
         return {}
-    taken = [c for c in one.collectives if not c.conditional]
+    taken = [of_a_step(c, one.rounds) for c in one.collectives if not c.conditional]
     row: Row = {
-        "collectives": sum(c.count for c in taken) / one.rounds,
-        "collective_bytes": sum(c.num_bytes for c in taken) / one.rounds,
-        "collective_least": lower_bound(parse_topology(job.topology), 0, 0, taken).links / one.rounds,
+        "collectives": sum(c.count for c in taken),
+        "collective_bytes": sum(c.num_bytes for c in taken),
+        "collective_least": lower_bound(parse_topology(job.topology), 0, 0, taken).links,
         "ops": sorted({c.op for c in taken}),
     }
     try:
-        return row | {"collective_alone": alone_seconds(mesh, taken) / one.rounds}
+        return row | {"collective_alone": alone_seconds(mesh, taken)}
     except Exception as error:
         # The rest of the row took minutes and stands without it.
         return row | {"error": f"collectives alone: {reason(error)}"}
+
+
+def of_a_step(collectives: Collectives, rounds: int) -> Collectives:
+    """Of those of a launch of several steps; what a launch does once counts as once a step."""
+    count = max(1, round(collectives.count / rounds))
+    num_bytes = round(collectives.num_bytes / collectives.count * count)
+    return dataclasses.replace(collectives, count=count, num_bytes=num_bytes)
 
 
 def step(job: Job) -> Row:

@@ -123,7 +123,10 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    options = flags().parse_args()
+    parser = flags()
+    options = parser.parse_args()
+    if min(options.batch) < 1 or min(options.prompt_tokens, options.repeats) < 1 or options.output_tokens < 8:
+        parser.error("--batch, --prompt-tokens and --repeats are from 1, --output-tokens from 8")
     if options.show:
         saved = [json.loads(line) for path in options.show for line in path.read_text().splitlines()]
         print(tables(saved))
@@ -195,12 +198,16 @@ def cases_of(meshes: Sequence[str]) -> Iterator[tuple[str | None, str]]:
 
 def memory(job: Job, limit: float) -> Iterator[Row]:
     """The planner's steps, run in a process each, beside the plan, which is made meanwhile: it needs no GPU."""
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         planning = pool.submit(lambda: list(run([json.dumps(of(job, "plan"))], limit, None)))
         for step in STEPS:
             [used] = run([json.dumps(of(job, step))], limit, None)
             [plan] = planning.result()
             yield job.name | {"part": "memory", "step": step} | compared(plan, used, step)
+    finally:
+        # Whoever interrupts this does not wait for a plan before the tables.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def of(job: Job, part: str) -> Row:
