@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from benchmarks.errors import relative_error, to_float32
 from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
@@ -45,22 +46,8 @@ Row = tuple[str, float, float]
 """A case, the op's error and that of bfloat16."""
 
 
-def relative_error(got: Any, want: Any) -> float:
-    """The largest over the arrays of two pytrees."""
-
-    def one(got: jax.Array, want: jax.Array) -> float:
-        got, want = got.astype(jnp.float32).reshape(-1), want.astype(jnp.float32).reshape(-1)
-        return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-
-    return max(one(*pair) for pair in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
-
-
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(jnp.bfloat16)
-
-
-def to_float32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
 
 def compare(function: Callable[..., Any], *args: Any) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The planner's memory against what a GPU really used: python benchmarks/plan_check.py --topology h100:1x1x1
 
 Each step runs in a process of its own, because a device remembers its peak for as long as the process lives. `--plan`
-takes what `python -m gptoss_jax.plan --mesh data=1 --json` wrote on another machine; without it the plan is made here.
+takes what `python -m gptoss_jax.plan --mesh MESH --json` wrote on another machine; without it the plan is made here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("configs/gpt_oss_20b.json"))
     parser.add_argument("--topology", default="h100:1x1x1")
+    parser.add_argument("--mesh", default="data=1", help="over the topology's devices, which must be here")
+    parser.add_argument("--batch-over-experts", action="store_true", help="as the planner's flag")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--chunk", type=int, default=512)
@@ -52,9 +54,11 @@ def main() -> None:
 def planned(options: argparse.Namespace) -> dict[str, Any]:
     if options.plan:
         return json.loads(options.plan.read_text(encoding="utf-8"))
-    command = [sys.executable, "-m", "gptoss_jax.plan", "--mesh", "data=1", "--json"]
-    for name in ("model", "topology", "batch", "context", "chunk"):
+    command = [sys.executable, "-m", "gptoss_jax.plan", "--json"]
+    for name in ("model", "topology", "mesh", "batch", "context", "chunk"):
         command += [f"--{name}", str(getattr(options, name))]
+    if options.batch_over_experts:
+        command.append("--batch-over-experts")
     return json.loads(output(command))
 
 
@@ -63,7 +67,7 @@ def output(command: list[str]) -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Load a random model, run the step a few times, and read what the device says it used."""
+    """Load a random model, run the step a few times, and read what the devices say they used: of the fullest, bytes."""
     import jax
     import jax.numpy as jnp
 
@@ -72,10 +76,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from gptoss_jax.kv_cache import KVCache
     from gptoss_jax.loading import random_model
     from gptoss_jax.planner.steps import cache_shape, decode_step, prefill_step
+    from sharding import BATCH_OVER_EXPERTS
     from sharding.program import ProgramMemory
 
     config = ModelConfig.from_file(options.model)
-    model = random_model(config, "data=1")
+    model = random_model(config, options.mesh, rules=BATCH_OVER_EXPERTS if options.batch_over_experts else None)
     partition = model.partition
     if options.step == "decode":
         step = decode_step(config, partition, options.batch, options.context)
@@ -110,10 +115,11 @@ def late_inputs(inputs: Any, slots: int, context: int) -> Any:
 
     def segments(of: Any) -> Any:
         rows, pages = of.tables.shape[1:]
+        own_pages = np.arange(rows * pages, dtype=np.int32).reshape(rows, pages)
         return dataclasses.replace(
             of,
-            slots=np.arange(rows, dtype=np.int32)[None] % slots,
-            tables=np.arange(rows * pages, dtype=np.int32).reshape(1, rows, pages),
+            slots=np.broadcast_to(np.arange(rows, dtype=np.int32) % slots, of.slots.shape),
+            tables=np.broadcast_to(own_pages, of.tables.shape),
             snapshots=np.full(of.snapshots.shape, slots, np.int32),
         )
 
@@ -131,10 +137,11 @@ def late_inputs(inputs: Any, slots: int, context: int) -> Any:
 
 
 def stats() -> int | None:
-    """The most bytes that the first device had in use; None where it does not count."""
+    """The most bytes that any device has had in use; None where they do not count."""
     import jax
 
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 if __name__ == "__main__":

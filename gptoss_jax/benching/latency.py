@@ -19,7 +19,7 @@ from gptoss_jax.engine.memory import kv_dtype
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.model import GptOss
 from gptoss_jax.planner.work import Load, Work, work_of
-from sharding.program import count_kernels
+from sharding.program import Collectives, count_kernels, read_collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Latency:
     `device` is a step whose host part is left out, `waits` the share of a step in which the device has nothing to do.
     `sampling` has what each way to choose the batch's tokens adds to a step, if that is asked for. `kernels` run in a
     step, for which the host launches `graphs` device graphs, and `lone_kernels` outside of them (None where it is not
-    known).
+    known). `collectives` are those of a launch of `rounds` steps.
     """
 
     case: Case
@@ -55,6 +55,8 @@ class Latency:
     lone_kernels: float | None
     drafted: int
     accepted: int
+    collectives: tuple[Collectives, ...]
+    rounds: int
 
 
 @dataclasses.dataclass
@@ -77,7 +79,7 @@ def measure(
     seed: int,
     sampling: bool = False,
 ) -> Latency:
-    """Measure one case, after one run that compiles what it needs."""
+    """Measure one case, after one run that compiles what it needs; with `sampling` more runs follow."""
     options = dataclasses.replace(options, max_batch=case.batch)
     engine = Engine(model, options, eos_token_ids=(), constrain=every_other)
     rng = np.random.default_rng(seed)
@@ -111,7 +113,14 @@ def measure(
         lone_kernels=device.lone_kernels,
         drafted=load.drafted - before.drafted,
         accepted=load.accepted - before.accepted,
+        collectives=_collectives(model, device.program),
+        rounds=device.rounds,
     )
+
+
+def _collectives(model: GptOss, program: str) -> tuple[Collectives, ...]:
+    mesh = model.partition.mesh
+    return () if mesh is None else tuple(read_collectives(program, mesh.shape))
 
 
 def work(model: GptOss, options: EngineOptions, case: Case, tokens: int = 1, context: int | None = None) -> Work:
@@ -157,12 +166,17 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
 
 @dataclasses.dataclass(frozen=True)
 class _Device:
-    """A step without the host's part: seconds, kernels, and what is launched for it (None where it is not known)."""
+    """A step without the host's part: seconds, kernels, and what is launched for it (None where it is not known).
+
+    `program` is the text of a launch of `rounds` steps.
+    """
 
     seconds: float
     kernels: float
     graphs: float | None
     lone_kernels: float | None
+    program: str
+    rounds: int
 
 
 def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> _Device:
@@ -180,6 +194,7 @@ def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.G
     stop(engine, case)
     kernels = count_kernels(program) / steps
     if launches is None:
-        return _Device(seconds, kernels, None, None)
+        return _Device(seconds, kernels, None, None, program, steps)
     traced_steps = tokens / case.batch
-    return _Device(seconds, kernels, launches.graphs / traced_steps, launches.lone_kernels / traced_steps)
+    graphs, lone_kernels = launches.graphs / traced_steps, launches.lone_kernels / traced_steps
+    return _Device(seconds, kernels, graphs, lone_kernels, program, steps)

@@ -13,6 +13,7 @@ from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from gptoss_jax.model import GptOss
+    from sharding import ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +55,13 @@ def random_prompt(rng: np.random.Generator, vocab: int, length: int) -> list[int
     return rng.integers(0, vocab, length).tolist()
 
 
-def load(model: Path | str | None, mesh: str | None, dtype: str, seed: int) -> GptOss:
+def load(
+    model: Path | str | None, mesh: str | None, dtype: str, seed: int, rules: ShardingRules | None = None
+) -> GptOss:
     """A checkpoint's model, or one of a config.json's shape with random weights. Raises CheckpointError."""
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.loading import EMBEDDED, load_model, random_model
 
     if model is not None and str(model).endswith(".json"):
-        return random_model(ModelConfig.from_file(Path(model)), mesh, dtype, seed=seed)
-    return load_model(model or EMBEDDED, mesh, dtype)
+        return random_model(ModelConfig.from_file(Path(model)), mesh, dtype, rules=rules, seed=seed)
+    return load_model(model or EMBEDDED, mesh, dtype, rules=rules)

@@ -1,0 +1,23 @@
+"""How far results are from a float32 reference's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """The norm of the difference over that of `want`; of two pytrees, the largest over their arrays."""
+
+    def one(got: jax.Array, want: jax.Array) -> float:
+        got, want = got.astype(jnp.float32).reshape(-1), want.astype(jnp.float32).reshape(-1)
+        return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+    return max(one(*pair) for pair in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+
+
+def to_float32(tree: Any) -> Any:
+    """The same numbers in float32 where they are in bfloat16; others, and packed ones, as they are."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)

@@ -1,0 +1,278 @@
+"""What sharding claims, measured on a host with several GPUs: python -m benchmarks.several_gpus --json rows.jsonl
+
+For the model on each mesh, and where experts are split by both strategies of `sharding/experts.py`:
+
+- logits: how far one device's are from a float32 reference on the same weights, and the mesh's from one device's
+- tokens: whether the shipped small model answers as on one device
+- speed: decode and prefill against one device in this run, and the collectives of a step: the least time that the
+  links need for their bytes, and the time that as many of the same size take alone on the same mesh
+- memory: the planner's bytes and least times beside those of the devices
+
+Each mesh is measured in processes of its own, so that one that fails leaves a row with the reason, and the rest goes
+on. Rows are told on standard error, and saved in `--json`, as soon as they are known; the tables come at the end, also
+of a run that is interrupted. `--show` makes them from saved rows. Without several GPUs, to try it:
+
+JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.several_gpus \\
+    --model embedded --batch 1,8 --prompt-tokens 32 --output-tokens 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.several_gpus_tables import tables
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("logits", "tokens", "speed", "memory")
+STEPS = ("decode", "prefill")
+ONE, REPLICATED, ALL_TO_ALL = "one device", "replicated", "all-to-all"
+
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
+"""Set before a process imports jax. NVLink multicast needs groups that the switches' fabric manager hands out: guests
+of a shared host may not have them, and a program that fails so can take the host's GPUs from others, too."""
+
+MEMORY_SHARE = ".95"
+"""XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set: what sharding/devices.json calls usable."""
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one process measures: some `parts` of a `mesh`, or of its steps one (`decode`, `prefill`) or their plan.
+
+    `model` is a config.json or "embedded". The one device is the job without a mesh; it leaves what others are compared
+    with in `folder`. `topology` names the machine whose facts are the planner's and the links'. With `trial` the
+    devices here, which are no GPUs, are what the planner compiles for.
+    """
+
+    parts: tuple[str, ...]
+    model: str
+    mesh: str | None
+    strategy: str
+    batch: tuple[int, ...]
+    prompt_tokens: int
+    output_tokens: int
+    repeats: int
+    context: int
+    topology: str
+    trial: bool
+    folder: str
+
+    @classmethod
+    def read(cls, text: str) -> Job:
+        """From the JSON of its fields."""
+        fields = json.loads(text)
+        return cls(**fields | {name: tuple(fields[name]) for name in ("parts", "batch")})
+
+    @property
+    def name(self) -> Row:
+        """What its rows begin with."""
+        return {"model": self.model, "mesh": self.mesh or ONE, "strategy": self.strategy}
+
+    @property
+    def planned_batch(self) -> int:
+        """Sequences in the cache of the planner's steps, as many in each part of any mesh of up to 8 devices."""
+        return -(-min(64, max(self.batch)) // 8) * 8
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="configs/gpt_oss_20b.json", help='a config.json, or "embedded"')
+    parser.add_argument(
+        "--meshes", nargs="+", metavar="MESH", help="such as expert=8 expert=4,tensor=2 (default: by the devices)"
+    )
+    parser.add_argument("--batch", type=_sizes, default=(1, 8, 64, 256), metavar="N,...")
+    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
+    parser.add_argument("--output-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="measured runs of a speed (default: 1)"
+    )
+    parser.add_argument("--context", type=int, default=8192, metavar="N", help="of the planner's steps")
+    parser.add_argument("--parts", type=_parts, default=PARTS, metavar=",".join(PARTS))
+    parser.add_argument("--topology", metavar="NAME", help="facts of the devices, such as h100 (default: theirs)")
+    parser.add_argument(
+        "--limit", type=float, default=600, metavar="SECONDS", help="of one process (default: 600)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file, one JSON a line")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="only make tables, of saved rows")
+    return parser
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(sorted(int(part) for part in text.split(",")))
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    if unknown := set(parts) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(PARTS)}, found {unknown.pop()!r}")
+    return parts
+
+
+def main() -> None:
+    parser = flags()
+    options = parser.parse_args()
+    if min(options.batch) < 1 or min(options.prompt_tokens, options.repeats) < 1 or options.output_tokens < 8:
+        parser.error("--batch, --prompt-tokens and --repeats are from 1, --output-tokens from 8")
+    if options.show:
+        saved = [json.loads(line) for path in options.show for line in path.read_text().splitlines()]
+        print(tables(saved))
+        return
+    os.environ.update(NO_MULTICAST)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
+    # As Ctrl-C does, so that the tables are still made.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rows: list[Row] = []
+    try:
+        for row in measured(options):
+            rows.append(row)
+            tell(row)
+            if options.json:
+                with options.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    except KeyboardInterrupt:
+        progress("interrupted: tables of what is known")
+    print(tables(rows))
+
+
+def measured(options: argparse.Namespace) -> Iterator[Row]:
+    """All rows, the devices' first, each as soon as it is known."""
+    (machine,) = run(["devices"], options.limit, None)
+    yield machine
+    if "error" in machine:
+        return
+    count = machine["devices"]
+    topology = f"{options.topology or machine['family']}:1x1x{count}"
+    with tempfile.TemporaryDirectory() as folder:
+        common = {name: getattr(options, name) for name in ("batch", "prompt_tokens", "output_tokens", "repeats")}
+        job = Job(
+            parts=tuple(part for part in options.parts if part != "memory"),
+            **common,
+            model=options.model,
+            mesh=None,
+            strategy=REPLICATED,
+            context=options.context,
+            topology=topology,
+            trial=machine["trial"],
+            folder=folder,
+        )
+        cases = list(cases_of(options.meshes or default_meshes(count)))
+        for number, (mesh, strategy) in enumerate(cases):
+            progress(f"{number + 1} of {len(cases)}: {mesh or ONE}, {strategy}")
+            own = dataclasses.replace(job, mesh=mesh, strategy=strategy)
+            if own.parts:
+                yield from run([json.dumps(dataclasses.asdict(own))], options.limit, own)
+            if "memory" in options.parts:
+                yield from memory(own, options.limit)
+
+
+def default_meshes(count: int) -> list[str]:
+    """Each axis alone, and what is most likely to be used of mixed ones."""
+    alone = [f"{axis}={count}" for axis in ("expert", "tensor", "data")]
+    half = count // 2
+    mixed = [f"expert={half},tensor=2", f"data=2,expert={half}"] if count >= 4 else []
+    return alone + mixed + (["data=2,expert=2,tensor=2"] if count == 8 else [])
+
+
+def cases_of(meshes: Sequence[str]) -> Iterator[tuple[str | None, str]]:
+    """One device, then each mesh under the strategies that differ on it."""
+    yield None, REPLICATED
+    for mesh in meshes:
+        yield mesh, REPLICATED
+        if any(part.startswith("expert=") and part != "expert=1" for part in mesh.split(",")):
+            yield mesh, ALL_TO_ALL
+
+
+def memory(job: Job, limit: float) -> Iterator[Row]:
+    """The planner's steps, run in a process each, beside the plan, which is made meanwhile: it needs no GPU."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        planning = pool.submit(lambda: list(run([json.dumps(of(job, "plan"))], limit, None)))
+        for step in STEPS:
+            [used] = run([json.dumps(of(job, step))], limit, None)
+            [plan] = planning.result()
+            yield job.name | {"part": "memory", "step": step} | compared(plan, used, step)
+    finally:
+        # Whoever interrupts this does not wait for a plan before the tables.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def of(job: Job, part: str) -> Row:
+    return dataclasses.asdict(dataclasses.replace(job, parts=(part,)))
+
+
+def compared(plan: Row, used: Row, step: str) -> Row:
+    """The planner's figures (bytes and seconds of a device) and the devices', and the shares by which they differ."""
+    row: Row = {}
+    if "meshes" in plan:
+        of_step = plan["meshes"][0]["steps"][step]
+        memory = of_step["memory"] or {}
+        row["planned_bytes"] = memory.get("total") or plan["meshes"][0]["bytes"]
+        row["planned_seconds"] = of_step["least_seconds"]
+        row["planned_by"], row["planned_link_seconds"] = of_step["bound_by"], of_step["bound_seconds"]["links"]
+        row["fits"] = plan["meshes"][0]["fits"]
+    for name in ("peak", "peak_before", "compiled", "seconds"):
+        if name in used:
+            row[name] = used[name]
+    if row.get("planned_bytes") and row.get("peak"):
+        row["bytes_differ"] = row["planned_bytes"] / row["peak"] - 1
+    if row.get("planned_seconds") and row.get("seconds"):
+        row["seconds_differ"] = row["planned_seconds"] / row["seconds"] - 1
+    errors = [f"{name}: {of['error']}" for name, of in (("plan", plan), ("step", used)) if "error" in of]
+    return row | ({"error": "; ".join(errors)} if errors else {})
+
+
+def run(arguments: list[str], limit: float, job: Job | None) -> Iterator[Row]:
+    """The rows of a measuring process as they come; if it fails, one more with the reason.
+
+    Of a `job` of several rows each begins with its name; without one, exactly one row comes.
+    """
+    command = [sys.executable, "-m", "benchmarks.on_a_mesh", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    timer = threading.Timer(limit, process.kill)
+    timer.start()
+    count = 0
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                count += 1
+                yield json.loads(line)
+        code = process.wait()
+    finally:
+        overdue = not timer.is_alive()
+        timer.cancel()
+        process.kill()
+    if code and not (job is None and count):
+        reason = f"took longer than {limit:.0f} s" if overdue else f"ended with code {code}"
+        yield (job.name if job else {}) | {
+            "part": "process",
+            "error": f"{reason}; what is missing was not measured",
+        }
+
+
+def tell(row: Row) -> None:
+    """A row on standard error, numbers short."""
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+    progress("  " + " ".join(f"{name}={value}" for name, value in shown.items() if value is not None))
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

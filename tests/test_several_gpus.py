@@ -1,0 +1,165 @@
+"""What is measured on several GPUs, tried on virtual devices: the figures must be there and hang together."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from benchmarks.several_gpus import cases_of, compared, default_meshes, run
+from benchmarks.several_gpus_tables import size_of, tables
+from gptoss_jax.benching.collectives import OPERATIONS, _program, alone_seconds
+from sharding import make_mesh
+from sharding.program import Collectives, read_collectives
+
+ROOT = Path(__file__).parent.parent
+
+
+def some(op: str) -> Collectives:
+    return Collectives(op, ("expert",), (0, 2), False, 3, 3 * 4096)
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in OPERATIONS if op not in ("ragged-all-to-all", "collective-broadcast")]
+)
+def test_collectives_alone_are_those_of_the_program(op: str) -> None:
+    mesh = make_mesh("expert=2,tensor=2")
+    arrays = [jax.ShapeDtypeStruct((4 * 1024,), "float32")]
+    texts = [_program(mesh, [some(op)], talking).lower(*arrays).compile().as_text() for talking in (True, False)]
+    assert [read_collectives(text, mesh.shape) for text in texts] == [[some(op)], []]
+    assert alone_seconds(mesh, [some(op)]) >= 0
+
+
+def test_nothing_takes_no_time() -> None:
+    branch = Collectives("all-reduce", ("expert",), (0, 1), True, 1, 4096)
+    assert alone_seconds(make_mesh("expert=2"), [branch]) == 0
+
+
+def test_default_meshes_use_every_device() -> None:
+    for count in (2, 4, 8):
+        meshes = default_meshes(count)
+        assert {size_of(mesh) for mesh in meshes} == {count}
+        assert len(set(meshes)) == len(meshes)
+    assert list(cases_of(["tensor=2", "expert=2"]))[1:] == [
+        ("tensor=2", "replicated"),
+        ("expert=2", "replicated"),
+        ("expert=2", "all-to-all"),
+    ]
+
+
+def test_the_planner_is_compared_with_the_device() -> None:
+    step = {"memory": {"total": 103}, "least_seconds": 1.0, "bound_by": "links", "bound_seconds": {"links": 1.0}}
+    plan = {"meshes": [{"fits": True, "bytes": 90, "steps": {"decode": step}}]}
+    row = compared(plan, {"peak": 100, "peak_before": 90, "compiled": 103, "seconds": 2.0}, "decode")
+    assert row["bytes_differ"] == pytest.approx(0.03)
+    assert row["seconds_differ"] == -0.5
+    name = {"part": "memory", "model": "m", "mesh": "expert=2", "strategy": "replicated", "step": "decode"}
+    assert "| -50.0 % ! |" in tables([name | row])
+    failed = compared({"error": "no compiler"}, {"error": "out of memory"}, "decode")
+    assert failed == {"error": "plan: no compiler; step: out of memory"}
+    text = tables([name | failed])
+    assert "Not measured" in text
+    assert "The planner" not in text
+
+
+def test_a_process_that_dies_leaves_a_row() -> None:
+    [row] = run(["not a job"], 60, None)
+    assert "ended with code 1" in row["error"]
+
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.mark.slow
+def test_two_virtual_devices(tmp_path: Path) -> None:
+    """All parts on a mesh of both under both strategies, and on a mesh that needs more of them."""
+    file = tmp_path / "rows.jsonl"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "benchmarks.several_gpus", "--model", "embedded", "--json", str(file)]
+    command += ["--meshes", "expert=2", "tensor=4", "--batch", "1,2", "--context", "64"]
+    command += ["--prompt-tokens", "8", "--output-tokens", "8"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    both = [row for row in rows if row.get("mesh") == "expert=2"]
+    check_answers(both)
+    check_speed(both)
+    check_memory([row for row in rows if row.get("mesh") in ("one device", "expert=2")])
+    failed = [row for row in rows if row.get("mesh") == "tensor=4"]
+    assert [row["part"] for row in failed] == ["tokens", "weights", "memory", "memory"]
+    assert all("needs 4 devices, found 2" in row["error"] for row in failed)
+    for part in ("needs 4 devices, found 2", "Which strategy is faster", "replicated, ", "planned GiB"):
+        assert part in done.stdout
+
+
+def of_part(rows: Rows, part: str) -> Rows:
+    return [row for row in rows if row["part"] == part]
+
+
+def check_answers(rows: Rows) -> None:
+    """Logits and greedy tokens are one device's."""
+    for part in ("logits", "tokens"):
+        assert [row["strategy"] for row in of_part(rows, part)] == ["replicated", "all-to-all"]
+    for row in of_part(rows, "logits"):
+        assert row["within"]
+        assert row["from_one"] <= row["one_from_float32"] < 0.1
+        assert row["float32_from_one"] < 1e-5
+    for row in of_part(rows, "tokens"):
+        assert row["identical"] == row["answers"] == row["right"] == 8
+        assert row["tokens"] == row["tokens_alike"] > 100
+
+
+def check_speed(rows: Rows) -> None:
+    """Both strategies at each batch, with what they communicate."""
+    found = of_part(rows, "speed")
+    cases = [(row["strategy"], row["batch"]) for row in found]
+    assert cases == [(strategy, batch) for strategy in ("replicated", "all-to-all") for batch in (1, 2)]
+    for row in found:
+        assert ("all-to-all" in row["ops"]) == (row["strategy"] == "all-to-all")
+        assert min(row["rate"], row["prefill_rate"], row["collectives"], row["collective_least"]) > 0
+        assert row["collective_alone"] >= 0
+
+
+def check_memory(rows: Rows) -> None:
+    """The planner's figures are beside each step's."""
+    found = of_part(rows, "memory")
+    assert [row["step"] for row in found] == ["decode", "prefill"] * 3
+    for row in found:
+        # On CPUs the planner compiles for the very devices; their peak is not counted.
+        assert row["planned_bytes"] == row["compiled"]
+        assert row["seconds_differ"] == pytest.approx(row["planned_seconds"] / row["seconds"] - 1)
+        assert row["peak"] is None
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is None,
+    reason="needs the aot extra: uv run --isolated --extra aot --extra plot pytest",
+)
+def test_collectives_alone_compile_for_gpus() -> None:
+    code = """
+from sharding.topologies import parse_topology, prepare_environment
+prepare_environment()
+import jax
+from gptoss_jax.benching.collectives import OPERATIONS, _program
+from jax.sharding import NamedSharding, PartitionSpec
+from sharding import make_mesh
+from sharding.program import Collectives, read_collectives
+
+mesh = make_mesh("expert=2,tensor=2", parse_topology("h100:1x1x4").devices())
+some = [Collectives(op, ("expert",), (0, 2), False, 3, 3 * 4096) for op in OPERATIONS if "broadcast" not in op]
+where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+arrays = [jax.ShapeDtypeStruct((4 * 1024,), "float32", sharding=where) for _ in some]
+text = _program(mesh, some, True).lower(*arrays).compile().as_text()
+assert sorted(read_collectives(text, mesh.shape), key=str) == sorted(some, key=str)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
