@@ -11,6 +11,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 if TYPE_CHECKING:
     from gptoss_jax.config import ModelConfig
+    from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
     from gptoss_jax.errors import CheckpointError, GptOssError, UsageError
     from gptoss_jax.llm import LLM
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LLM": "llm",
+    "EngineOptions": "engine.engine",
     "SamplingParams": "engine.params",
     "StructuredOutputsParams": "engine.params",
     "ModelConfig": "config",
@@ -31,6 +33,7 @@ _HOMES = {
 __all__ = [
     "LLM",
     "CheckpointError",
+    "EngineOptions",
     "GptOssError",
     "ModelConfig",
     "SamplingParams",

@@ -156,7 +156,15 @@ def _latency(options: argparse.Namespace) -> int:
             # The cache takes a share of what is free, so the last one's must be gone.
             gc.collect()
             one = measure(
-                model, engine_options, params, case, ceilings, options.repeats, options.seed, options.sampling
+                model,
+                engine_options,
+                params,
+                case,
+                ceilings,
+                options.repeats,
+                options.seed,
+                sampling=options.sampling,
+                warm_up=options.warm_up,
             )
             _progress(
                 f"  {1e3 * one.step:.3f} ms a step, {one.rate:.0f} tok/s, "

@@ -77,11 +77,15 @@ def measure(
     ceilings: Ceilings,
     repeats: int,
     seed: int,
+    *,
     sampling: bool = False,
+    warm_up: bool = False,
 ) -> Latency:
     """Measure one case, after one run that compiles what it needs; with `sampling` more runs follow."""
     options = dataclasses.replace(options, max_batch=case.batch)
     engine = Engine(model, options, eos_token_ids=(), constrain=every_other)
+    if warm_up:
+        engine.warm_up()
     rng = np.random.default_rng(seed)
     _run(engine, params, case, rng)
     before = engine.load

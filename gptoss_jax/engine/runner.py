@@ -78,7 +78,8 @@ class Runner:
         self._config, self._partition = model.config, model.partition
         self._structure, self._weights = Structure.of(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
-        self._kernels, self._rounds = kernels, pace.decode_rounds
+        # Guesses for a step need the tokens of the one before.
+        self._kernels, self._rounds = kernels, 1 if drafts else pace.decode_rounds
         self._last: Launched | None = None
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size)
@@ -325,11 +326,13 @@ class Runner:
         # Few sequences that decode, or none, cost little beside several chunks.
         mixed = [(count, *own) for own in chunks for count in ([0, *beside] if own[0] == 1 else beside)]
         ways: set[tuple[int, Means]] = {(self._rounds, "greedy"), (self._rounds, "cut"), (1, "cut")}
-        for pages in self._page_counts:
+        for pages, drafts in itertools.product(self._page_counts, sorted({0, self._drafts})):
             for count, (rounds, sampling) in itertools.product(limits.decodes(beside_chunks=False), sorted(ways)):
-                yield StepKind(count, 0, 1, pages, rounds=rounds, sampling=sampling)
+                yield StepKind(count, 0, 1, pages, drafts, rounds, sampling=sampling)
             for own in mixed:
-                yield StepKind(*own, pages, sampling="cut")
+                # Only sequences that decode have guesses.
+                if own[0] or not drafts:
+                    yield StepKind(*own, pages, drafts, sampling="cut")
 
     def compile(self, kind: StepKind) -> None:
         """Compile a kind of step that is not adjusted, without running it."""

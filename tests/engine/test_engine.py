@@ -294,14 +294,19 @@ def test_keys_past_the_range_of_float8_stay_numbers() -> None:
     assert kept.tolist() == [448.0, -448.0, 0.5]
 
 
-def test_what_is_warmed_up_compiles_no_more() -> None:
-    options = dataclasses.replace(OPTIONS, max_batch=1, page_size=512, prefill_chunk=32)
+@pytest.mark.parametrize("guesses", [0, 2])
+def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
+    options = dataclasses.replace(
+        OPTIONS, max_batch=1, page_size=512, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4
+    )
     warm = Engine(tiny(), options)
     count = warm.warm_up(progress=False)
     assert warm.load.compiled == count
     params = SamplingParams(max_tokens=4, temperature=0.5, seed=1)
     requests = {"a": (prompts(1, 1)[0], greedy(4)), "b": ([1, 2, 3], params), "c": ([5], greedy(3))}
     run(warm, requests)
+    run(warm, {"repeats": ((prompts(9, 1)[0] * 3)[:60], greedy(30))})
+    assert (warm.load.drafted > 0) == (guesses > 0)
     assert warm.load.compiled == count
 
 

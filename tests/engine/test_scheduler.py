@@ -2,6 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptoss_jax.engine.pages import Prefixes
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.scheduler import Limits, Scheduler, Sequence
 
@@ -44,3 +45,22 @@ def test_short_prompts_share_a_step_and_a_long_one_fills_it() -> None:
         [("4", 2048)],
         [("4", 904)],
     ]
+
+
+def test_a_ring_that_is_taken_up_outlives_others() -> None:
+    prefixes = Prefixes(pages=8, snapshots=2, first_snapshot=0)
+
+    def remember(key: bytes) -> None:
+        page = prefixes.pages.take()
+        prefixes.pages.name(page, key)
+        prefixes.pages.release(page)
+        row = prefixes.snapshot(key)
+        assert row is not None
+        prefixes.release_snapshot(row)
+
+    remember(b"hot")
+    for other in (b"a", b"b", b"c"):
+        remember(other)
+        assert prefixes.longest([b"hot"])[0] == 1
+    assert prefixes.longest([b"a"]) == (0, None)
+    assert prefixes.longest([b"c"])[0] == 1
