@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -56,12 +58,12 @@ def stop(engine: Engine, case: Case) -> None:
         engine.step()
 
 
-def replayed(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> float:
-    """Seconds of a step of these requests that is launched again and again, without the host's part."""
+@contextlib.contextmanager
+def decoding(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> Iterator[None]:
+    """While the block runs, all requests decode; afterwards they are cancelled, so that it may repeat a launch."""
     start(engine, params, case, rng)
     prefill(engine, case)
     for _ in range(4):
         engine.step()
-    seconds = engine.replay(REPLAYS)
+    yield
     stop(engine, case)
-    return seconds

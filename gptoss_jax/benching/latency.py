@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.benching.batch import REPLAYS, TRACED_STEPS, Case, prefill, start, stop
+from gptoss_jax.benching.batch import REPLAYS, TRACED_STEPS, Case, decoding, prefill, start, stop
 from gptoss_jax.benching.ceilings import Ceilings
 from gptoss_jax.benching.launches import counted
 from gptoss_jax.benching.sampling import every_other, sampling_seconds
@@ -185,17 +185,13 @@ class _Device:
 
 def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> _Device:
     """Of a launch that is repeated."""
-    start(engine, params, case, rng)
-    prefill(engine, case)
-    for _ in range(4):
-        engine.step()
     launches, tokens = None, 0
-    if jax.default_backend() == "gpu":
-        with counted() as launches:
-            for _ in range(TRACED_STEPS):
-                tokens += len(engine.step())
-    seconds, (program, steps) = engine.replay(REPLAYS), engine.program()
-    stop(engine, case)
+    with decoding(engine, params, case, rng):
+        if jax.default_backend() == "gpu":
+            with counted() as launches:
+                for _ in range(TRACED_STEPS):
+                    tokens += len(engine.step())
+        seconds, (program, steps) = engine.replay(REPLAYS), engine.program()
     kernels = count_kernels(program) / steps
     if launches is None:
         return _Device(seconds, kernels, None, None, program, steps)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.benching.batch import Case, replayed
+from gptoss_jax.benching.batch import REPLAYS, Case, decoding
 from gptoss_jax.benching.ceilings import median_seconds
 from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine
@@ -48,7 +48,10 @@ def every_other(form: StructuredOutputsParams, scope: Scope) -> EveryOther:
 
 def sampling_seconds(engine: Engine, case: Case, rng: np.random.Generator) -> dict[str, float]:
     """The time of choosing the likeliest tokens, and how much more a step takes in each other way with that."""
-    steps = {name: replayed(engine, SamplingParams(**way), case, rng) for name, way in WAYS.items()}
+    steps = {}
+    for name, way in WAYS.items():
+        with decoding(engine, SamplingParams(**way), case, rng):
+            steps[name] = engine.replay(REPLAYS)
     greedy = greedy_seconds(case.batch, engine.config.vocab_size)
     return {name: max(0.0, seconds - steps["greedy"]) + greedy for name, seconds in steps.items()}
 
