@@ -7,10 +7,16 @@ from pallas_kernels import current_platform
 GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE")
 
 
-def compiler_options() -> dict[str, str] | None:
+def compiler_options() -> dict[str, str | bool] | None:
     """What XLA is told beyond its defaults.
 
     On NVIDIA GPUs, to put loops and branches into device graphs too. Else the host waits for each one's condition,
-    0.7 ms a step on an H100, and cannot run ahead.
+    0.7 ms a step on an H100, and cannot run ahead. And not to try a second code generator for each of its own kernels:
+    for sampling of many rows that takes minutes, and what is worth tuning is in kernels of this project.
     """
-    return {"xla_gpu_enable_command_buffer": ",".join(GRAPHED)} if current_platform() == "cuda" else None
+    if current_platform() != "cuda":
+        return None
+    return {
+        "xla_gpu_enable_command_buffer": ",".join(GRAPHED),
+        "xla_gpu_experimental_enable_fusion_autotuner": False,
+    }
