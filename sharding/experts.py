@@ -181,13 +181,13 @@ def _all_to_all(
             jnp.ones((devices * room, 1), jnp.float32),
             *ours,
         )
-        y_ND = partition.reduce(y_ND, "expert_intermediate")
         back_PCD = exchange(y_ND.reshape(devices, room, -1), theirs_P, sizes_P)
         return out_RD.at[jnp.where(valid_PC, row_PC, rows)].set(back_PCD, mode="drop")
 
     out_RD = lax.fori_loop(0, rounds, some_rows, jnp.zeros((rows, x_TD.shape[1]), x_TD.dtype))
     out_TkD = out_RD.reshape(num_tokens, k, -1).astype(jnp.float32)
-    y_TD = jnp.sum(out_TkD * weights_Tk[..., None], axis=1)
+    # Rows come back as their parts of the intermediate dimension made them: one float32 sum a token is left to add up.
+    y_TD = partition.reduce(jnp.sum(out_TkD * weights_Tk[..., None], axis=1), "expert_intermediate")
     return (y_TD if residual_TD is None else y_TD + residual_TD).astype(x_TD.dtype)
 
 

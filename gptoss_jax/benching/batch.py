@@ -14,7 +14,7 @@ from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.params import SamplingParams
 
 TRACED_STEPS = 16
-REPLAYS = 8
+REPLAYED_STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)

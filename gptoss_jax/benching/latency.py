@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.benching.batch import REPLAYS, TRACED_STEPS, Case, decoding, prefill, start, stop
+from gptoss_jax.benching.batch import REPLAYED_STEPS, TRACED_STEPS, Case, decoding, prefill, start, stop
 from gptoss_jax.benching.ceilings import Ceilings
 from gptoss_jax.benching.launches import counted
 from gptoss_jax.benching.sampling import every_other, sampling_seconds
@@ -191,7 +191,7 @@ def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.G
             with counted() as launches:
                 for _ in range(TRACED_STEPS):
                     tokens += len(engine.step())
-        seconds, (program, steps) = engine.replay(REPLAYS), engine.program()
+        seconds, (program, steps) = engine.replay(REPLAYED_STEPS), engine.program()
     kernels = count_kernels(program) / steps
     if launches is None:
         return _Device(seconds, kernels, None, None, program, steps)

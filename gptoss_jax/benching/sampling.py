@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.benching.batch import REPLAYS, Case, decoding
+from gptoss_jax.benching.batch import REPLAYED_STEPS, Case, decoding
 from gptoss_jax.benching.ceilings import median_seconds
 from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine
@@ -51,7 +51,7 @@ def sampling_seconds(engine: Engine, case: Case, rng: np.random.Generator) -> di
     steps = {}
     for name, way in WAYS.items():
         with decoding(engine, SamplingParams(**way), case, rng):
-            steps[name] = engine.replay(REPLAYS)
+            steps[name] = engine.replay(REPLAYED_STEPS)
     greedy = greedy_seconds(case.batch, engine.config.vocab_size)
     return {name: max(0.0, seconds - steps["greedy"]) + greedy for name, seconds in steps.items()}
 

@@ -404,12 +404,13 @@ class Engine:
             at = (part, row, position - start)
             kept.append(_token_logprobs(token, logprobs, at, sequence.params.prompt_logprobs))
 
-    def replay(self, times: int) -> float:
+    def replay(self, steps: int) -> float:
         """Seconds of a step when the last launch is repeated, with nothing else for the host to do.
 
-        What runs is spoilt by it: for measuring, before it is cancelled.
+        About so many steps and then three times as many run, which tells them from their start and end. What runs is
+        spoilt by it: for measuring, before it is cancelled.
         """
-        return self._runner.replay(times)
+        return self._runner.replay(steps)
 
     def program(self) -> tuple[str, int]:
         """The compiled text of the last launch, and how many steps in a row it makes."""

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-MOST_PARTS = 64
-"""Few enough that adding up what a GPU's threads have of a part costs less than the part."""
+MOST_PARTS = 32
+"""As many devices can share the vocabulary; more would leave a GPU little of each part to add up."""
+STRETCHES = 8
+"""Of each part, whose largest logits tell where the k-th largest of all may be."""
 TRIES = 4
 """Tokens that are drawn at once, to have one that the cuts keep."""
 SHARES = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)
@@ -28,6 +31,10 @@ DEEPEST = 100.0
 """What lies so many temperatures below has no mass in float32."""
 MOST_ROUNDS = 64
 """In which any bracket has narrowed to neighbouring floats."""
+QUARTERS, FINER = 4, 8
+"""Pieces that the second look at all rows cuts the brackets in, and those at the few rows that are left."""
+LEAST_ROWS = 4
+"""That another round looks at together, if so many are left."""
 
 Means = Literal["greedy", "draw", "cut"]
 """What a batch needs: the likeliest tokens alone, draws as well, or draws from what top-k or top-p keep as well."""
@@ -52,12 +59,12 @@ def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, m
     """
     logits_RPC = _in_parts(logits_RV)
     # Apart from what is made of it, which the compiler would else find in passes over all logits of its own.
-    largest_RP = lax.optimization_barrier(jnp.max(logits_RPC, axis=-1))
-    part_R1 = jnp.argmax(largest_RP, axis=-1, keepdims=True)
+    peaks_RPQ = lax.optimization_barrier(_peaks(logits_RPC))
+    part_R1 = jnp.argmax(jnp.max(peaks_RPQ, axis=-1), axis=-1, keepdims=True)
     greedy_R = _token(part_R1, jnp.argmax(_take_parts(logits_RPC, part_R1), axis=-1), logits_RPC)[..., 0]
     if means == "greedy":
         return greedy_R
-    drawing = _Drawing(logits_RPC, largest_RP, state, positions_R)
+    drawing = _Drawing(logits_RPC, peaks_RPQ.reshape(*peaks_RPQ.shape[:-2], -1), state, positions_R)
     drawn_R = drawing.plainly() if means == "draw" else drawing.within_cuts()
     return jnp.where(state.temperature > 0, drawn_R, greedy_R)
 
@@ -68,6 +75,14 @@ def _in_parts(x_RV: jax.Array) -> jax.Array:
     while x_RV.shape[-1] % parts:
         parts //= 2
     return x_RV.reshape(*x_RV.shape[:-1], parts, -1)
+
+
+def _peaks(x_RPC: jax.Array) -> jax.Array:
+    """The largest of some stretches of each part, [..., R, P, Q]."""
+    stretches = min(STRETCHES, x_RPC.shape[-1])
+    missing = -x_RPC.shape[-1] % stretches
+    padded_RPC = jnp.pad(x_RPC, [(0, 0)] * (x_RPC.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
+    return jnp.max(padded_RPC.reshape(*x_RPC.shape[:-1], stretches, -1), axis=-1)
 
 
 def _take_parts(x_RPC: jax.Array, parts_RA: jax.Array) -> jax.Array:
@@ -83,38 +98,37 @@ def _token(parts_RA: jax.Array, inner_RA: jax.Array, x_RPC: jax.Array) -> jax.Ar
 class _Bracket(NamedTuple):
     """Where the k-th largest logit of each row is: at least `low`, below `high`; all [..., R].
 
-    The mass of what top-k keeps is at most `most`, that of all from `low`, and at least `least`.
+    As many as `reach` are at least `low`. The mass of what top-k keeps is at most `most`, that of all from `low`, and
+    at least `least`.
     """
 
     low: jax.Array
     high: jax.Array
+    reach: jax.Array
     most: jax.Array
     least: jax.Array
 
 
-class _Tries(NamedTuple):
-    """Tokens drawn for each row, their logits, and the mass and number of tokens of larger ones; all [..., R, A]."""
-
-    tokens: jax.Array
-    logits: jax.Array
-    above: jax.Array
-    rank: jax.Array
-
-
 class _Progress(NamedTuple):
-    """`below` [..., R]: nothing of this logit or less is kept; `drawn` are the tokens of the rows that are `done`."""
+    """What is known of each row; all [..., R] but the `tokens` drawn for it last and their `logits` [..., R, A].
+
+    `below`: nothing of this logit or less is kept; `drawn` are the tokens of the rows that are `done`, after as many
+    `rounds`.
+    """
 
     bracket: _Bracket
-    tries: _Tries
+    tokens: jax.Array
+    logits: jax.Array
     below: jax.Array
     rejected: jax.Array
     drawn: jax.Array
     done: jax.Array
+    rounds: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _Drawing:
-    """Draws from logits float32 [..., R, P, C], of whose parts `peaks` [..., R, P] are the largest."""
+    """Draws from logits float32 [..., R, P, C], of whose stretches `peaks` [..., R, N] are the largest."""
 
     logits: jax.Array
     peaks: jax.Array
@@ -128,8 +142,9 @@ class _Drawing:
 
     def plainly(self) -> jax.Array:
         """Tokens [..., R] of rows that have neither top-k nor top-p."""
-        nothing_R = jnp.full(self.largest.shape, -jnp.inf)
-        return self._draw(nothing_R, nothing_R, 0, 1)[0][..., 0]
+        within_RPC = self._within(*self._bounds())
+        mass_RP = _part_sums((self._mass(), within_RPC))[..., 0, :]
+        return self._draw(mass_RP, self._bounds(), jnp.int32(0), 1)[0][..., 0]
 
     def within_cuts(self) -> jax.Array:
         """Tokens [..., R] among those that top-k and then top-p keep.
@@ -139,36 +154,53 @@ class _Drawing:
         from the rest. A token's rank decides on top-k, and on top-p the mass above it, as a share of what top-k
         keeps. Of that, bounds are enough, mostly those of the first two looks at where the k-th logit is.
         """
-        first, floor_R = self._first_bracket()
-        nothing_R = jnp.full(self.largest.shape, -jnp.inf)
-        tries = self._try(floor_R, nothing_R, jnp.int32(0))
-        # Of rows that have too few above the floor nothing is known yet.
-        well_R1 = ((self.state.top_k == 0) | (first.low >= floor_R))[..., None]
-        tries = tries._replace(
-            logits=jnp.where(well_R1, tries.logits, -jnp.inf), rank=jnp.where(well_R1, tries.rank, jnp.inf)
+        return lax.while_loop(lambda now: ~jnp.all(now.done), self._some_again, self._first_round()).drawn
+
+    def _first_round(self) -> _Progress:
+        """Of all rows: a look for the k-th largest logit, and a second one with a few draws."""
+        bracket, floor_R, mass_RP = self._first_bracket()
+        tokens_RA, logits_RA = self._draw(mass_RP, self._bounds(floor_R), jnp.int32(0), TRIES)
+        zeros_R = jnp.zeros(floor_R.shape, jnp.int32)
+        now = _Progress(
+            bracket,
+            tokens_RA,
+            logits_RA,
+            below=jnp.full_like(floor_R, -jnp.inf),
+            rejected=zeros_R > 0,
+            drawn=zeros_R,
+            # What a row draws that takes the likeliest does not matter.
+            done=self.state.temperature <= 0,
+            rounds=zeros_R,
         )
-        undecided_R = jnp.zeros(self.largest.shape, bool)
-        # What a row draws that takes the likeliest does not matter.
-        done_R = self.state.temperature <= 0
-        progress = _Progress(
-            self._narrowed(first), tries, nothing_R, undecided_R, jnp.zeros(done_R.shape, jnp.int32), done_R
+        # Draws of rows that have too few above the floor are not among all that are kept.
+        return self._settled(now, (self.state.top_k == 0) | (bracket.low >= floor_R), QUARTERS)
+
+    def _some_again(self, now: _Progress) -> _Progress:
+        """Another round of the first few rows that are not done: a round reads all of a row, and few are left."""
+        count = now.done.shape[-1]
+        few = min(count, max(LEAST_ROWS, count // 8))
+        place_R = jnp.cumsum(~now.done, axis=-1) - 1
+        here_SR = (place_R[..., None, :] == jnp.arange(few)[:, None]) & ~now.done[..., None, :]
+        rows_S = jnp.argmax(here_SR, axis=-1)
+        there_S = jnp.where(jnp.any(here_SR, axis=-1), rows_S, count)
+
+        def take[Rows](tree: Rows) -> Rows:
+            return jax.tree.map(lambda x: _take_rows(x, rows_S), tree)
+
+        some = _Drawing(take(self.logits), take(self.peaks), take(self.state), take(self.positions))
+        return jax.tree.map(lambda x, new: _put_rows(x, there_S, new), now, some._again(take(now)))
+
+    def _again(self, now: _Progress) -> _Progress:
+        bounds = self._bounds(now.bracket.low, now.below)
+        mass_RP = _part_sums((self._mass(), self._within(*bounds)))[..., 0, :]
+        drawn = self._draw(mass_RP, bounds, now.rounds * TRIES, TRIES)
+        tokens_RA, logits_RA = jax.tree.map(
+            lambda new, old: jnp.where(now.rejected[..., None], new, old), drawn, (now.tokens, now.logits)
         )
+        return self._settled(now._replace(tokens=tokens_RA, logits=logits_RA), jnp.bool_(True), FINER)
 
-        def unsettled(carry: tuple[jax.Array, _Progress]) -> jax.Array:
-            return ~jnp.all(carry[1].done)
-
-        def again(carry: tuple[jax.Array, _Progress]) -> tuple[jax.Array, _Progress]:
-            number, now = carry
-            tries = self._try(now.bracket.low, now.below, number)
-            tries = jax.tree.map(lambda new, old: jnp.where(now.rejected[..., None], new, old), tries, now.tries)
-            now = now._replace(bracket=self._narrowed(now.bracket), tries=tries)
-            return number + 1, self._decided(now, last=number >= MOST_ROUNDS)
-
-        start = (jnp.int32(1), self._decided(progress, last=jnp.bool_(False)))
-        return lax.while_loop(unsettled, again, start)[1].drawn
-
-    def _first_bracket(self) -> tuple[_Bracket, jax.Array]:
-        """Where the k-th largest is, and a logit [..., R] that most likely at least k reach.
+    def _first_bracket(self) -> tuple[_Bracket, jax.Array, jax.Array]:
+        """Where the k-th largest is, a logit [..., R] that most likely at least k reach, and from it each part's mass.
 
         Rows without top-k keep all, which is known.
         """
@@ -177,45 +209,67 @@ class _Drawing:
         depths_RA = self.largest[..., None] - temperature_R[..., None] * jnp.asarray(DEPTHS)
         thresholds_RA = jnp.where(expected_RA, thresholds_RA, depths_RA)
         floor_R = jnp.where(expected_RA[..., -2], thresholds_RA[..., -2], thresholds_RA[..., -1])
-        fewer = [(jnp.float32(1), self.logits < thresholds_RA[..., i, None, None]) for i in range(len(SHARES))]
-        sums_RA = self._sums(*fewer, (self._mass(), jnp.bool_(True)))
-        low_R, high_R = self._ends(thresholds_RA, self._vocabulary - sums_RA[..., :-1])
-        whole_R, nothing_R = sums_RA[..., -1], jnp.full_like(low_R, -jnp.inf)
-        low_R = jnp.maximum(low_R, self.largest - DEEPEST * temperature_R)
+        floor_R = jnp.where(all_R, -jnp.inf, floor_R)
+        terms = [(self._mass(), jnp.bool_(True)), (self._mass(), self._within(*self._bounds(floor_R)))]
+        sums_RAP = _part_sums(*self._fewer(thresholds_RA), *terms)
+        fewer_RA, whole_R = jnp.sum(sums_RAP[..., :-2, :], axis=-1), jnp.sum(sums_RAP[..., -2, :], axis=-1)
+        low_R, high_R, count_R = self._ends(thresholds_RA, self._vocabulary - fewer_RA)
+        deepest_R = self.largest - DEEPEST * temperature_R
         bracket = _Bracket(
-            low=jnp.where(all_R, nothing_R, low_R),
+            low=jnp.where(all_R, -jnp.inf, jnp.maximum(low_R, deepest_R)),
             high=jnp.minimum(high_R, jnp.nextafter(self.largest, jnp.inf)),
+            # Of the mass, all that top-k can keep is above the deepest.
+            reach=jnp.where(low_R > deepest_R, count_R, self.state.top_k),
             most=whole_R,
             least=jnp.where(all_R, whole_R, 0),
         )
-        return bracket, jnp.where(all_R, nothing_R, floor_R)
+        return bracket, floor_R, sums_RAP[..., -1, :]
 
     def _expected(self) -> tuple[jax.Array, jax.Array]:
         """Logits [..., R, A] that about SHARES times k should reach, and whether that many can be told from the peaks.
 
-        Of n tokens thrown into P parts 1 - exp(-n / P) of the parts get one, so as many peaks are among the n largest.
+        Of n tokens thrown into N stretches 1 - exp(-n / N) of these get one, so as many peaks are among the n largest.
         """
-        parts = self.peaks.shape[-1]
+        stretches = self.peaks.shape[-1]
         count_RA = self.state.top_k[..., None] * jnp.asarray(SHARES)
-        hit_RA = jnp.clip(jnp.ceil(-parts * jnp.expm1(-count_RA / parts)), 1, parts)
-        reach_RP = jnp.sum(self.peaks[..., None, :] >= self.peaks[..., :, None], axis=-1)
-        enough_RAP = reach_RP[..., None, :] >= hit_RA[..., None]
-        thresholds_RA = jnp.max(jnp.where(enough_RAP, self.peaks[..., None, :], -jnp.inf), axis=-1)
-        return thresholds_RA, count_RA < 0.7 * parts * math.log(parts)
+        hit_RA = jnp.clip(jnp.ceil(-stretches * jnp.expm1(-count_RA / stretches)), 1, stretches)
+        reach_RN = jnp.sum(self.peaks[..., None, :] >= self.peaks[..., :, None], axis=-1)
+        enough_RAN = reach_RN[..., None, :] >= hit_RA[..., None]
+        thresholds_RA = jnp.max(jnp.where(enough_RAN, self.peaks[..., None, :], -jnp.inf), axis=-1)
+        return thresholds_RA, count_RA < 0.7 * stretches * math.log(stretches)
 
-    def _narrowed(self, bracket: _Bracket) -> _Bracket:
-        """A quarter of each bracket; where no float is left between its ends, `low` is the k-th largest."""
-        quarter_R1 = (bracket.high - bracket.low)[..., None] / 4
-        thresholds_RA = bracket.low[..., None] + quarter_R1 * jnp.arange(4)
-        thresholds_RA = jnp.concatenate([thresholds_RA, bracket.high[..., None]], axis=-1)
-        count_RA, mass_RA = self._counts_and_masses(thresholds_RA, jnp.greater_equal, jnp.less)
-        low_R, high_R = self._ends(thresholds_RA, count_RA)
+    def _settled(self, now: _Progress, valid_R: jax.Array, pieces: int) -> _Progress:
+        """Look at the logits once more: narrow the brackets, find each draw's place, and decide; not if not `valid`."""
+        width_R1 = (now.bracket.high - now.bracket.low)[..., None] / pieces
+        ends_RA = now.bracket.low[..., None] + width_R1 * jnp.arange(pieces)
+        ends_RA = jnp.concatenate([ends_RA, now.bracket.high[..., None]], axis=-1)
+        terms = [self._fewer(ends_RA[..., 1:-1]), self._mass_from(ends_RA)]
+        terms += [self._no_more(now.logits), self._mass_above(now.logits)]
+        sums_RA = jnp.sum(_part_sums(*itertools.chain(*terms)), axis=-1)
+        splits = np.cumsum([len(own) for own in terms[:-1]])
+        fewer_RA, reached_RA, no_more_RA, above_RA = jnp.split(sums_RA, splits, axis=-1)
+        bracket = self._narrowed(now.bracket, ends_RA, self._vocabulary - fewer_RA, reached_RA)
+        rank_RA = jnp.where(valid_R[..., None], self._vocabulary - no_more_RA, jnp.inf)
+        return self._decided(now._replace(bracket=bracket), rank_RA, above_RA)
+
+    def _narrowed(
+        self, bracket: _Bracket, ends_RA: jax.Array, inner_RA: jax.Array, mass_RA: jax.Array
+    ) -> _Bracket:
+        """A piece of each bracket; where no float is left between its ends, `low` is the k-th largest.
+
+        `inner` has how many logits reach each end but the first and the last, of which it is known.
+        """
+        count_RA = jnp.concatenate(
+            [bracket.reach[..., None], inner_RA, jnp.zeros_like(inner_RA[..., :1])], axis=-1
+        )
+        low_R, high_R, count_R = self._ends(ends_RA, count_RA)
         top_k_R1 = self.state.top_k[..., None]
         most_R = jnp.min(mass_RA, axis=-1, where=count_RA >= top_k_R1, initial=jnp.inf)
         least_R = jnp.max(mass_RA, axis=-1, where=count_RA <= top_k_R1, initial=0)
         narrower = _Bracket(
-            jnp.maximum(low_R, bracket.low),
+            low_R,
             jnp.minimum(high_R, bracket.high),
+            count_R,
             jnp.minimum(most_R, bracket.most),
             jnp.maximum(least_R, bracket.least),
         )
@@ -223,79 +277,89 @@ class _Drawing:
         narrower = narrower._replace(least=jnp.where(exact_R, narrower.most, narrower.least))
         return jax.tree.map(lambda new, old: jnp.where(self.state.top_k > 0, new, old), narrower, bracket)
 
-    def _ends(self, thresholds_RA: jax.Array, count_RA: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The largest threshold that at least k logits reach, and the smallest that fewer do, [..., R]."""
+    def _ends(self, thresholds_RA: jax.Array, count_RA: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The largest threshold that at least k logits reach, the smallest that fewer do, and the first's count."""
         enough_RA = count_RA >= self.state.top_k[..., None]
         return (
             jnp.max(thresholds_RA, axis=-1, where=enough_RA, initial=-jnp.inf),
             jnp.min(thresholds_RA, axis=-1, where=~enough_RA, initial=jnp.inf),
+            jnp.min(count_RA, axis=-1, where=enough_RA, initial=jnp.inf),
         )
 
-    def _try(self, floor_R: jax.Array, below_R: jax.Array, number: jax.Array) -> _Tries:
-        """Draw a few tokens of at least some logit and above another."""
-        tokens_RA, logits_RA = self._draw(floor_R, below_R, number * TRIES, TRIES)
-        rank_RA, above_RA = self._counts_and_masses(logits_RA, jnp.greater, jnp.less_equal)
-        return _Tries(tokens_RA, logits_RA, above_RA, rank_RA)
-
-    def _counts_and_masses(
-        self, bounds_RA: jax.Array, within: Callable[..., jax.Array], outside: Callable[..., jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """How many tokens are within each bound, and their mass, [..., R, A] each.
+    def _fewer(self, bounds_RA: jax.Array) -> list[_Term]:
+        """What to add up for the number of logits below each bound.
 
         What is outside is counted, since the compiler would keep a condition that is used twice in memory.
         """
-        bounds = [bounds_RA[..., i, None, None] for i in range(bounds_RA.shape[-1])]
-        terms = [(jnp.float32(1), outside(self.logits, bound)) for bound in bounds]
-        terms += [(self._mass(), within(self.logits, bound)) for bound in bounds]
-        sums_RA = self._sums(*terms)
-        return self._vocabulary - sums_RA[..., : len(bounds)], sums_RA[..., len(bounds) :]
+        return [(jnp.float32(1), self.logits < bound) for bound in _each(bounds_RA)]
 
-    def _sums(self, *terms: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Float32 [..., R, A]: of each pair the sum of the values [..., R, P, C] where the condition holds."""
-        return jnp.sum(_part_sums(*terms), axis=-1)
+    def _no_more(self, bounds_RA: jax.Array) -> list[_Term]:
+        """Likewise for the number of logits up to each bound."""
+        return [(jnp.float32(1), self.logits <= bound) for bound in _each(bounds_RA)]
+
+    def _mass_from(self, bounds_RA: jax.Array) -> list[_Term]:
+        return [(self._mass(), self.logits >= bound) for bound in _each(bounds_RA)]
+
+    def _mass_above(self, bounds_RA: jax.Array) -> list[_Term]:
+        return [(self._mass(), self.logits > bound) for bound in _each(bounds_RA)]
 
     @property
     def _vocabulary(self) -> int:
         return math.prod(self.logits.shape[-2:])
 
-    def _decided(self, now: _Progress, last: jax.Array) -> _Progress:
-        """Take each row's first token that is kept, if those before it are not; the `last` time what comes nearest."""
-        tries, bracket, top_p_R1 = now.tries, now.bracket, self.state.top_p[..., None]
-        own_RA = jnp.exp((tries.logits - self.largest[..., None]) / self._temperature()[..., None])
-        in_top_k_RA = (tries.rank < self.state.top_k[..., None]) | (self.state.top_k == 0)[..., None]
+    def _decided(self, now: _Progress, rank_RA: jax.Array, above_RA: jax.Array) -> _Progress:
+        """Take each row's first token that is kept, if those before it are not; the last time what comes nearest.
+
+        `rank` is the number of larger logits than each token's, and `above` their mass.
+        """
+        last_R = now.rounds >= MOST_ROUNDS
+        bracket, top_p_R1 = now.bracket, self.state.top_p[..., None]
+        own_RA = jnp.exp((now.logits - self.largest[..., None]) / self._temperature()[..., None])
+        in_top_k_RA = (rank_RA < self.state.top_k[..., None]) | (self.state.top_k == 0)[..., None]
         # At 1 everything stays, whatever rounding makes of the sums.
         all_R1 = top_p_R1 >= 1
-        least_RA = jnp.maximum(bracket.least[..., None], tries.above + own_RA)
-        most_R1 = jnp.where(last, jnp.inf, bracket.most[..., None])
-        kept_RA = in_top_k_RA & ((tries.above < top_p_R1 * least_RA) | all_R1)
-        may_be_RA = in_top_k_RA & ((tries.above < top_p_R1 * most_R1) | all_R1)
+        least_RA = jnp.maximum(bracket.least[..., None], above_RA + own_RA)
+        most_R1 = jnp.where(last_R, jnp.inf, bracket.most)[..., None]
+        kept_RA = in_top_k_RA & ((above_RA < top_p_R1 * least_RA) | all_R1)
+        may_be_RA = in_top_k_RA & ((above_RA < top_p_R1 * most_R1) | all_R1)
         rejected_R = ~jnp.any(may_be_RA, axis=-1)
         found_R = _first(kept_RA, may_be_RA) & ~rejected_R
-        drawn_R = jnp.where(now.done, now.drawn, _first(tries.tokens, may_be_RA))
-        highest_R = jnp.max(tries.logits, axis=-1)
+        drawn_R = jnp.where(now.done, now.drawn, _first(now.tokens, may_be_RA))
+        # A row whose draws were not valid has the rank of none, and nothing is known of it.
+        known_R = jnp.isfinite(rank_RA[..., 0])
+        highest_R = jnp.where(known_R, jnp.max(now.logits, axis=-1), -jnp.inf)
         return now._replace(
             below=jnp.where(rejected_R, highest_R, now.below),
             rejected=rejected_R,
             drawn=drawn_R,
-            done=now.done | found_R | last,
+            done=now.done | found_R | last_R,
+            rounds=now.rounds + 1,
         )
 
-    def _draw(
-        self, floor_R: jax.Array, below_R: jax.Array, number: jax.Array | int, count: int
+    def _bounds(
+        self, floor_R: jax.Array | None = None, below_R: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Tokens and their logits [..., R, count], the draws of given numbers, of what min-p and the bounds leave."""
+        """The least logit [..., R] to draw, with min-p, and what it must exceed."""
+        nothing_R = jnp.full(self.largest.shape, -jnp.inf)
+        floor_R = nothing_R if floor_R is None else floor_R
         floor_R = jnp.maximum(floor_R, self.largest + self.state.temperature * jnp.log(self.state.min_p))
+        return floor_R, nothing_R if below_R is None else below_R
 
-        def within(x: jax.Array) -> jax.Array:
-            return (x >= floor_R[..., None, None]) & (x > below_R[..., None, None])
+    def _within(self, floor_R: jax.Array, below_R: jax.Array, x: jax.Array | None = None) -> jax.Array:
+        x = self.logits if x is None else x
+        return (x >= floor_R[..., None, None]) & (x > below_R[..., None, None])
 
-        mass_RP = _part_sums((self._mass(), within(self.logits)))[..., 0, :]
+    def _draw(
+        self, mass_RP: jax.Array, bounds: tuple[jax.Array, jax.Array], number: jax.Array, count: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens and their logits [..., R, count], draws from `number` on, of what is in bounds, each part's mass."""
         parts, inner = self.logits.shape[-2:]
-        noise_RAN = _gumbel(self.state.keys, self.positions, number + jnp.arange(count), parts + inner)
+        numbers_RA = jnp.broadcast_to(number, self.positions.shape)[..., None] + jnp.arange(count)
+        noise_RAN = _gumbel(self.state.keys, self.positions, numbers_RA, parts + inner)
         part_RA = jnp.argmax(jnp.log(mass_RP)[..., None, :] + noise_RAN[..., :parts], axis=-1)
         logits_RAC = _take_parts(self.logits, part_RA)
         noisy_RAC = logits_RAC / self._temperature()[..., None, None] + noise_RAN[..., parts:]
-        inner_RA = jnp.argmax(jnp.where(within(logits_RAC), noisy_RAC, -jnp.inf), axis=-1)
+        inner_RA = jnp.argmax(jnp.where(self._within(*bounds, logits_RAC), noisy_RAC, -jnp.inf), axis=-1)
         drawn_RA = jnp.take_along_axis(logits_RAC, inner_RA[..., None], axis=-1)[..., 0]
         return _token(part_RA, inner_RA, self.logits), drawn_RA
 
@@ -309,12 +373,21 @@ class _Drawing:
         return jnp.maximum(self.state.temperature, 1e-6)
 
 
-def _part_sums(*terms: tuple[jax.Array, jax.Array]) -> jax.Array:
+type _Term = tuple[jax.Array, jax.Array]
+"""A value for each logit, and for which logits it is added up."""
+
+
+def _each(bounds_RA: jax.Array) -> list[jax.Array]:
+    """The bounds of all rows one after the other, to be compared with logits [..., R, P, C]."""
+    return [bounds_RA[..., i, None, None] for i in range(bounds_RA.shape[-1])]
+
+
+def _part_sums(*terms: _Term) -> jax.Array:
     """Float32 [..., R, A, P]: of each of A pairs the sum over each part of the values where the condition holds.
 
     One pass over the logits makes all of them, if the compiler does not join what comes after. Counts are exact.
     """
-    values = tuple(jnp.where(where, x, 0.0).astype(jnp.float32) for x, where in terms)
+    values = tuple(_folded(jnp.where(where, x, 0.0).astype(jnp.float32)) for x, where in terms)
     zeros = (jnp.float32(0),) * len(values)
 
     def add(some: tuple[jax.Array, ...], others: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -324,15 +397,39 @@ def _part_sums(*terms: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.stack(sums, axis=-2)
 
 
+def _folded(x_RPC: jax.Array) -> jax.Array:
+    """A part's quarters added up, [..., R, P, C / 4].
+
+    XLA gives a GPU's thread about 16 values of what it reduces, and adding up over threads takes as long as 30.
+    """
+    pieces = next(n for n in (4, 2, 1) if x_RPC.shape[-1] % n == 0)
+    x_RPFc = x_RPC.reshape(*x_RPC.shape[:-1], pieces, -1)
+    return functools.reduce(jnp.add, [x_RPFc[..., i, :] for i in range(pieces)])
+
+
 def _first(values_RA: jax.Array, kept_RA: jax.Array) -> jax.Array:
     """The first value of each row that is kept; the first one where none is."""
     return jnp.take_along_axis(values_RA, jnp.argmax(kept_RA, axis=-1, keepdims=True), axis=-1)[..., 0]
 
 
-def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, numbers_A: jax.Array, size: int) -> jax.Array:
+def _take_rows(x_R: jax.Array, rows_S: jax.Array) -> jax.Array:
+    """[..., R, and maybe more axes] -> [..., S, ...], the given rows [..., S]."""
+    more = x_R.ndim - rows_S.ndim
+    return jnp.take_along_axis(x_R, rows_S.reshape(*rows_S.shape, *(1,) * more), axis=rows_S.ndim - 1)
+
+
+def _put_rows(x_R: jax.Array, rows_S: jax.Array, new_S: jax.Array) -> jax.Array:
+    """The opposite; rows outside of x are dropped."""
+    hit_RS = rows_S[..., None, :] == jnp.arange(x_R.shape[rows_S.ndim - 1])[:, None]
+    hit_R = jnp.any(hit_RS, axis=-1)
+    more = (1,) * (x_R.ndim - rows_S.ndim)
+    return jnp.where(hit_R.reshape(*hit_R.shape, *more), _take_rows(new_S, jnp.argmax(hit_RS, axis=-1)), x_R)
+
+
+def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, numbers_RA: jax.Array, size: int) -> jax.Array:
     """Noise [..., R, A, size] that depends on a row's key and position and a draw's number alone."""
 
-    def row(key: jax.Array, position: jax.Array) -> jax.Array:
+    def row(key: jax.Array, position: jax.Array, numbers_A: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
 
         def draw(number: jax.Array) -> jax.Array:
@@ -342,7 +439,7 @@ def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, numbers_A: jax.Array, si
 
     for _ in positions_R.shape:
         row = jax.vmap(row)
-    return row(keys_R2, positions_R)
+    return row(keys_R2, positions_R, numbers_RA)
 
 
 def _top(x_RPC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -193,6 +193,28 @@ def test_no_token_is_dropped_whatever_the_routing(dispatch: str, routing: str, e
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("mesh", ["expert=2,tensor=4", "expert=4,tensor=2", "expert=8"])
+@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
+def test_bfloat16_loses_little_more_over_a_mesh(mesh: str, dispatch: str) -> None:
+    """Rows that travel are rounded once more, and so much only: 1.24 times one device's error, measured."""
+    rng = np.random.default_rng(1)
+    count, hidden, inner, experts, k = 64, 64, 128, 8, 4
+    ids = rng.integers(0, experts, (count, k), dtype=np.int32)
+    weights = jnp.asarray(rng.dirichlet(np.ones(k), count), jnp.float32)
+    shapes = [(experts, 2 * inner, hidden), (experts, 2 * inner), (experts, hidden, inner), (experts, hidden)]
+    arrays = [jnp.asarray(rng.standard_normal((count, hidden)), jnp.bfloat16)]
+    arrays += [jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16) for shape in shapes]
+
+    def function(*args: jax.Array) -> jax.Array:
+        return reference.expert_mlp(*args, swiglu_limit=7.0)
+
+    exact = function(arrays[0].astype(jnp.float32), ids, weights, *(a.astype(jnp.float32) for a in arrays[1:]))
+    alone = function(arrays[0], ids, weights, *arrays[1:])
+    with Partition(make_mesh(mesh), ShardingRules(batch=("data", "expert"), dispatch=dispatch)).active():
+        together = jax.jit(lambda *args: run_experts(function, *args))(arrays[0], ids, weights, *arrays[1:])
+    assert jnp.linalg.norm(together - exact) <= 1.3 * jnp.linalg.norm(alone - exact)
+
+
 @given(st.integers(1, 9), st.integers(1, 8), st.integers(1, 16))
 def test_heads_divide_over_any_degree(num_kv: int, group: int, degree: int) -> None:
     layout = HeadLayout.of(num_kv * group, num_kv, degree)
