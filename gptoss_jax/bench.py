@@ -212,10 +212,7 @@ def _start(options: argparse.Namespace, arguments: list[str]) -> int:
     found = start.measure(arguments)
     if options.plot:
         report.plot_start(found, options.plot)
-    if options.json:
-        print(json.dumps({"starts": [dataclasses.asdict(one) for one in found]}))
-    else:
-        print(report.start_table(found))
+    _show(options, {"starts": [dataclasses.asdict(one) for one in found]}, report.start_table(found))
     return 0
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -232,7 +233,9 @@ def join(command: str, options: argparse.Namespace) -> Callable[[], int] | None:
     """Meet the other processes, if there are any; what this one is then to do where it only follows."""
     from gptoss_jax import multihost
 
-    cluster = multihost.join(command, options)
+    if (cluster := multihost.join(command, options)) is not None:
+        # The others are to end with a process that dies.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return (lambda: multihost.follow(cluster, options)) if cluster and follows() else None
 
 
@@ -265,14 +268,21 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
 @contextlib.contextmanager
 def by_flag(options: argparse.Namespace) -> Iterator[None]:
     """What runs here names a field that cannot be used as Python does; report it by the flag that sets it."""
+    given = vars(options)
     try:
         yield
     except (UsageError, ShardingError) as error:
-        field, _, rest = str(error).partition(":")
-        name = "max_new_tokens" if field == "max_tokens" else field
-        if name not in vars(options):
-            raise
-        raise UsageError(f"--{name.replace('_', '-')}:{rest}") from None
+        # Of a single prompt it goes without saying which request it is.
+        message = str(error).removeprefix("request prompt: ")
+        field, _, rest = message.partition(":")
+        name = {"max_tokens": "max_new_tokens"}.get(field, field)
+        if name == "prompt" and given.get("prompt_tokens") is not None:
+            name = "prompt_tokens"
+        if name in given and name != "prompt":
+            raise UsageError(f"--{name.replace('_', '-')}:{rest}") from None
+        if isinstance(error, ShardingError) and not isinstance(error, ClusterError) and given.get("mesh"):
+            raise UsageError(f"--mesh: {given['mesh']}: {message}") from None
+        raise type(error)(message) from None
 
 
 def read_text(path: Path, flag: str) -> str:
@@ -335,10 +345,12 @@ def follows() -> bool:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command: bad input is one line on standard error and exit code 2, Ctrl-C exits with 130.
+    """Run a command: bad input is one line on standard error and exit code 2, Ctrl-C exits with 130, SIGTERM with 143.
 
     Of several processes, the others end with this one.
     """
+    # Unwound as by Ctrl-C, so that nothing half-written and no process that was started is left behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _streams_guarded(), _warnings_shown():
         code, reason = _outcome(main)
     if cluster := current():

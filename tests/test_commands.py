@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -167,6 +168,9 @@ def test_what_is_no_file_of_results_is_left_as_it_is(command, tmp_path: Path, te
         ((SUM, "--prompt-tokens", "1"), "prompt"),
         (("--prompt-tokens", "1,x"), "--prompt-tokens"),
         (("--prompt-tokens", "99999999999999999999999"), "vocabulary"),
+        (("--prompt-tokens", "1,1024"), "error: --prompt-tokens: token 1024 is outside the vocabulary of 1024"),
+        ((SUM, "--max-new-tokens", "9999"), "error: --max-new-tokens: "),
+        ((SUM, "--mesh", "tensor=7"), "error: --mesh: tensor=7: model.embed_tokens.weight: vocab of 1024"),
         ((SUM, "--max-batch", "0"), "--max-batch"),
         ((SUM, "--max-batch", "x"), "--max-batch"),
         ((SUM, "--kv-cache-memory", "250000"), "error: --kv-cache-memory: 250000 bytes"),
@@ -281,6 +285,30 @@ def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:
     code = subprocess.run(["bash", "-c", line + "exit ${PIPESTATUS[0]}"]).returncode
     assert code == 0
     assert len(results.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_is_told_to_end_leaves_nothing_half_written(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    program = f"""
+import time
+from gptoss_jax import cli
+from gptoss_jax.new_directory import new_directory
+
+def main():
+    with new_directory({str(tmp_path / "out")!r}):
+        print("begun", flush=True)
+        time.sleep(60)
+
+cli.run(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bad_tool_is_named_with_its_file(command, tmp_path: Path) -> None:

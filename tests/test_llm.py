@@ -26,7 +26,7 @@ def llm() -> LLM:
         ("generate", ([None],), r"^prompts\[0\]: expected text or token ids, found None$"),
         ("generate", (["hi", 1.5],), r"^prompts\[1\]: .*, found 1.5$"),
         ("generate", ({"prompt": "hi"},), "^prompts: "),
-        ("generate", ([["hi"]],), "^request 0: expected token ids, found 'hi'$"),
+        ("generate", ([["hi"]],), "^request 0: prompt: expected token ids, found 'hi'$"),
         ("generate", ("hi", {"temperature": 0}), "^sampling_params: expected SamplingParams"),
         ("generate", ("hi", [None]), "^sampling_params: "),
         ("generate", ("hi", [FEW, FEW]), "^sampling_params: expected one or 1, found 2$"),

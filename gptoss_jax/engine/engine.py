@@ -229,25 +229,27 @@ class Engine:
     def _read_prompt(self, tokens: Iterable[int]) -> np.ndarray:
         tokens, vocab = list(tokens), self.config.vocab_size
         if not tokens:
-            raise UsageError("the prompt has no tokens")
+            raise UsageError("prompt: it has no tokens")
         for token in tokens:
-            if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-                raise UsageError(f"expected token ids, found {token!r:.60}")
+            is_id = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+            expect(is_id, "prompt", "token ids", token)
             if not 0 <= int(token) < vocab:
-                raise UsageError(f"token {token!s:.30} is outside the vocabulary of {vocab}")
+                raise UsageError(f"prompt: token {token!s:.30} is outside the vocabulary of {vocab}")
         return np.asarray(tokens, np.int64)
 
     def _room(self, prompt: np.ndarray, params: SamplingParams) -> int:
         """The most tokens that the request may generate."""
         vocab, context = self.config.vocab_size, self.config.max_position_embeddings
-        for token in (*(params.logit_bias or {}), *params.stop_token_ids):
-            if token >= vocab:
-                raise UsageError(f"token {token} is outside the vocabulary of {vocab}")
+        for name, tokens in (("logit_bias", params.logit_bias or {}), ("stop_token_ids", params.stop_token_ids)):
+            for token in tokens:
+                if token >= vocab:
+                    raise UsageError(f"{name}: token {token} is outside the vocabulary of {vocab}")
         held = self.shape.pages * self.shape.page_size - self.options.speculative_tokens
         for room, what in ((context, "the model's context"), (held, "the cache")):
             if prompt.size + (params.max_tokens or 1) > room:
+                name = "max_tokens" if prompt.size < room else "prompt"
                 raise UsageError(
-                    f"{prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed {what} of {room}"
+                    f"{name}: {prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed {what} of {room}"
                 )
         return params.max_tokens or min(context, held) - prompt.size
 
@@ -433,6 +435,8 @@ class Engine:
         ):
             for _ in pool.map(self._runner.compile, kinds):
                 bar.update()
+        if self.options.prefix_cache:
+            self._runner.compile_restores()
         return len(kinds)
 
 

@@ -63,6 +63,11 @@ class LeadingEngine:
         self._tell("warm_up")
         return self._engine.warm_up(progress)
 
+    def replay(self, steps: int) -> float:
+        """See Engine.replay."""
+        self._tell("replay", steps=steps)
+        return self._engine.replay(steps)
+
     def step(self) -> list[TokenEvent]:
         """See Engine.step."""
         # Had the others begun a step that this process leaves out, the next ones would not belong together.
@@ -107,6 +112,8 @@ def follow(engine: Engine, cluster: Cluster) -> None:
             engine.stop(message["request_id"], message["index"])
         elif call == "warm_up":
             engine.warm_up(progress=False)
+        elif call == "replay":
+            engine.replay(message["steps"])
         else:
             fields = message["params"]
             params = SamplingParams(**fields | {"logit_bias": dict(fields["logit_bias"]) or None})

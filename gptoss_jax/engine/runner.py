@@ -158,11 +158,23 @@ class Runner:
     def _restore(self, plans: list[Plan]) -> None:
         count = max(len(plan.restores) for plan in plans)
         if count:
-            pairs = np.full((2, self.parts, _doubled(count)), self._shape.rings, np.int32)
+            pairs = self._no_rings(_doubled(count))
             for part, plan in enumerate(plans):
                 for i, (row, slot) in enumerate(plan.restores):
                     pairs[:, part, i] = row, slot
-            self._state = self._copy_rings(self._state, np.minimum(pairs[0], self._shape.rings - 1), pairs[1])
+            self._copy(pairs)
+
+    def _no_rings(self, count: int) -> np.ndarray:
+        """Pairs of ring rows [2, B, count], from and to, of which none is copied."""
+        return np.full((2, self.parts, count), self._shape.rings, np.int32)
+
+    def _copy(self, pairs: np.ndarray) -> None:
+        self._state = self._copy_rings(self._state, np.minimum(pairs[0], self._shape.rings - 1), pairs[1])
+
+    def compile_restores(self) -> None:
+        """Compile what goes before steps in which prompts take up a prefix, for as many prompts as there can be."""
+        for count in buckets(2, 1, _doubled(self._shape.slots)):
+            self._copy(self._no_rings(count))
 
     def _prepare_counts(self, plans: list[Plan], kind: StepKind) -> None:
         if not kind.penalised:

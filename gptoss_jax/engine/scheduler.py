@@ -308,19 +308,22 @@ class Scheduler:
         self.waiting.appendleft(victim)
 
     def _admit(self, plans: list[Plan]) -> None:
+        passed: list[Sequence] = []
         while self.waiting:
-            sequence = self.waiting[0]
+            sequence = self.waiting.popleft()
             if sequence.leader is not None and not sequence.leader.prefilled and sequence.leader.part >= 0:
-                # Copies of a prompt wait for the first one, whose pages they then share.
-                return
+                # Copies of a prompt wait for the first one, whose pages they then share; others need not.
+                passed.append(sequence)
+                continue
             able = [part for part in self.parts if part.can_admit(sequence)]
             if not able:
-                return
+                passed.append(sequence)
+                break
             part = min(able, key=lambda p: (p.load, p.number))
             if sequence.leader is not None and any(p.number == sequence.leader.part for p in able):
                 part = self.parts[sequence.leader.part]
-            self.waiting.popleft()
             part.admit(sequence, plans[part.number])
+        self.waiting.extendleft(reversed(passed))
 
     def _plan_chunks(self, part: Part, plan: Plan, plans: list[Plan]) -> None:
         # All chunks of a step are padded to the size of the longest, and all parts to the count of the fullest.

@@ -124,7 +124,7 @@ def multiprocessors() -> int:
         count = getattr(device, "core_count", None)
     kind = getattr(device, "device_kind", str(device))
     if not re.search(r"\bG?H\d{2,3}\b", kind) or not count:
-        raise NotImplementedError(f"{kind} is no Hopper GPU")
+        raise NotImplementedError(f"{kind}: no Hopper GPU whose multiprocessors are known")
     return count
 
 

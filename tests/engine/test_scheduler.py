@@ -47,6 +47,32 @@ def test_short_prompts_share_a_step_and_a_long_one_fills_it() -> None:
     ]
 
 
+def test_completions_that_wait_for_their_prompt_hold_up_no_other_request() -> None:
+    scheduler = Scheduler(Limits(8, 400, 32, 0, 512, 512, prefix_cache=True), 1)
+
+    def add(name: str, index: int, length: int, leader: Sequence | None) -> Sequence:
+        sequence = Sequence(name, index, np.arange(length, dtype=np.int32), SamplingParams(), 1, seed=0)
+        sequence.leader = leader
+        scheduler.add(sequence)
+        return sequence
+
+    first = add("long", 0, 1000, None)
+    add("long", 1, 1000, first)
+    add("long", 2, 1000, first)
+    add("short", 0, 10, None)
+    scheduler.plan()
+    assert [s.request_id for s in scheduler.parts[0].running] == ["long", "short"]
+    assert [s.index for s in scheduler.waiting] == [1, 2]
+    scheduler.plan()
+    scheduler.plan()
+    assert [(s.request_id, s.index) for s in scheduler.parts[0].running] == [
+        ("long", 0),
+        ("short", 0),
+        ("long", 1),
+        ("long", 2),
+    ]
+
+
 def test_a_ring_that_is_taken_up_outlives_others() -> None:
     prefixes = Prefixes(pages=8, snapshots=2, first_snapshot=0)
 
