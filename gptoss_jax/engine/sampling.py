@@ -402,9 +402,14 @@ def _folded(x_RPC: jax.Array) -> jax.Array:
 
     XLA gives a GPU's thread about 16 values of what it reduces, and adding up over threads takes as long as 30.
     """
+    x_RPFc = _in_quarters(x_RPC)
+    return functools.reduce(jnp.add, [x_RPFc[..., i, :] for i in range(x_RPFc.shape[-2])])
+
+
+def _in_quarters(x_RPC: jax.Array) -> jax.Array:
+    """[..., R, P, C] -> [..., R, P, 4, C / 4], or fewer if C does not divide."""
     pieces = next(n for n in (4, 2, 1) if x_RPC.shape[-1] % n == 0)
-    x_RPFc = x_RPC.reshape(*x_RPC.shape[:-1], pieces, -1)
-    return functools.reduce(jnp.add, [x_RPFc[..., i, :] for i in range(pieces)])
+    return x_RPC.reshape(*x_RPC.shape[:-1], pieces, -1)
 
 
 def _first(values_RA: jax.Array, kept_RA: jax.Array) -> jax.Array:
@@ -415,7 +420,8 @@ def _first(values_RA: jax.Array, kept_RA: jax.Array) -> jax.Array:
 def _take_rows(x_R: jax.Array, rows_S: jax.Array) -> jax.Array:
     """[..., R, and maybe more axes] -> [..., S, ...], the given rows [..., S]."""
     more = x_R.ndim - rows_S.ndim
-    return jnp.take_along_axis(x_R, rows_S.reshape(*rows_S.shape, *(1,) * more), axis=rows_S.ndim - 1)
+    rows_S1 = rows_S.reshape(*rows_S.shape, *(1,) * more)
+    return jnp.take_along_axis(x_R, rows_S1, axis=rows_S.ndim - 1, mode="clip")
 
 
 def _put_rows(x_R: jax.Array, rows_S: jax.Array, new_S: jax.Array) -> jax.Array:
@@ -445,26 +451,41 @@ def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, numbers_RA: jax.Array, s
 def _top(x_RPC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest [..., R, k] in order, and where in the vocabulary they are.
 
-    They lie in the k columns, places in the parts, that have the largest maxima, and of these in the k groups of
-    parts that have: only maxima and few values are sorted.
+    They lie in the k columns, places in the quarters of parts, that have the largest maxima, and of the columns of all
+    quarters that are left in k again, and of these in the k groups of parts that have: only maxima and few values are
+    sorted.
     """
     parts, inner = x_RPC.shape[-2:]
-    columns, group = min(k, inner), math.gcd(parts, 8)
-    column_Rc = lax.top_k(jnp.max(x_RPC, axis=-2), columns)[1]
-    x_RPc = jnp.take_along_axis(x_RPC, column_Rc[..., None, :], axis=-1)
-    x_RgB = jnp.moveaxis(x_RPc.reshape(*x_RPc.shape[:-2], -1, group, columns), -2, -3)
-    x_RgB = x_RgB.reshape(*x_RgB.shape[:-2], -1)
-    block_Rb = lax.top_k(jnp.max(x_RgB, axis=-2), min(k, x_RgB.shape[-1]))[1]
-    x_Rgb = jnp.take_along_axis(x_RgB, block_Rb[..., None, :], axis=-1)
+    x_RPFc = _in_quarters(x_RPC)
+    quarters, width = x_RPFc.shape[-2:]
+    x_RPFk, column_Rk = _best_columns(x_RPFc.reshape(*x_RPC.shape[:-2], parts * quarters, width), k)
+    x_RPN = x_RPFk.reshape(*x_RPC.shape[:-1], -1)
+    inner_RN = jnp.arange(quarters)[:, None] * width + column_Rk[..., None, :]
+    x_RPk, best_Rk = _best_columns(x_RPN, k)
+    inner_Rk = jnp.take_along_axis(inner_RN.reshape(*inner_RN.shape[:-2], -1), best_Rk, axis=-1)
+    columns, group = x_RPk.shape[-1], math.gcd(parts, 8)
+    x_RgB = jnp.moveaxis(x_RPk.reshape(*x_RPk.shape[:-2], -1, group, columns), -2, -3)
+    x_Rgb, block_Rb = _best_columns(x_RgB.reshape(*x_RgB.shape[:-2], -1), k)
     values_Rk, best_Rk = lax.top_k(x_Rgb.reshape(*x_Rgb.shape[:-2], -1), k)
     best_block_Rk = jnp.take_along_axis(block_Rb, best_Rk % block_Rb.shape[-1], axis=-1)
     part_Rk = best_block_Rk // columns * group + best_Rk // block_Rb.shape[-1]
-    return values_Rk, part_Rk * inner + jnp.take_along_axis(column_Rc, best_block_Rk % columns, axis=-1)
+    return values_Rk, part_Rk * inner + jnp.take_along_axis(inner_Rk, best_block_Rk % columns, axis=-1)
+
+
+def _best_columns(x_RNC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The up to k columns [..., R, N, k] that have the largest maxima, and which they are, [..., R, k]."""
+    column_Rk = lax.top_k(jnp.max(x_RNC, axis=-2), min(k, x_RNC.shape[-1]))[1]
+    return jnp.take_along_axis(x_RNC, column_Rk[..., None, :], axis=-1), column_Rk
 
 
 def logprobs_of(logits_RV: jax.Array, tokens_R: jax.Array, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability [..., R] of the chosen tokens, and those [..., R, top] and ids of the likeliest."""
-    logprobs_RV = jax.nn.log_softmax(logits_RV, axis=-1)
+    logits_RPC = _in_parts(logits_RV)
+    largest_R = jnp.max(_peaks(logits_RPC), axis=(-1, -2))
+    mass_RPC = jnp.exp(logits_RPC - largest_R[..., None, None])
+    # Not gathered, since a mesh's devices have parts of the vocabulary.
     here_RV = jnp.arange(logits_RV.shape[-1]) == tokens_R[..., None]
-    chosen_R = jnp.sum(jnp.where(here_RV, logprobs_RV, 0), axis=-1)
-    return (chosen_R, *_top(_in_parts(logprobs_RV), top))
+    sums_R2 = jnp.sum(_part_sums((mass_RPC, jnp.bool_(True)), (logits_RPC, _in_parts(here_RV))), axis=-1)
+    norm_R = largest_R + jnp.log(sums_R2[..., 0])
+    values_Rk, ids_Rk = _top(logits_RPC, top)
+    return sums_R2[..., 1] - norm_R, values_Rk - norm_R[..., None], ids_Rk
