@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -349,13 +350,30 @@ def run(main: Callable[[], int | None]) -> None:
 
     Of several processes, the others end with this one.
     """
-    # Unwound as by Ctrl-C, so that nothing half-written and no process that was started is left behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _signal_again
     with _streams_guarded(), _warnings_shown():
         code, reason = _outcome(main)
     if cluster := current():
         cluster.end(code or 0, reason)
     sys.exit(code)
+
+
+class _Terminated(SystemExit):
+    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written and no process that was started is left behind."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated(128 + number)
+
+
+def _signal_again(lost: sys.UnraisableHookArgs) -> None:
+    """What a signal raises is lost where Python takes no exceptions, as in jax's part of garbage collection."""
+    raised = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(lost.exc_type)
+    if raised is None:
+        sys.__unraisablehook__(lost)
+    else:
+        threading.Timer(0.05, os.kill, (os.getpid(), raised)).start()
 
 
 class _Guarded:

@@ -288,6 +288,29 @@ def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_garbage_collection_is_not_lost(number: signal.Signals, code: int) -> None:
+    program = f"""
+import gc, os, time
+from gptoss_jax import cli
+
+def once(phase, info):
+    gc.callbacks.remove(once)
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(0.1)
+
+def main():
+    gc.callbacks.append(once)
+    gc.collect()
+    time.sleep(60)
+
+cli.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_command_that_is_told_to_end_leaves_nothing_half_written(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

@@ -63,7 +63,7 @@ class SamplingParams:
       max_tokens: most tokens to generate; None for as many as the context holds.
       temperature: 0 takes the likeliest token; otherwise divides the logits.
       top_p: keeps the smallest set of likeliest tokens whose probability reaches it.
-      top_k: keeps this many of the likeliest tokens; 0 or -1 for all.
+      top_k: keeps this many of the likeliest tokens, and those as likely as the last of them; 0 or -1 for all.
       min_p: keeps tokens at least this likely relative to the likeliest.
       seed: makes a request's tokens repeatable, whatever else is in the batch, but for the rounding of logits, which in
         bfloat16 depends on how many tokens a step has; None draws one.
@@ -110,7 +110,7 @@ class SamplingParams:
         self._check("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1")
         self._check("top_k", is_int(self.top_k, 0), "an integer from 0, below 2**31")
         self._check("min_p", is_number(self.min_p, 0, 1), "a number from 0 to 1")
-        self._check("seed", self.seed is None or is_int(self.seed, 0, 2**64 - 1), "an integer of 64 bits")
+        self._check("seed", self.seed is None or is_int(self.seed, 0, 2**64 - 1), "an integer from 0, below 2**64")
         self._check("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
         self._check("stop_token_ids", all(is_int(t, 0) for t in self.stop_token_ids), "token ids")
         self._check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")

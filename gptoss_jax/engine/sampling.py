@@ -64,6 +64,9 @@ def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, m
     greedy_R = _token(part_R1, jnp.argmax(_take_parts(logits_RPC, part_R1), axis=-1), logits_RPC)[..., 0]
     if means == "greedy":
         return greedy_R
+    # As many as there are is all, which needs no look for the last of them.
+    top_k_R = jnp.where(state.top_k < logits_RV.shape[-1], state.top_k, 0)
+    state = dataclasses.replace(state, top_k=top_k_R)
     drawing = _Drawing(logits_RPC, peaks_RPQ.reshape(*peaks_RPQ.shape[:-2], -1), state, positions_R)
     drawn_R = drawing.plainly() if means == "draw" else drawing.within_cuts()
     return jnp.where(state.temperature > 0, drawn_R, greedy_R)
@@ -358,7 +361,9 @@ class _Drawing:
         noise_RAN = _gumbel(self.state.keys, self.positions, numbers_RA, parts + inner)
         part_RA = jnp.argmax(jnp.log(mass_RP)[..., None, :] + noise_RAN[..., :parts], axis=-1)
         logits_RAC = _take_parts(self.logits, part_RA)
-        noisy_RAC = logits_RAC / self._temperature()[..., None, None] + noise_RAN[..., parts:]
+        # Large quotients would leave no digits for the noise.
+        over_RAC = (logits_RAC - self.largest[..., None, None]) / self._temperature()[..., None, None]
+        noisy_RAC = over_RAC + noise_RAN[..., parts:]
         inner_RA = jnp.argmax(jnp.where(self._within(*bounds, logits_RAC), noisy_RAC, -jnp.inf), axis=-1)
         drawn_RA = jnp.take_along_axis(logits_RAC, inner_RA[..., None], axis=-1)[..., 0]
         return _token(part_RA, inner_RA, self.logits), drawn_RA

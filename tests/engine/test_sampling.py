@@ -79,15 +79,17 @@ def test_temperature_zero_takes_the_likeliest_beside_requests_that_draw() -> Non
 
 @given(st.integers(0, 10**9))
 def test_only_what_the_cuts_keep_is_drawn(seed: int) -> None:
-    """By definition: what top-k, then top-p, then min-p keep, with ties."""
+    """By definition: what top-k, then top-p, then min-p keep, with ties, and tokens that a mask leaves out."""
     rng = np.random.default_rng(seed)
     logits = np.round(
         rng.standard_normal((4, MANY)).astype(np.float32) * rng.choice([0.1, 2, 6]), rng.choice([1, 5])
     )
+    for row in logits:
+        row[rng.permutation(MANY)[rng.choice([1, 2, 40, 300, MANY, MANY]) :]] = -np.inf
     params = [
         SamplingParams(
             temperature=float(rng.choice([0.3, 1, 2])),
-            top_k=int(rng.choice([0, 1, 2, 5, 64, 65, 300, MANY])),
+            top_k=int(rng.choice([0, 1, 2, 5, 64, 65, 300, MANY, MANY + 1, 3000])),
             top_p=float(rng.choice([1, 0.05, 0.5, 0.9])),
             min_p=float(rng.choice([0, 0.1, 1])),
             seed=int(rng.integers(2**32)),
@@ -99,11 +101,22 @@ def test_only_what_the_cuts_keep_is_drawn(seed: int) -> None:
         scaled = logits[row].astype(np.float64) / p.temperature
         probs = np.exp(scaled - scaled.max())
         if p.top_k:
-            probs[scaled < np.sort(scaled)[-p.top_k]] = 0
+            probs[scaled < np.sort(scaled)[-min(p.top_k, MANY)]] = 0
         before = np.sum(probs, where=scaled > scaled[tokens[row]]) / probs.sum()
         assert probs[tokens[row]] > 0
         assert before < p.top_p + 1e-5 or p.top_p == 1
         assert probs[tokens[row]] >= p.min_p * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("means", ["draw", "cut"])
+def test_tokens_that_are_alike_are_drawn_alike_at_any_temperature(means: str) -> None:
+    alike = [3, 9, 11, 18]
+    logits = jnp.full((2000, MANY), -10.0).at[:, jnp.asarray(alike)].set(20.0)
+    state = settings([SamplingParams(temperature=1e-6, seed=seed) for seed in range(2000)])
+    counts = np.bincount(draw(logits, state, jnp.zeros(2000, jnp.int32), means), minlength=MANY)[alike]
+    assert counts.sum() == 2000
+    # 500 each are expected, with a deviation of 19.
+    assert (abs(counts - 500) < 100).all()
 
 
 def test_logits_that_are_no_numbers_end() -> None:
