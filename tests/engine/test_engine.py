@@ -294,7 +294,7 @@ def test_keys_past_the_range_of_float8_stay_numbers() -> None:
     assert kept.tolist() == [448.0, -448.0, 0.5]
 
 
-@pytest.mark.parametrize("guesses", [0, 2])
+@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
     options = dataclasses.replace(
         OPTIONS, max_batch=1, page_size=512, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4
