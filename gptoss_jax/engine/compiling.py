@@ -12,7 +12,7 @@ def compiler_options() -> dict[str, str | bool] | None:
 
     On NVIDIA GPUs, to put loops and branches into device graphs too. Else the host waits for each one's condition,
     0.7 ms a step on an H100, and cannot run ahead. And not to try a second code generator for each of its own kernels:
-    for sampling of many rows that takes minutes, and what is worth tuning is in kernels of this project.
+    for sampling of many rows that takes more than a minute, and what is worth tuning is in kernels of this project.
     """
     if current_platform() != "cuda":
         return None

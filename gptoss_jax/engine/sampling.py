@@ -145,9 +145,8 @@ class _Drawing:
 
     def plainly(self) -> jax.Array:
         """Tokens [..., R] of rows that have neither top-k nor top-p."""
-        within_RPC = self._within(*self._bounds())
-        mass_RP = _part_sums((self._mass(), within_RPC))[..., 0, :]
-        return self._draw(mass_RP, self._bounds(), jnp.int32(0), 1)[0][..., 0]
+        bounds = self._bounds()
+        return self._draw(self._part_mass(bounds), bounds, jnp.int32(0), 1)[0][..., 0]
 
     def within_cuts(self) -> jax.Array:
         """Tokens [..., R] among those that top-k and then top-p keep.
@@ -183,20 +182,20 @@ class _Drawing:
         count = now.done.shape[-1]
         few = min(count, max(LEAST_ROWS, count // 8))
         place_R = jnp.cumsum(~now.done, axis=-1) - 1
-        here_SR = (place_R[..., None, :] == jnp.arange(few)[:, None]) & ~now.done[..., None, :]
+        chosen_R = ~now.done & (place_R < few)
+        here_SR = chosen_R[..., None, :] & (place_R[..., None, :] == jnp.arange(few)[:, None])
         rows_S = jnp.argmax(here_SR, axis=-1)
-        there_S = jnp.where(jnp.any(here_SR, axis=-1), rows_S, count)
 
         def take[Rows](tree: Rows) -> Rows:
             return jax.tree.map(lambda x: _take_rows(x, rows_S), tree)
 
         some = _Drawing(take(self.logits), take(self.peaks), take(self.state), take(self.positions))
-        return jax.tree.map(lambda x, new: _put_rows(x, there_S, new), now, some._again(take(now)))
+        again = jax.tree.map(lambda new_S: _take_rows(new_S, place_R), some._again(take(now)))
+        return jax.tree.map(lambda new, old: jnp.where(_like(chosen_R, old), new, old), again, now)
 
     def _again(self, now: _Progress) -> _Progress:
         bounds = self._bounds(now.bracket.low, now.below)
-        mass_RP = _part_sums((self._mass(), self._within(*bounds)))[..., 0, :]
-        drawn = self._draw(mass_RP, bounds, now.rounds * TRIES, TRIES)
+        drawn = self._draw(self._part_mass(bounds), bounds, now.rounds * TRIES, TRIES)
         tokens_RA, logits_RA = jax.tree.map(
             lambda new, old: jnp.where(now.rejected[..., None], new, old), drawn, (now.tokens, now.logits)
         )
@@ -317,7 +316,7 @@ class _Drawing:
         """
         last_R = now.rounds >= MOST_ROUNDS
         bracket, top_p_R1 = now.bracket, self.state.top_p[..., None]
-        own_RA = jnp.exp((now.logits - self.largest[..., None]) / self._temperature()[..., None])
+        own_RA = jnp.exp(self._over(now.logits))
         in_top_k_RA = (rank_RA < self.state.top_k[..., None]) | (self.state.top_k == 0)[..., None]
         # At 1 everything stays, whatever rounding makes of the sums.
         all_R1 = top_p_R1 >= 1
@@ -361,17 +360,23 @@ class _Drawing:
         noise_RAN = _gumbel(self.state.keys, self.positions, numbers_RA, parts + inner)
         part_RA = jnp.argmax(jnp.log(mass_RP)[..., None, :] + noise_RAN[..., :parts], axis=-1)
         logits_RAC = _take_parts(self.logits, part_RA)
-        # Large quotients would leave no digits for the noise.
-        over_RAC = (logits_RAC - self.largest[..., None, None]) / self._temperature()[..., None, None]
-        noisy_RAC = over_RAC + noise_RAN[..., parts:]
+        # Relative to the largest, since large quotients would leave no digits for the noise.
+        noisy_RAC = self._over(logits_RAC) + noise_RAN[..., parts:]
         inner_RA = jnp.argmax(jnp.where(self._within(*bounds, logits_RAC), noisy_RAC, -jnp.inf), axis=-1)
         drawn_RA = jnp.take_along_axis(logits_RAC, inner_RA[..., None], axis=-1)[..., 0]
         return _token(part_RA, inner_RA, self.logits), drawn_RA
 
     def _mass(self) -> jax.Array:
         """[..., R, P, C], of which the largest is 1."""
-        over_RPC = self.logits - self.largest[..., None, None]
-        return jnp.exp(over_RPC / self._temperature()[..., None, None])
+        return jnp.exp(self._over(self.logits))
+
+    def _part_mass(self, bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """[..., R, P], of what is in bounds."""
+        return _part_sums((self._mass(), self._within(*bounds)))[..., 0, :]
+
+    def _over(self, x_R: jax.Array) -> jax.Array:
+        """Logits [..., R, and maybe more axes] above the row's largest, in temperatures."""
+        return (x_R - _like(self.largest, x_R)) / _like(self._temperature(), x_R)
 
     def _temperature(self) -> jax.Array:
         """[..., R], by which can be divided."""
@@ -422,19 +427,14 @@ def _first(values_RA: jax.Array, kept_RA: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values_RA, jnp.argmax(kept_RA, axis=-1, keepdims=True), axis=-1)[..., 0]
 
 
+def _like(x_R: jax.Array, other: jax.Array) -> jax.Array:
+    """[..., R] with as many axes as another array, of size 1."""
+    return x_R.reshape(*x_R.shape, *(1,) * (other.ndim - x_R.ndim))
+
+
 def _take_rows(x_R: jax.Array, rows_S: jax.Array) -> jax.Array:
     """[..., R, and maybe more axes] -> [..., S, ...], the given rows [..., S]."""
-    more = x_R.ndim - rows_S.ndim
-    rows_S1 = rows_S.reshape(*rows_S.shape, *(1,) * more)
-    return jnp.take_along_axis(x_R, rows_S1, axis=rows_S.ndim - 1, mode="clip")
-
-
-def _put_rows(x_R: jax.Array, rows_S: jax.Array, new_S: jax.Array) -> jax.Array:
-    """The opposite; rows outside of x are dropped."""
-    hit_RS = rows_S[..., None, :] == jnp.arange(x_R.shape[rows_S.ndim - 1])[:, None]
-    hit_R = jnp.any(hit_RS, axis=-1)
-    more = (1,) * (x_R.ndim - rows_S.ndim)
-    return jnp.where(hit_R.reshape(*hit_R.shape, *more), _take_rows(new_S, jnp.argmax(hit_RS, axis=-1)), x_R)
+    return jnp.take_along_axis(x_R, _like(rows_S, x_R), axis=rows_S.ndim - 1, mode="clip")
 
 
 def _gumbel(keys_R2: jax.Array, positions_R: jax.Array, numbers_RA: jax.Array, size: int) -> jax.Array:
@@ -486,6 +486,7 @@ def _best_columns(x_RNC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def logprobs_of(logits_RV: jax.Array, tokens_R: jax.Array, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability [..., R] of the chosen tokens, and those [..., R, top] and ids of the likeliest."""
     logits_RPC = _in_parts(logits_RV)
+    # As `sample` finds it, so that the compiler can share the pass.
     largest_R = jnp.max(_peaks(logits_RPC), axis=(-1, -2))
     mass_RPC = jnp.exp(logits_RPC - largest_R[..., None, None])
     # Not gathered, since a mesh's devices have parts of the vocabulary.

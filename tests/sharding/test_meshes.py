@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
@@ -166,6 +167,17 @@ def assert_decodes_alike(ours: dict[str, list[TokenEvent]], alone: dict[str, lis
                 assert event.logprobs.top[token] == pytest.approx(wanted.logprobs.top[token], abs=1e-4)
 
 
+expert_mlp = partial(reference.expert_mlp, swiglu_limit=7.0)
+
+
+def random_experts(
+    rng: np.random.Generator, experts: int, hidden: int, inner: int, dtype: DTypeLike
+) -> list[jax.Array]:
+    """gate_up, its bias, down and its bias."""
+    shapes = [(experts, 2 * inner, hidden), (experts, 2 * inner), (experts, hidden, inner), (experts, hidden)]
+    return [jnp.asarray(rng.standard_normal(shape) / 8, dtype) for shape in shapes]
+
+
 @pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
 @pytest.mark.parametrize("routing", ["one", "random"])
 @pytest.mark.parametrize("experts", [8, 5])
@@ -179,17 +191,12 @@ def test_no_token_is_dropped_whatever_the_routing(dispatch: str, routing: str, e
         else rng.integers(0, experts, (count, 2), dtype=np.int32)
     )
     weights = jnp.asarray(rng.random((count, 2)), jnp.float32)
-    shapes = [(experts, 2 * inner, hidden), (experts, 2 * inner), (experts, hidden, inner), (experts, hidden)]
-    arrays = [jnp.asarray(rng.standard_normal(shape) / 8, jnp.float32) for shape in shapes]
+    arrays = random_experts(rng, experts, hidden, inner, jnp.float32)
     padded = [jnp.pad(a, [(0, -experts % 4)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
-
-    def function(*args: jax.Array) -> jax.Array:
-        return reference.expert_mlp(*args, swiglu_limit=7.0)
-
-    alone = function(x, ids, weights, *arrays)
+    alone = expert_mlp(x, ids, weights, *arrays)
     rules = ShardingRules(batch=("data", "expert"), dispatch=dispatch)
     with Partition(make_mesh("expert=4,tensor=2"), rules).active():
-        together = jax.jit(lambda *args: run_experts(function, *args))(x, ids, weights, *padded)
+        together = jax.jit(partial(run_experts, expert_mlp))(x, ids, weights, *padded)
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
 
 
@@ -201,17 +208,12 @@ def test_bfloat16_loses_little_more_over_a_mesh(mesh: str, dispatch: str) -> Non
     count, hidden, inner, experts, k = 64, 64, 128, 8, 4
     ids = rng.integers(0, experts, (count, k), dtype=np.int32)
     weights = jnp.asarray(rng.dirichlet(np.ones(k), count), jnp.float32)
-    shapes = [(experts, 2 * inner, hidden), (experts, 2 * inner), (experts, hidden, inner), (experts, hidden)]
-    arrays = [jnp.asarray(rng.standard_normal((count, hidden)), jnp.bfloat16)]
-    arrays += [jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16) for shape in shapes]
-
-    def function(*args: jax.Array) -> jax.Array:
-        return reference.expert_mlp(*args, swiglu_limit=7.0)
-
-    exact = function(arrays[0].astype(jnp.float32), ids, weights, *(a.astype(jnp.float32) for a in arrays[1:]))
-    alone = function(arrays[0], ids, weights, *arrays[1:])
+    x = jnp.asarray(rng.standard_normal((count, hidden)), jnp.bfloat16)
+    arrays = random_experts(rng, experts, hidden, inner, jnp.bfloat16)
+    exact = expert_mlp(x.astype(jnp.float32), ids, weights, *(a.astype(jnp.float32) for a in arrays))
+    alone = expert_mlp(x, ids, weights, *arrays)
     with Partition(make_mesh(mesh), ShardingRules(batch=("data", "expert"), dispatch=dispatch)).active():
-        together = jax.jit(lambda *args: run_experts(function, *args))(arrays[0], ids, weights, *arrays[1:])
+        together = jax.jit(partial(run_experts, expert_mlp))(x, ids, weights, *arrays)
     assert jnp.linalg.norm(together - exact) <= 1.3 * jnp.linalg.norm(alone - exact)
 
 
