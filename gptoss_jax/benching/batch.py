@@ -14,7 +14,7 @@ from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.params import SamplingParams
 
 TRACED_STEPS = 16
-REPLAYED_STEPS = 16
+REPLAYED_STEPS = 32
 
 
 @dataclasses.dataclass(frozen=True)

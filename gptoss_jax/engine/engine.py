@@ -409,8 +409,8 @@ class Engine:
     def replay(self, steps: int) -> float:
         """Seconds of a step when the last launch is repeated, with nothing else for the host to do.
 
-        About so many steps and then three times as many run, which tells them from their start and end. What runs is
-        spoilt by it: for measuring, before it is cancelled.
+        Of about so many steps, from the end of one launch to that of another, while the next one waits for the device.
+        What runs is spoilt by it: for measuring, before it is cancelled.
         """
         return self._runner.replay(steps)
 

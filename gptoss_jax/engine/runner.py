@@ -363,19 +363,18 @@ class Runner:
         assert self._last is not None
         step = dataclasses.replace(self._last)
         launches = max(1, steps // step.kind.rounds)
-
-        def seconds(count: int) -> float:
-            jax.block_until_ready(self._state)
-            started = time.perf_counter()
-            for _ in range(count):
-                self._start(step)
-                if step.kind.masked:
-                    self._resume(step)
-            jax.block_until_ready(self._state)
-            return time.perf_counter() - started
-
-        few = seconds(launches)
-        return (seconds(3 * launches) - few) / (2 * launches * step.kind.rounds)
+        ends: list[float] = []
+        before = None
+        for _ in range(launches + 2):
+            self._start(step)
+            if step.kind.masked:
+                self._resume(step)
+            if before is not None:
+                jax.block_until_ready(before)
+                ends.append(time.perf_counter())
+            before = step.outputs
+        jax.block_until_ready(self._state)
+        return (ends[-1] - ends[0]) / launches / step.kind.rounds
 
     def program(self) -> tuple[str, int]:
         """The compiled text of the last launch, of a masked one those of both programs, and its steps in a row."""
