@@ -1,14 +1,16 @@
 """Compare each op on the device with its reference in float32, beside what plain bfloat16 computation loses.
 
-python -m benchmarks.check_kernels [--ops expert_mlp attention ...]
+python -m benchmarks.check_kernels [--ops expert_mlp attention ...] [--share 1/4]
 
 A line an op and shape: the error of the op and that of the reference in bfloat16, both relative to the float32
-reference's norm. The exit code is 1 if an op's error is more than 10 % above bfloat16's, or not a number.
+reference's norm. The exit code is 1 if an op's error is more than 10 % above bfloat16's, or not a number. Most of the
+time goes into compiling: `--share 1/4` to `--share 4/4` are the same cases in four processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -42,8 +44,8 @@ ATTENTION_SHAPES: list[tuple[int, int, int, int | None]] = [
 ]
 """Sequences, queries of each, keys and window."""
 
-Row = tuple[str, float, float]
-"""A case, the op's error and that of bfloat16."""
+Case = tuple[str, Callable[[], tuple[float, float]]]
+"""A case, and what measures the op's error and that of bfloat16."""
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
@@ -70,7 +72,7 @@ def random_experts(seed: int, experts: int, parts: int) -> GpuExperts:
     return GpuExperts(words, scales, HIDDEN)
 
 
-def expert_cases() -> Iterator[Row]:
+def expert_cases() -> Iterator[Case]:
     for experts in (32, 128):
         up, down = random_experts(0, experts, 2), random_experts(1, experts, 1)
         biases = normal(2, experts, 2 * HIDDEN), normal(3, experts, HIDDEN)
@@ -86,16 +88,17 @@ def expert_cases() -> Iterator[Row]:
         # Enough rows an expert for the kernels for many.
         routings += [(2048, "absent"), (64 * experts + 1, "one")]
         for count, routing in routings:
-            draw = jax.random.uniform(jax.random.key(count), (count, experts))
-            ids = lax.top_k(draw, 4)[1]
-            if routing == "one":
-                ids = jnp.full((count, 1), experts - 1, jnp.int32)
-            if routing == "absent":
-                ids = jnp.where(ids % 3 == 0, experts, ids)
-            yield (
-                f"expert_mlp {experts} experts, {count} tokens, {routing}",
-                *compare(mlp, normal(count, count, HIDDEN), ids, *biases, up, down),
-            )
+            ids = expert_ids(count, experts, routing)
+            errors = partial(compare, mlp, normal(count, count, HIDDEN), ids, *biases, up, down)
+            yield f"expert_mlp {experts} experts, {count} tokens, {routing}", errors
+
+
+def expert_ids(count: int, experts: int, routing: str) -> jax.Array:
+    """int32 [count, k]: four experts a token, or of these the ids that 3 divides absent, or all tokens on the last."""
+    if routing == "one":
+        return jnp.full((count, 1), experts - 1, jnp.int32)
+    ids = lax.top_k(jax.random.uniform(jax.random.key(count), (count, experts)), 4)[1]
+    return jnp.where(ids % 3 == 0, experts, ids) if routing == "absent" else ids
 
 
 def some_queries(q: jax.Array, positions: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -104,34 +107,46 @@ def some_queries(q: jax.Array, positions: jax.Array, most: int) -> tuple[jax.Arr
     return q[:, index], positions[:, index], index
 
 
-def attention_cases() -> Iterator[Row]:
-    scale = 1 / math.sqrt(WIDTH)
-    sinks = normal(0, HEADS)
-    for batch, length, keys, window in ATTENTION_SHAPES:
-        q, kv = normal(1, batch, length, HEADS, WIDTH), normal(2, batch, keys, KV_HEADS, 2 * WIDTH)
-        kv_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
-        positions = kv_positions[:, keys - length :]
-        page_size, pages = 32, keys // 32
-        table = jax.random.permutation(jax.random.key(3), batch * pages).reshape(batch, pages).astype(jnp.int32)
-        stored = jnp.zeros((batch * pages, page_size, *kv.shape[2:]), kv.dtype)
-        stored = stored.at[table.reshape(-1)].set(kv.reshape(-1, page_size, *kv.shape[2:]))
-        own, own_positions, index = some_queries(q, positions, max(1, min(64, (1 << 23) // (batch * keys * 4))))
-
-        options = {"window": window, "sm_scale": scale}
-        reference = jax.jit(partial(attention, **options, backend="reference"))
-        want = reference(*to_float32((own, kv)), sinks, own_positions, kv_positions)
-        plain = relative_error(reference(own, kv, sinks, own_positions, kv_positions), want)
-        flat = jax.jit(partial(attention, **options))
-        got = flat(q, kv, sinks, positions, kv_positions)
+def attention_cases() -> Iterator[Case]:
+    for shape in ATTENTION_SHAPES:
+        batch, length, keys, window = shape
         name = f"{batch} x {length} queries, {keys} keys, window {window}"
-        yield f"attention {name}", relative_error(got[:, index], want), plain
+        yield f"attention {name}", partial(attention_errors, *shape, paged=False)
         if window is None:
-            paged = jax.jit(partial(paged_attention, sm_scale=scale))
-            got = paged(q, stored, table, sinks, positions)
-            yield f"paged_attention {name}", relative_error(got[:, index], want), plain
+            yield f"paged_attention {name}", partial(attention_errors, *shape, paged=True)
 
 
-def rotary_cases() -> Iterator[Row]:
+def attention_errors(
+    batch: int, length: int, keys: int, window: int | None, *, paged: bool
+) -> tuple[float, float]:
+    """With the keys in a row, or in pages in any order."""
+    scale, sinks = 1 / math.sqrt(WIDTH), normal(0, HEADS)
+    q, kv = normal(1, batch, length, HEADS, WIDTH), normal(2, batch, keys, KV_HEADS, 2 * WIDTH)
+    kv_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
+    positions = kv_positions[:, keys - length :]
+    own, own_positions, index = some_queries(q, positions, max(1, min(64, (1 << 23) // (batch * keys * 4))))
+    options: dict[str, Any] = {"window": window, "sm_scale": scale}
+    reference = jax.jit(partial(attention, **options, backend="reference"))
+    want = reference(*to_float32((own, kv)), sinks, own_positions, kv_positions)
+    plain = relative_error(reference(own, kv, sinks, own_positions, kv_positions), want)
+    if paged:
+        table, stored = in_pages(kv)
+        got = jax.jit(partial(paged_attention, sm_scale=scale))(q, stored, table, sinks, positions)
+    else:
+        got = jax.jit(partial(attention, **options))(q, kv, sinks, positions, kv_positions)
+    return relative_error(got[:, index], want), plain
+
+
+def in_pages(kv: jax.Array, page_size: int = 32) -> tuple[jax.Array, jax.Array]:
+    """The pages of each sequence, in any order, and the store with the keys and values in them."""
+    batch, keys = kv.shape[:2]
+    pages = keys // page_size
+    table = jax.random.permutation(jax.random.key(3), batch * pages).reshape(batch, pages).astype(jnp.int32)
+    stored = jnp.zeros((batch * pages, page_size, *kv.shape[2:]), kv.dtype)
+    return table, stored.at[table.reshape(-1)].set(kv.reshape(-1, page_size, *kv.shape[2:]))
+
+
+def rotary_cases() -> Iterator[Case]:
     frequencies = 150000.0 ** -(jnp.arange(WIDTH // 2) / (WIDTH // 2))
     for batch in (1, 8, 256):
         q, k, v = (normal(i, batch, 1, n, WIDTH) for i, n in enumerate((HEADS, KV_HEADS, KV_HEADS)))
@@ -155,10 +170,10 @@ def rotary_cases() -> Iterator[Row]:
                 backend=backend,
             )
 
-        yield f"rotate_and_keep {batch} sequences", *compare(turn, q, k, v, store, positions, pages)
+        yield f"rotate_and_keep {batch} sequences", partial(compare, turn, q, k, v, store, positions, pages)
 
 
-def dense_cases() -> Iterator[Row]:
+def dense_cases() -> Iterator[Case]:
     rows = (HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH)
     weights = [normal(i, n, HIDDEN, scale=HIDDEN**-0.5) for i, n in enumerate(rows)]
     biases = [normal(i + 3, n) for i, n in enumerate(rows)]
@@ -172,12 +187,13 @@ def dense_cases() -> Iterator[Row]:
         def out(backend: str | None, heads: Any, weight: Any, bias: Any, x: Any) -> Any:
             return linear(heads, (weight,), (bias,), residual_TO=x, out_dtype=x.dtype, backend=backend)
 
-        yield f"linear q, k, v with norm, {tokens} tokens", *compare(qkv, x, norm, weights, biases)
+        yield f"linear q, k, v with norm, {tokens} tokens", partial(compare, qkv, x, norm, weights, biases)
         heads = normal(8, tokens, rows[0])
-        yield f"linear o with residual, {tokens} tokens", *compare(out, heads, back, normal(10, HIDDEN), x)
+        errors = partial(compare, out, heads, back, normal(10, HIDDEN), x)
+        yield f"linear o with residual, {tokens} tokens", errors
 
 
-def route_cases() -> Iterator[Row]:
+def route_cases() -> Iterator[Case]:
     """The normed tokens and each expert's weight, which is zero unless it was chosen."""
     for experts, tokens in ((32, 1), (32, 64), (128, 1), (128, 64), (32, 512)):
         router, bias = normal(0, experts, HIDDEN, scale=HIDDEN**-0.5), normal(1, experts)
@@ -188,10 +204,8 @@ def route_cases() -> Iterator[Row]:
             dense = jnp.zeros((len(ids), router.shape[0])).at[rows, ids].set(weights)
             return normed, dense
 
-        yield (
-            f"route {experts} experts, {tokens} tokens",
-            *compare(chosen, normal(tokens, tokens, HIDDEN), normal(3, HIDDEN), router, bias),
-        )
+        errors = partial(compare, chosen, normal(tokens, tokens, HIDDEN), normal(3, HIDDEN), router, bias)
+        yield f"route {experts} experts, {tokens} tokens", errors
 
 
 CASES = {
@@ -207,15 +221,26 @@ def main() -> int:
     """Print a line a case; 1 if one is worse than allowed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--share", type=share, default=(1, 1), metavar="I/N", help="every N-th case from the I-th")
     flags = parser.parse_args()
+    first, step = flags.share
     failed = 0
     print(f"# {jax.devices()[0].device_kind}", file=sys.stderr)
-    for op in flags.ops:
-        for name, error, plain in CASES[op]():
-            good = error <= ALLOWED * plain or error < 1e-6
-            failed += not good
-            print(f"{name:64} {error:.2e}  bfloat16 {plain:.2e}  {'' if good else 'WORSE'}", flush=True)
+    cases = itertools.chain.from_iterable(CASES[op]() for op in flags.ops)
+    for name, errors in itertools.islice(cases, first - 1, None, step):
+        error, plain = errors()
+        good = error <= ALLOWED * plain or error < 1e-6
+        failed += not good
+        print(f"{name:64} {error:.2e}  bfloat16 {plain:.2e}  {'' if good else 'WORSE'}", flush=True)
     return 1 if failed else 0
+
+
+def share(text: str) -> tuple[int, int]:
+    """The type of --share."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected a share such as 1/4, found {text!r:.60}")
+    return int(first), int(count)
 
 
 if __name__ == "__main__":

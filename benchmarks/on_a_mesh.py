@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import gc
+import fcntl
 import json
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.several_gpus import ALL_TO_ALL, STEPS, Job, Row, progress
+from benchmarks.several_gpus import ALL_TO_ALL, ENDED, STEPS, Job, Row, progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from gptoss_jax.benching.ceilings import Ceilings
-    from gptoss_jax.benching.latency import Latency
+    from gptoss_jax.benching.batch import Case
+    from gptoss_jax.benching.latency import Latency, Prepared
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.model import GptOss
     from sharding import ShardingRules
@@ -29,6 +33,9 @@ SUMS = ((17, 25), (3, 4), (120, 7), (99, 1), (640, 228), (15, 15), (402, 399), (
 """What the small model is asked to add."""
 
 ANSWER_TOKENS = 96
+TIMED_TOKENS = 64
+"""Of each sequence, beside its output, in launches that are repeated."""
+
 SMALL_CACHE = 64 << 20
 
 
@@ -50,9 +57,10 @@ def emit(row: Row) -> None:
 
 
 def devices() -> Row:
-    """How many there are, and which of the planner's families they belong to; h100 for what belongs to none."""
+    """How many there are, of which of the planner's families (h100 for what is of none), and what one can do at most."""
     import jax
 
+    from gptoss_jax.benching.ceilings import measure_ceilings
     from sharding.topologies import families
 
     device = jax.devices()[0]
@@ -64,35 +72,49 @@ def devices() -> Row:
         "family": known[0] if known else "h100",
         "trial": device.platform == "cpu",
         "jax": jax.__version__,
+        **dataclasses.asdict(measure_ceilings("bfloat16")),
     }
 
 
 def measure(job: Job) -> None:
     """The parts of a mesh, small ones before the model is loaded; what fails has a row with the reason."""
-    from gptoss_jax.benching.ceilings import measure_ceilings
     from gptoss_jax.compile_cache import enable_compile_cache
 
     enable_compile_cache()
-    if "tokens" in job.parts:
-        with failing(job, "tokens"):
-            emit(job.name | tokens(job))
-    if not {"logits", "speed"} & set(job.parts):
-        return
-    # Before the weights take the memory that a large copy needs.
-    ceilings = measure_ceilings("bfloat16")
-    model: GptOss | None = None
-    with failing(job, "weights"):
-        model = load(job)
-    if model is None:
-        return
-    if "logits" in job.parts:
-        with failing(job, "logits"):
-            emit(job.name | logits(job, model))
-    for batch in job.batch if "speed" in job.parts else ():
-        # A cache takes a share of what is free, so the last one's must be gone.
-        gc.collect()
+    devices = Devices(job)
+    with devices.shared():
+        if "tokens" in job.parts:
+            with failing(job, "tokens"):
+                emit(job.name | tokens(job))
+        model = load(job) if {"logits", "speed"} & set(job.parts) else None
+        if model is not None and "logits" in job.parts:
+            with failing(job, "logits"):
+                emit(job.name | logits(job, model))
+        prepared = prepare(job, model) if model is not None and "speed" in job.parts else {}
+    for batch, one in prepared.items():
         with failing(job, "speed", batch=batch):
-            emit(job.name | speed(job, model, batch, ceilings))
+            emit(job.name | speed(job, one, devices))
+
+
+class Devices:
+    """The devices, which processes that run together share while they prepare; who times something has them alone."""
+
+    def __init__(self, job: Job) -> None:
+        self._lock = Path(job.folder) / "devices.lock"
+
+    def shared(self) -> contextlib.AbstractContextManager[None]:
+        """Among others, of whom none has the devices alone."""
+        return self._locked(fcntl.LOCK_SH)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """While no other process uses them."""
+        return self._locked(fcntl.LOCK_EX)
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        with self._lock.open("w") as file:
+            fcntl.flock(file, how)
+            yield
 
 
 class failing:
@@ -123,13 +145,16 @@ def rules_of(job: Job) -> ShardingRules:
     return BATCH_OVER_EXPERTS if job.strategy == ALL_TO_ALL else ShardingRules(dispatch="replicated")
 
 
-def load(job: Job) -> GptOss:
+def load(job: Job) -> GptOss | None:
+    """The model on the mesh, or a row that says why not."""
     import jax
 
     from gptoss_jax.benching import workload
 
     named = None if job.model == "embedded" else job.model
-    return jax.block_until_ready(workload.load(named, job.mesh, "bfloat16", 0, rules_of(job)))
+    with failing(job, "weights"):
+        return jax.block_until_ready(workload.load(named, job.mesh, "bfloat16", 0, rules_of(job)))
+    return None
 
 
 def config_of(job: Job) -> ModelConfig:
@@ -158,12 +183,30 @@ def tokens(job: Job) -> Row:
     row: Row = {"part": "tokens", "answers": len(answers), "right": right, "tokens": sum(map(len, answers))}
     kept = Path(job.folder) / "tokens.json"
     if job.mesh is None:
-        kept.write_text(json.dumps(answers))
+        with kept_whole(kept) as path:
+            path.write_text(json.dumps(answers))
         return row
-    alone = json.loads(kept.read_text())
+    alone = json.loads(found_by_one(kept).read_text())
     same = [_common(*pair) for pair in zip(answers, alone, strict=True)]
     identical = sum(ours == theirs for ours, theirs in zip(answers, alone, strict=True))
     return row | {"identical": identical, "tokens_alike": sum(same)}
+
+
+@contextlib.contextmanager
+def kept_whole(path: Path) -> Iterator[Path]:
+    """Where to write what is at `path` after the block; others may wait for it."""
+    partial = path.with_name(f"partial.{path.name}")
+    yield partial
+    partial.rename(path)
+
+
+def found_by_one(path: Path) -> Path:
+    """What the process of one device keeps there, once it does. Raises RuntimeError if it has ended without it."""
+    while not path.exists():
+        if path.with_name(ENDED).exists() and not path.exists():
+            raise RuntimeError("there is nothing of one device to compare with")
+        time.sleep(0.1)
+    return path
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -178,15 +221,14 @@ def logits(job: Job, model: GptOss) -> Row:
     from benchmarks.errors import relative_error
 
     drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, (SEQUENCES, LENGTH), dtype=np.int32)
-    found = {"own": logits_of(model, drawn, exact=False), "exact": logits_of(model, drawn, exact=True)}
+    found = logits_of(model, drawn)
     row: Row = {"part": "logits", "from_float32": relative_error(found["own"], found["exact"])}
     kept = Path(job.folder) / "logits.npz"
     if job.mesh is None:
-        np.savez(kept, **found)  # type: ignore[arg-type]
+        with kept_whole(kept) as path:
+            np.savez(path, **found)  # type: ignore[arg-type]
         return row
-    if not kept.exists():
-        return row | {"error": "there is nothing of one device to compare with"}
-    with np.load(kept) as one:
+    with np.load(found_by_one(kept)) as one:
         alone, exact = one["own"], one["exact"]
     row["one_from_float32"] = relative_error(alone, exact)
     row["from_one"] = relative_error(found["own"], alone)
@@ -195,8 +237,8 @@ def logits(job: Job, model: GptOss) -> Row:
     return row | {"largest_float32": float(np.abs(found["exact"] - exact).max())}
 
 
-def logits_of(model: GptOss, drawn: np.ndarray, *, exact: bool) -> np.ndarray:
-    """float32 [B, T, V] of tokens [B, T]: as the model computes, or the reference in float32 on the same numbers."""
+def logits_of(model: GptOss, drawn: np.ndarray) -> dict[str, np.ndarray]:
+    """float32 [B, T, V] of tokens [B, T]: as the model computes ("own"), and by the reference in float32 ("exact")."""
     import jax
     import numpy as np
     from flax import nnx
@@ -205,30 +247,73 @@ def logits_of(model: GptOss, drawn: np.ndarray, *, exact: bool) -> np.ndarray:
     from pallas_kernels import use_backend
 
     graph, weights = nnx.split(model)
-    run = jax.jit(lambda weights, drawn: nnx.merge(graph, weights)(drawn))
-    if not exact:
-        return np.asarray(run(weights, drawn))
-    # GPUs would round float32 products' operands to 11 bits.
-    with use_backend("reference"), jax.default_matmul_precision("highest"):
-        return np.asarray(run(to_float32(weights), drawn))
+
+    def compiled(weights: nnx.State, backend: str, precision: str | None) -> Any:
+        # Made for the thread: who names the backend and the precision does so in it.
+        run = jax.jit(lambda weights, drawn: nnx.merge(graph, weights)(drawn))
+        with use_backend(backend), jax.default_matmul_precision(precision):
+            return run.lower(weights, drawn).compile()
+
+    exact = to_float32(weights)
+    with ThreadPoolExecutor() as pool:
+        # GPUs would round float32 products' operands to 11 bits.
+        programs = [pool.submit(compiled, weights, "auto", None), pool.submit(compiled, exact, "reference", "highest")]
+        own_program, exact_program = (program.result() for program in programs)
+    return {"own": np.asarray(own_program(weights, drawn)), "exact": np.asarray(exact_program(exact, drawn))}
 
 
-def speed(job: Job, model: GptOss, batch: int, ceilings: Ceilings) -> Row:
-    """Decode and prefill of a batch through the engine, tokens a second and seconds."""
+def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
+    """An engine for each batch, with its steps compiled, of several at once; what fails has a row with the reason."""
+    from gptoss_jax.benching import latency
     from gptoss_jax.benching.batch import Case
-    from gptoss_jax.benching.latency import measure
     from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.engine.params import SamplingParams
 
-    case = Case(batch, job.prompt_tokens, job.output_tokens)
-    options, params = EngineOptions(prefix_cache=False), SamplingParams(temperature=0)
-    one = measure(model, options, params, case, ceilings, job.repeats, 0)
+    def one(batch: int) -> Prepared | None:
+        case = Case(batch, job.prompt_tokens, job.output_tokens)
+        options = EngineOptions(prefix_cache=False, kv_cache_memory=cache_memory(model, case))
+        with failing(job, "speed", batch=batch):
+            return latency.prepare(model, options, SamplingParams(temperature=0), case, 0, progress=False)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(job.batch, pool.map(one, job.batch), strict=True))
+    return {batch: prepared for batch, prepared in found.items() if prepared is not None}
+
+
+def cache_memory(model: GptOss, case: Case) -> int:
+    """Bytes of a device for the case: a prompt, a token in each step of others' prompts, and those that are timed."""
+    import jax
+
+    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.engine.pace import Pace
+    from gptoss_jax.kv_cache import page_bytes, ring_bytes
+
+    partition, config, dtype = model.partition, model.config, model.embed_tokens[...].dtype
+    slots = -(-case.batch // partition.degree("batch"))
+    heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
+    pace = Pace.of(jax.default_backend(), None, None, None)
+    beside = -(-case.batch * case.prompt_tokens // pace.step_tokens)
+    tokens = case.prompt_tokens + beside + case.output_tokens + TIMED_TOKENS
+    # A table of at least 64 pages, as in a cache that takes all that is free.
+    pages = max(slots * -(-tokens // EngineOptions.page_size), 64)
+    ring, page = ring_bytes(config, config.sliding_window, dtype, heads), page_bytes(config, 32, dtype, heads)
+    return slots * ring + pages * page
+
+
+def speed(job: Job, prepared: Prepared, devices: Devices) -> Row:
+    """Decode and prefill of a batch through the engine, tokens a second and seconds."""
+    from gptoss_jax.benching.ceilings import Ceilings
+    from gptoss_jax.benching.latency import measure
+
+    with devices.alone():
+        one = measure(prepared, Ceilings(*job.ceilings), job.repeats, profile=False)
     names = ("rate", "step", "device", "floor", "prefill_rate", "first_token", "last_first_token")
-    row: Row = {"part": "speed", "batch": batch, **{name: getattr(one, name) for name in names}}
-    return row | communication(job, model, one)
+    row: Row = {"part": "speed", "batch": one.case.batch, **{name: getattr(one, name) for name in names}}
+    return row | communication(job, prepared.model, one, devices)
 
 
-def communication(job: Job, model: GptOss, one: Latency) -> Row:
+def communication(job: Job, model: GptOss, one: Latency, devices: Devices) -> Row:
     """The collectives of a decode step: how many, their bytes on a device, and their seconds, least and alone."""
     from gptoss_jax.benching.collectives import alone_seconds
     from sharding.bound import lower_bound
@@ -245,7 +330,7 @@ def communication(job: Job, model: GptOss, one: Latency) -> Row:
         "ops": sorted({c.op for c in taken}),
     }
     try:
-        return row | {"collective_alone": alone_seconds(mesh, taken)}
+        return row | {"collective_alone": alone_seconds(mesh, taken, devices.alone)}
     except Exception as error:
         # The rest of the row took minutes and stands without it.
         return row | {"error": f"collectives alone: {reason(error)}"}
@@ -265,6 +350,7 @@ def step(job: Job) -> Row:
 
     [name] = job.parts
     context, chunk = planned_lengths(job)
+    devices = Devices(job)
     try:
         return run(
             argparse.Namespace(
@@ -275,7 +361,9 @@ def step(job: Job) -> Row:
                 batch=job.planned_batch,
                 context=context,
                 chunk=chunk,
-            )
+            ),
+            devices.shared,
+            devices.alone,
         )
     except Exception as error:
         return {"error": reason(error)}

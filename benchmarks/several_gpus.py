@@ -9,7 +9,8 @@ For the model on each mesh, and where experts are split by both strategies of `s
 - memory: the planner's bytes and least times beside those of the devices
 
 Each mesh is measured in processes of its own, so that one that fails leaves a row with the reason, and the rest goes
-on. Rows are told on standard error, and saved in `--json`, as soon as they are known; the tables come at the end, also
+on. Most of their time goes into compiling: `--together 5` has five at once, which share the devices' memory as they need
+it and use the devices by turns for what is timed. Rows are told on standard error, and saved in `--json`, as soon as they are known; the tables come at the end, also
 of a run that is interrupted. `--show` makes them from saved rows. Without several GPUs, to try it:
 
 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.several_gpus \\
@@ -46,6 +47,9 @@ of a shared host may not have them, and a program that fails so can take the hos
 MEMORY_SHARE = ".95"
 """XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set: what sharding/devices.json calls usable."""
 
+ENDED = "ended"
+"""The file in a job's folder that is there once nothing more of one device is to come."""
+
 Row = dict[str, Any]
 
 
@@ -54,7 +58,7 @@ class Job:
     """What one process measures: some `parts` of a `mesh`, or of its steps one (`decode`, `prefill`) or their plan.
 
     `model` is a config.json or "embedded". The one device is the job without a mesh; it leaves what others are compared
-    with in `folder`. `topology` names the machine whose facts are the planner's and the links'. With `trial` the
+    with in `folder`. `ceilings` are a device's (see benching/ceilings.py). `topology` names the machine whose facts are the planner's and the links'. With `trial` the
     devices here, which are no GPUs, are what the planner compiles for.
     """
 
@@ -70,12 +74,13 @@ class Job:
     topology: str
     trial: bool
     folder: str
+    ceilings: tuple[float, float]
 
     @classmethod
     def read(cls, text: str) -> Job:
         """From the JSON of its fields."""
         fields = json.loads(text)
-        return cls(**fields | {name: tuple(fields[name]) for name in ("parts", "batch")})
+        return cls(**fields | {name: tuple(fields[name]) for name in ("parts", "batch", "ceilings")})
 
     @property
     def name(self) -> Row:
@@ -102,6 +107,7 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="of the planner's steps")
     parser.add_argument("--parts", type=_parts, default=PARTS, metavar=",".join(PARTS))
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="processes at once (default: 1)")
     parser.add_argument("--topology", metavar="NAME", help="facts of the devices, such as h100 (default: theirs)")
     parser.add_argument(
         "--limit", type=float, default=600, metavar="SECONDS", help="of one process (default: 600)"
@@ -168,15 +174,48 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
             topology=topology,
             trial=machine["trial"],
             folder=folder,
+            ceilings=(machine["copy_bytes"], machine["matmul_flops"]),
         )
-        cases = list(cases_of(options.meshes or default_meshes(count)))
-        for number, (mesh, strategy) in enumerate(cases):
-            progress(f"{number + 1} of {len(cases)}: {mesh or ONE}, {strategy}")
-            own = dataclasses.replace(job, mesh=mesh, strategy=strategy)
-            if own.parts:
-                yield from run([json.dumps(dataclasses.asdict(own))], options.limit, own)
-            if "memory" in options.parts:
-                yield from memory(own, options.limit)
+        cases = cases_of(options.meshes or default_meshes(count))
+        jobs = [dataclasses.replace(job, mesh=mesh, strategy=strategy) for mesh, strategy in cases]
+        tasks = [partial(main_rows, one, options.limit) for one in jobs if one.parts]
+        if "memory" in options.parts:
+            tasks += [partial(memory, one, step, options.limit) for one in jobs for step in STEPS]
+        yield from together(tasks, options.together)
+
+
+def main_rows(job: Job, limit: float) -> Iterator[Row]:
+    """The rows of a mesh's process; of one device's, the others are told when there are no more."""
+    progress(f"{job.mesh or ONE}, {job.strategy}")
+    try:
+        yield from run([json.dumps(dataclasses.asdict(job))], limit, job)
+    finally:
+        if job.mesh is None:
+            (Path(job.folder) / ENDED).touch()
+
+
+def together(tasks: Sequence[Callable[[], Iterator[Row]]], most: int) -> Iterator[Row]:
+    """The rows of all tasks as they come, of `most` at once: the next ones start when all of these have ended."""
+    for first in range(0, len(tasks), most):
+        rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+
+        def work(task: Callable[[], Iterator[Row]], rows: queue.SimpleQueue[Row | None] = rows) -> None:
+            try:
+                for row in task():
+                    rows.put(row)
+            finally:
+                rows.put(None)
+
+        wave = tasks[first : first + most]
+        for task in wave:
+            threading.Thread(target=work, args=(task,), daemon=True).start()
+        running = len(wave)
+        while running:
+            row = rows.get()
+            if row is None:
+                running -= 1
+            else:
+                yield row
 
 
 def default_meshes(count: int) -> list[str]:
@@ -196,15 +235,14 @@ def cases_of(meshes: Sequence[str]) -> Iterator[tuple[str | None, str]]:
             yield mesh, ALL_TO_ALL
 
 
-def memory(job: Job, limit: float) -> Iterator[Row]:
-    """The planner's steps, run in a process each, beside the plan, which is made meanwhile: it needs no GPU."""
+def memory(job: Job, step: str, limit: float) -> Iterator[Row]:
+    """One of the planner's steps, run in a process, beside its plan, which is made meanwhile: it needs no GPU."""
     pool = ThreadPoolExecutor(1)
     try:
         planning = pool.submit(lambda: list(run([json.dumps(of(job, "plan"))], limit, None)))
-        for step in STEPS:
-            [used] = run([json.dumps(of(job, step))], limit, None)
-            [plan] = planning.result()
-            yield job.name | {"part": "memory", "step": step} | compared(plan, used, step)
+        [used] = run([json.dumps(of(job, step))], limit, None)
+        [plan] = planning.result()
+        yield job.name | {"part": "memory", "step": step} | compared(plan, used, step)
     finally:
         # Whoever interrupts this does not wait for a plan before the tables.
         pool.shutdown(wait=False, cancel_futures=True)

@@ -31,7 +31,13 @@ def flags() -> argparse.ArgumentParser:
     latency = _add(commands, "latency", "Time to first token and time a step of alike requests that run together.")
     latency.add_argument("--batch", type=_sizes, default=[1], metavar="N,...", help="requests (default: 1)")
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
-    latency.add_argument("--sampling", action="store_true", help="what each way to choose tokens adds to a step")
+    latency.add_argument(
+        "--sampling",
+        nargs="?",
+        const="all",
+        metavar="WAY,...",
+        help="what ways to choose tokens add to a step, such as top_p,logprobs (without a name: all)",
+    )
     throughput = _add(commands, "throughput", "Tokens a second of many requests, and what each of them sees.")
     throughput.add_argument("--requests", type=int, metavar="N", help="default: 64, all at once")
     throughput.add_argument(
@@ -142,8 +148,10 @@ def _latency(options: argparse.Namespace) -> int:
     from gptoss_jax.benching import report
     from gptoss_jax.benching.batch import Case
     from gptoss_jax.benching.ceilings import measure_ceilings
-    from gptoss_jax.benching.latency import measure
+    from gptoss_jax.benching.latency import measure, prepare
+    from gptoss_jax.benching.sampling import ways
 
+    chosen = ways(options.sampling) if options.sampling else ()
     # Before the weights take the memory that a large copy needs.
     ceilings = measure_ceilings(options.dtype)
     model = _load(options)
@@ -155,17 +163,9 @@ def _latency(options: argparse.Namespace) -> int:
             case = Case(batch, prompt_tokens, options.output_tokens)
             # The cache takes a share of what is free, so the last one's must be gone.
             gc.collect()
-            one = measure(
-                model,
-                engine_options,
-                params,
-                case,
-                ceilings,
-                options.repeats,
-                options.seed,
-                sampling=options.sampling,
-                warm_up=options.warm_up,
-            )
+            prepared = prepare(model, engine_options, params, case, options.seed, warm_up=options.warm_up)
+            one = measure(prepared, ceilings, options.repeats, sampling=chosen)
+            del prepared
             _progress(
                 f"  {1e3 * one.step:.3f} ms a step, {one.rate:.0f} tok/s, "
                 f"last first token after {1e3 * one.last_first_token:.1f} ms"
@@ -181,7 +181,7 @@ def _latency(options: argparse.Namespace) -> int:
 def _throughput(options: argparse.Namespace) -> int:
     engine_options, params = _prepare(options)
     from gptoss_jax.benching import report
-    from gptoss_jax.benching.throughput import alike, measure, repeated
+    from gptoss_jax.benching.throughput import alike, measure, rehearse, repeated
     from gptoss_jax.benching.workload import read_trace
     from gptoss_jax.engine.engine import Engine
 
@@ -194,9 +194,8 @@ def _throughput(options: argparse.Namespace) -> int:
     named = f"--trace: {options.trace}: prompt_tokens" if options.trace else "--prompt-tokens"
     _check_room(model, named, longest.prompt_tokens, longest.output_tokens)
     engine = Engine(model, engine_options, eos_token_ids=())
-    if options.warm_up:
-        engine.warm_up()
-    _progress(f"{len(arrivals)} requests, once to compile and {options.repeats} times to measure")
+    engine.warm_up(rehearse=None if options.warm_up else lambda: rehearse(engine, params, arrivals))
+    _progress(f"{len(arrivals)} requests, once to compile what is missing and {options.repeats} times to measure")
     one = repeated([measure(engine, params, arrivals, options.seed + i) for i in range(options.repeats)])
     if options.plot:
         report.plot_throughput(one, options.plot)

@@ -93,6 +93,7 @@ def test_pictures(command, config: Path, tmp_path: Path, subcommand: str, name: 
         (("latency", "--top-p", "2"), "--top-p"),
         (("latency", "--prompt-tokens", "9,5000"), "--prompt-tokens"),
         (("latency", "--plot", "/no/such/x.png"), "--plot: /no/such"),
+        (("latency", "--sampling", "top_p,guess"), "--sampling: expected some of greedy,"),
         (("latency", "--kernels", "fast"), "--kernels"),
         (("throughput", "--model", "/no/such.json"), "/no/such.json"),
         (("throughput", "--trace", "/no/such"), "--trace"),

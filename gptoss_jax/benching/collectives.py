@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +21,12 @@ from sharding.program import Collectives
 Operation = Callable[[jax.Array, tuple[str, ...], int], jax.Array]
 
 
-def alone_seconds(mesh: Mesh, collectives: Sequence[Collectives]) -> float:
+def alone_seconds(
+    mesh: Mesh, collectives: Sequence[Collectives], turn: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> float:
     """Seconds of these collectives one after the other, with as many bytes over the same devices, and nothing else.
+
+    They are compiled first, and timed within a `turn`.
 
     Each waits for the one before, as those of a model's layers do. A program that does all the rest of what the timed
     one does is subtracted: what is left is the links' and the library's. Those of a branch that may not be taken are
@@ -31,11 +39,14 @@ def alone_seconds(mesh: Mesh, collectives: Sequence[Collectives]) -> float:
     own = [_elements(c, mesh) for c in taken]
     arrays = [jnp.ones(n * mesh.size, jnp.float32, device=everywhere) for n in own]
 
-    def seconds(talking: bool) -> float:
-        program = _program(mesh, taken, talking).lower(*arrays).compile(compiler_options=compiler_options())
-        return median_seconds(lambda: program(*arrays))
+    def compiled(talking: bool) -> jax.stages.Compiled:
+        return _program(mesh, taken, talking).lower(*arrays).compile(compiler_options=compiler_options())
 
-    return max(0.0, seconds(True) - seconds(False))
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(compiled, (True, False)))
+    with turn():
+        talking, silent = (median_seconds(partial(program, *arrays)) for program in programs)
+    return max(0.0, talking - silent)
 
 
 def _elements(collective: Collectives, mesh: Mesh) -> int:

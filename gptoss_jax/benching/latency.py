@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -69,32 +70,58 @@ class _Run:
     tokens: int
 
 
-def measure(
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A case with its engine, whose steps are compiled."""
+
+    model: GptOss
+    engine: Engine
+    params: SamplingParams
+    case: Case
+    rng: np.random.Generator
+
+
+def prepare(
     model: GptOss,
     options: EngineOptions,
     params: SamplingParams,
     case: Case,
-    ceilings: Ceilings,
-    repeats: int,
     seed: int,
     *,
-    sampling: bool = False,
     warm_up: bool = False,
-) -> Latency:
-    """Measure one case, after one run that compiles what it needs; with `sampling` more runs follow."""
+    progress: bool | None = None,
+) -> Prepared:
+    """Compile what the case needs, several kinds of step at once; with `warm_up` every kind."""
     options = dataclasses.replace(options, max_batch=case.batch)
     engine = Engine(model, options, eos_token_ids=(), constrain=every_other)
-    if warm_up:
-        engine.warm_up()
-    rng = np.random.default_rng(seed)
+    one = Prepared(model, engine, params, case, np.random.default_rng(seed))
+    engine.warm_up(progress, None if warm_up else lambda: _rehearse(one))
+    return one
+
+
+def _rehearse(one: Prepared) -> None:
+    rng = np.random.default_rng(0)
+    _run(one.engine, one.params, one.case, rng)
+    with decoding(one.engine, one.params, one.case, rng):
+        pass
+
+
+def measure(
+    one: Prepared, ceilings: Ceilings, repeats: int, *, sampling: Iterable[str] = (), profile: bool = True
+) -> Latency:
+    """Measure a case, after one run that does not count; more follow for `sampling`, ways to choose tokens.
+
+    Launches are counted on GPUs if `profile`, which takes seconds.
+    """
+    model, engine, params, case, rng = one.model, one.engine, one.params, one.case, one.rng
     _run(engine, params, case, rng)
     before = engine.load
     runs = [_run(engine, params, case, rng) for _ in range(repeats)]
     load = engine.load
-    device = _device(engine, params, case, rng)
+    device = _device(engine, params, case, rng, profile)
     step = statistics.median(t for run in runs for t in run.steps)
     last_first = statistics.median(max(run.first) for run in runs)
-    needed = work(model, options, case)
+    needed = work(model, engine.options, case)
     floor = needed.num_bytes / ceilings.copy_bytes
     return Latency(
         case=case,
@@ -110,7 +137,7 @@ def measure(
         reached=floor / step,
         device=device.seconds,
         waits=max(0.0, 1 - device.seconds / step),
-        sampling=sampling_seconds(engine, case, rng) if sampling else {},
+        sampling=sampling_seconds(engine, case, rng, sampling) if sampling else {},
         kernels=round(device.kernels),
         kernels_a_layer=device.kernels / model.config.num_hidden_layers,
         graphs=device.graphs,
@@ -183,11 +210,13 @@ class _Device:
     rounds: int
 
 
-def _device(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> _Device:
+def _device(
+    engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator, profile: bool
+) -> _Device:
     """Of a launch that is repeated."""
     launches, tokens = None, 0
     with decoding(engine, params, case, rng):
-        if jax.default_backend() == "gpu":
+        if profile and jax.default_backend() == "gpu":
             with counted() as launches:
                 for _ in range(TRACED_STEPS):
                     tokens += len(engine.step())

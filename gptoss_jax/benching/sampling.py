@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,8 +16,11 @@ from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
 from gptoss_jax.engine.sampling import SamplingState, sample
+from gptoss_jax.errors import UsageError
 
 ROUNDS = 16
+REPLAYS = 5
+"""Of which the median counts."""
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -28,6 +33,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "logprobs": {"temperature": 0.0, "logprobs": 5},
     "mask": {"temperature": 0.0, "structured_outputs": StructuredOutputsParams(regex=".*")},
 }
+
+
+def ways(text: str) -> tuple[str, ...]:
+    """The names of `WAYS` in a flag's text, "all" for every one. Raises UsageError."""
+    names = tuple(WAYS) if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in WAYS:
+            raise UsageError(f"--sampling: expected some of {','.join(WAYS)}, found {name!r:.60}")
+    return names
 
 
 class EveryOther:
@@ -46,12 +60,14 @@ def every_other(form: StructuredOutputsParams, scope: Scope) -> EveryOther:
     return EveryOther()
 
 
-def sampling_seconds(engine: Engine, case: Case, rng: np.random.Generator) -> dict[str, float]:
-    """The time of choosing the likeliest tokens, and how much more a step takes in each other way with that."""
+def sampling_seconds(
+    engine: Engine, case: Case, rng: np.random.Generator, ways: Iterable[str]
+) -> dict[str, float]:
+    """The time of choosing the likeliest tokens, and how much more a step takes in each of `ways` with that."""
     steps = {}
-    for name, way in WAYS.items():
-        with decoding(engine, SamplingParams(**way), case, rng):
-            steps[name] = engine.replay(REPLAYED_STEPS)
+    for name in dict.fromkeys(("greedy", *ways)):
+        with decoding(engine, SamplingParams(**WAYS[name]), case, rng):
+            steps[name] = statistics.median(engine.replay(REPLAYED_STEPS) for _ in range(REPLAYS))
     greedy = greedy_seconds(case.batch, engine.config.vocab_size)
     return {name: max(0.0, seconds - steps["greedy"]) + greedy for name, seconds in steps.items()}
 

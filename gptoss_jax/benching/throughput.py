@@ -64,7 +64,7 @@ class _Seen:
 
 
 def measure(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival], seed: int) -> Throughput:
-    """Run the requests once for what they compile, then once more to measure. Raises UsageError."""
+    """Run the requests once for what they still compile, then once more to measure. Raises UsageError."""
     rng = np.random.default_rng(seed)
     _serve(engine, params, arrivals, rng)
     before = engine.load
@@ -92,6 +92,12 @@ def measure(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival],
         drafted=after.drafted - before.drafted,
         accepted=after.accepted - before.accepted,
     )
+
+
+def rehearse(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival]) -> None:
+    """The requests all at once, for `Engine.warm_up`: when they come one by one, some kinds of step differ."""
+    together = [dataclasses.replace(arrival, arrival_s=0.0) for arrival in arrivals]
+    _serve(engine, params, together, np.random.default_rng(0))
 
 
 def _serve(

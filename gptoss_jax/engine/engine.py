@@ -7,7 +7,7 @@ import numbers
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +21,7 @@ from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs, is_int
 from gptoss_jax.engine.runner import Launched, Runner, needs_adjusting
 from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
-from gptoss_jax.engine.step import Logprobs
+from gptoss_jax.engine.step import Logprobs, StepKind
 from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.model import GptOss
 from pallas_kernels import backend_names, backend_platforms, current_platform
@@ -418,11 +418,16 @@ class Engine:
         """The compiled text of the last launch, and how many steps in a row it makes."""
         return self._runner.program()
 
-    def warm_up(self, progress: bool | None = None) -> int:
-        """Compile every kind of step that requests with plain settings can need; returns how many."""
+    def warm_up(self, progress: bool | None = None, rehearse: Callable[[], object] | None = None) -> int:
+        """Compile every kind of step that requests with plain settings can need; returns how many.
+
+        With `rehearse` only those that it takes: it adds requests and steps until they have ended. Meanwhile nothing is
+        computed, and all tokens are 0. Requests that ask for prompts' log-probabilities are not for it, and steps whose
+        logits are adjusted still compile when they come.
+        """
         from tqdm import tqdm
 
-        kinds = list(self._runner.kinds())
+        kinds = list(self._runner.kinds()) if rehearse is None else self._rehearsed(rehearse)
         # Where it is not a terminal, a line now and then.
         often = 0.1 if sys.stderr.isatty() else 10
         # Several processes compile in one order, since their compilers may wait for each other.
@@ -438,6 +443,11 @@ class Engine:
         if self.options.prefix_cache:
             self._runner.compile_restores()
         return len(kinds)
+
+    def _rehearsed(self, rehearse: Callable[[], object]) -> list[StepKind]:
+        with self._runner.rehearsal() as kinds:
+            rehearse()
+        return [kind for kind in kinds if not kind.adjusted]
 
 
 def _token_logprobs(token: int, logprobs: Any, at: tuple[int, ...], top: int | None) -> TokenLogprobs | None:

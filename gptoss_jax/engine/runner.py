@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -81,6 +82,7 @@ class Runner:
         # Guesses for a step need the tokens of the one before.
         self._kernels, self._rounds = kernels, 1 if drafts else pace.decode_rounds
         self._last: Launched | None = None
+        self._rehearsed: dict[StepKind, None] | None = None
         self.parts = model.partition.degree("batch")
         most_pages = -(-model.config.max_position_embeddings // shape.page_size)
         self._page_counts = buckets(pace.pages_factor, pace.least_pages, min(most_pages, shape.pages))
@@ -101,12 +103,10 @@ class Runner:
         for number, plan in enumerate(plans):
             for sequence in itertools.chain(plan.decodes, (chunk.sequence for chunk in plan.chunks)):
                 self._note(number, sequence)
-        self._restore(plans)
         kind = self._kind(plans, constraints)
         if not (kind.prefills or kind.drafts or kind.masked):
             kind = dataclasses.replace(kind, rounds=rounds)
-        self._prepare_counts(plans, kind)
-        launched = self._last = Launched(
+        launched = Launched(
             kind,
             Packed.of(self._inputs(kind, plans)),
             self._adjustments(kind, plans) if kind.adjusted else None,
@@ -116,9 +116,25 @@ class Runner:
                 for plan in plans
             ],
         )
+        if self._rehearsed is not None:
+            self._rehearsed[kind] = None
+            launched.outputs = _no_outputs(kind, self.parts)
+            return launched
+        self._last = launched
+        self._restore(plans)
+        self._prepare_counts(plans, kind)
         self._start(launched)
         _send(launched)
         return launched
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[dict[StepKind, None]]:
+        """The kinds of the steps that are launched during the block: planned, but not started, and all tokens are 0."""
+        kinds = self._rehearsed = {}
+        try:
+            yield kinds
+        finally:
+            self._rehearsed = None
 
     def choose(self, launched: Launched, constraints: dict[Sequence, TokenConstraint]) -> None:
         """Start the choosing of a masked step, with what the constraints allow now; of others nothing is left."""
@@ -393,6 +409,16 @@ def _send(step: Launched) -> None:
     step.outputs = replicate(step.outputs)
     for output in jax.tree.leaves(step.outputs):
         output.copy_to_host_async()
+
+
+def _no_outputs(kind: StepKind, parts: int) -> StepOutputs:
+    """What a step gives that was not started: tokens of 0, on the host, without log-probabilities."""
+
+    def tokens(*shape: int) -> Any:
+        return np.zeros((parts, *shape), np.int32)
+
+    decoded, accepted = tokens(kind.decodes, kind.rounds + kind.drafts), tokens(kind.decodes) + kind.rounds - 1
+    return StepOutputs(decoded, accepted, tokens(kind.prefills), None, None, None)
 
 
 def _packed(adjustments: Adjustments | None) -> Packed[Adjustments] | None:
