@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -68,20 +69,39 @@ def random_model(
 def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Partition) -> GptOss:
     """The model on its mesh; each weight goes straight to its shards, but for heads in an order of the mesh's own.
 
-    Packed experts are then prepared for the kernels, each before the next is made.
+    Packed experts are then prepared for the kernels, each before the next is made; see `largest_first` for the order.
     """
-    prepare = preparer(partition)
-    if partition.mesh is None:
-        create_here = creator(sharding=None)
-        return GptOss(config, lambda spec: prepare(create_here(spec), spec), partition)
+    specs = weight_specs(config)
+    create = _on_device(creator, partition) if partition.mesh is None else _on_mesh(specs, creator, partition)
+    weights = {spec.name: create(spec) for spec in largest_first(specs)}
+    return GptOss(config, lambda spec: weights.pop(spec.name), partition)
+
+
+def largest_first(specs: Iterable[WeightSpec]) -> list[WeightSpec]:
+    """The order in which weights are made: by falling size, and one kind layer by layer.
+
+    Preparing a packed weight needs memory beside it, which is free afterwards. JAX's allocator for GPUs gives a free
+    block away whole unless half of it or 128 MiB would be left: to a smaller weight, which then holds the rest as
+    long as it lives. Layer by layer this would lose up to a sixth of the weights' size. In this order the next weight
+    of a kind fits exactly, and only once a kind ends is what it leaves free given to smaller ones.
+    """
+    return sorted(specs, key=lambda spec: math.prod(spec.shape), reverse=True)
+
+
+def _on_device(creator: Callable[..., Creator], partition: Partition) -> Creator:
+    prepare, create = preparer(partition), creator(sharding=None)
+    return lambda spec: prepare(create(spec), spec)
+
+
+def _on_mesh(specs: Iterable[WeightSpec], creator: Callable[..., Creator], partition: Partition) -> Creator:
     # All of them before the first is read, so that a mesh that cannot be is refused at once.
-    placed = {spec.name: place(spec, partition) for spec in weight_specs(config)}
+    placed = {spec.name: place(spec, partition) for spec in specs}
     rearranged = {name for name, spec in placed.items() if any(spec.sources)}
 
     def sharding(spec: WeightSpec) -> jax.sharding.Sharding | None:
         return None if spec.name in rearranged else partition.sharding(spec.axes, spec.name)
 
-    create = creator(sharding=sharding)
+    prepare, create = preparer(partition), creator(sharding=sharding)
 
     def create_placed(spec: WeightSpec) -> Weight:
         goal = placed[spec.name]
@@ -91,7 +111,7 @@ def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Part
         assert isinstance(whole, jax.Array), "only attention's weights have heads, and these are not packed"
         return place_heads(whole, goal, partition)
 
-    return GptOss(config, create_placed, partition)
+    return create_placed
 
 
 def check_dtype(dtype: str) -> jnp.dtype:
