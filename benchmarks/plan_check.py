@@ -1,4 +1,4 @@
-"""The planner's memory against what a GPU really used: python benchmarks/plan_check.py --topology h100:1x1x1
+"""The planner's memory and time against what a GPU really takes: python benchmarks/plan_check.py --topology h100:1x1x1
 
 Each step runs in a process of its own, because a device remembers its peak for as long as the process lives. `--plan`
 takes what `python -m gptoss_jax.plan --mesh MESH --json` wrote on another machine; without it the plan is made here.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+
+ALONE, TIMED = 2, 8
+"""Launches before the peak is read, each waited for, and those that are timed."""
 
 
 def flags() -> argparse.ArgumentParser:
@@ -38,17 +42,30 @@ def main() -> None:
         print(json.dumps(run(options)))
         return
     plan = planned(options)
-    print(f"{'step':8} {'planned':>10} {'compiled':>10} {'peak used':>10} {'difference':>10}  least ms   took ms")
+    print(f"{'':8} {'GiB':32} {'':10}  ms of a step")
+    print(
+        f"{'step':8} {'planned':>10} {'compiled':>10} {'peak used':>10} {'difference':>10} "
+        f"{'least':>9} {'expected':>9} {'took':>9} {'difference':>10}"
+    )
     for name in ("decode", "prefill"):
         used = json.loads(output([sys.executable, __file__, *sys.argv[1:], "--step", name]))
         step = plan["meshes"][0]["steps"][name]
         total, peak = step["memory"]["total"], used["peak"]
-        difference = f"{100 * (total - peak) / peak:+.2f} %" if peak else "unknown"
         gib = [f"{n / GIB:10.3f}" if n else " " * 10 for n in (total, used["compiled"], peak)]
-        times = f"{1e3 * step['least_seconds']:9.2f} {1e3 * used['seconds']:9.2f}"
-        print(f"{name:8} {' '.join(gib)} {difference:>10} {times}")
+        seconds = step["least_seconds"], step["expected_seconds"], used["seconds"]
+        ms = [f"{1e3 * t:9.2f}" if t else " " * 9 for t in seconds]
+        print(f"{name:8} {' '.join(gib)} {difference(total, peak)} {' '.join(ms)} {difference(*seconds[1:])}")
+        if used["dispatch_seconds"] > 0.9 * used["seconds"]:
+            print(
+                f"{name}: the host needs {1e3 * used['dispatch_seconds']:.2f} ms to start a step; the device may wait"
+            )
         if peak and used["peak_before"] == peak:
             print(f"{name}: the peak was reached while the weights were made; take a larger --batch or --context")
+
+
+def difference(planned: float | None, measured: float | None) -> str:
+    """How far off a plan is."""
+    return f"{f'{100 * (planned / measured - 1):+.2f} %' if planned and measured else 'unknown':>10}"
 
 
 def planned(options: argparse.Namespace) -> dict[str, Any]:
@@ -67,11 +84,15 @@ def output(command: list[str]) -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Load a random model, run the step a few times, and read what the devices say they used: of the fullest, bytes."""
+    """Load a random model, run the step a few times, and read what the devices say they used: of the fullest, bytes.
+
+    `seconds` and `dispatch_seconds` are those of `in_flight`.
+    """
     import jax
     import jax.numpy as jnp
 
     from gptoss_jax.config import ModelConfig
+    from gptoss_jax.engine.compiling import compiler_options
     from gptoss_jax.engine.step import DeviceState, Structure
     from gptoss_jax.kv_cache import KVCache
     from gptoss_jax.loading import random_model
@@ -86,7 +107,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         step = decode_step(config, partition, options.batch, options.context)
     else:
         step = prefill_step(config, partition, options.batch, options.context, options.chunk)
-    compiled = step.lower().compile()
+    compiled = step.lower().compile(compiler_options())
     _, weights = Structure.of(model)
     shape = cache_shape(partition, options.batch, options.context)
     cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)
@@ -94,18 +115,39 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     state, inputs = DeviceState(cache, last), late_inputs(step.inputs, shape.slots, options.context)
     jax.block_until_ready((weights, state))
     before = stats()
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
+    for _ in range(ALONE):
         result, state = compiled(weights, state, inputs)
         jax.block_until_ready((result, state))
-        times.append(time.perf_counter() - started)
+    peak = stats()
+    seconds, dispatch_seconds = in_flight(compiled, weights, state, inputs)
     return {
-        "peak": stats(),
+        "peak": peak,
         "peak_before": before,
         "compiled": ProgramMemory.of(compiled).total,
-        "seconds": min(times),
+        "seconds": seconds,
+        "dispatch_seconds": dispatch_seconds,
     }
+
+
+def in_flight(compiled: Any, weights: Any, state: Any, inputs: Any) -> tuple[float, float]:
+    """Seconds of a launch, from one's end to another's, and of the host's call that starts one.
+
+    While the device is busy with a launch the next one is started, so that it need not wait for the host, which hands
+    over some 400 arrays each time.
+    """
+    import jax
+
+    before, calls, ends = None, [], []
+    for _ in range(TIMED + 2):
+        started = time.perf_counter()
+        result, state = compiled(weights, state, inputs)
+        calls.append(time.perf_counter() - started)
+        if before is not None:
+            jax.block_until_ready(before)
+            ends.append(time.perf_counter())
+        before = result
+    jax.block_until_ready(state)
+    return (ends[-1] - ends[0]) / TIMED, statistics.median(calls)
 
 
 def late_inputs(inputs: Any, slots: int, context: int) -> Any:

@@ -24,7 +24,7 @@ def flags() -> argparse.ArgumentParser:
     parser = cli.parser(
         "plan",
         "Compile a model's prefill and decode steps for a machine that need not be here, and report the memory they "
-        "take on each device, what they communicate, and the least time they can take.",
+        "take on each device, what they communicate, and the least and the expected time they take.",
     )
     parser.add_argument(
         "--model", type=Path, metavar="PATH", required=True, help="a config.json, or its directory"

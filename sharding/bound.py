@@ -1,4 +1,4 @@
-"""How fast a program could be at best on a device, and what stands in its way."""
+"""How fast a program could be at best on a device, what stands in its way, and how fast it is expected to be."""
 
 from __future__ import annotations
 
@@ -40,3 +40,25 @@ def lower_bound(topology: Topology, flops: float, num_bytes: float, collectives:
     facts = topology.facts
     links = sum(topology.seconds(c.op, c.num_bytes, c.group) for c in collectives if not c.conditional)
     return Bound(flops / facts.bf16_flops, num_bytes / facts.memory_bandwidth, links)
+
+
+def expected_seconds(
+    topology: Topology, layers: int, flops: float, num_bytes: float, collectives: Iterable[Collectives]
+) -> float | None:
+    """What a program of so many layers is expected to take on each device; None if nothing was measured there.
+
+    All parts are added up: kernels run one after the other, each bound by something else. Operations, bytes and
+    collectives are those of `lower_bound`.
+    """
+    facts = topology.facts
+    reached = facts.reached
+    if reached is None:
+        return None
+    taken = [c for c in collectives if not c.conditional and len(c.group) > 1]
+    return (
+        layers * reached.layer_seconds
+        + num_bytes / (facts.memory_bandwidth * reached.memory_share)
+        + flops / (facts.bf16_flops * reached.compute_share)
+        + sum(c.count for c in taken) * reached.collective_latency
+        + sum(topology.seconds(c.op, c.num_bytes, c.group) for c in taken) / reached.link_share
+    )

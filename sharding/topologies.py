@@ -37,12 +37,29 @@ ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Reached:
+    """What programs get out of a device, measured; `bound.expected_seconds` says how it adds up.
+
+    `layer_seconds` is what a layer of a model takes beside its bytes and operations, for starting its kernels one
+    after the other, and `collective_latency` likewise of each collective, in seconds. The shares are of the data
+    sheet's rates. `source` tells how it was measured.
+    """
+
+    layer_seconds: float
+    memory_share: float
+    compute_share: float
+    collective_latency: float
+    link_share: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class DeviceFacts:
     """One device as JAX sees it; sizes in bytes, rates in bytes or operations a second.
 
     `usable_bytes` is what a program may have of the memory. `link_bandwidth` goes one way: of one link of a torus, or
     of a GPU into its host's switch; `host_link_bandwidth` is a GPU's to other hosts and `die_link_bandwidth` that
-    between two devices of one chip. `source` names where the numbers are from.
+    between two devices of one chip. `source` names where the numbers are from. `reached` is None where nobody measured.
     """
 
     name: str
@@ -58,6 +75,7 @@ class DeviceFacts:
     wraps_at_multiples_of: int = 0
     die_link_bandwidth: float = 0.0
     host_link_bandwidth: float = 0.0
+    reached: Reached | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +181,8 @@ def families() -> dict[str, DeviceFacts]:
             values[key] = type(entry[key])(entry[key] / per_chip)
         for key in ("memory_bytes", "usable_bytes"):
             values[key] = int(values[key])
+        if "reached" in entry:
+            values["reached"] = _reached(entry["reached"])
         facts[family] = DeviceFacts(**values)
     return facts
 
@@ -196,6 +216,14 @@ def prepare_environment() -> None:
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
     return json.loads(DEVICES.read_text(encoding="utf-8"))
+
+
+def _reached(entry: dict[str, Any]) -> Reached:
+    """From a device's entry, or from that of the family whose numbers it says it has."""
+    own = dict(entry)
+    if family := own.pop("of", None):
+        own = _table()[family]["reached"] | own
+    return Reached(**own)
 
 
 def _cuda_target(entry: dict[str, Any]) -> str:

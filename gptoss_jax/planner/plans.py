@@ -17,7 +17,7 @@ from gptoss_jax.placement import partition_for
 from gptoss_jax.planner.steps import Step, decode_step, prefill_step
 from gptoss_jax.planner.work import Load, Work, expected_collectives, held_bytes, work_of
 from sharding import AXES, Partition, ShardingError, ShardingRules
-from sharding.bound import Bound, lower_bound
+from sharding.bound import Bound, expected_seconds, lower_bound
 from sharding.program import Collectives, ProgramMemory, read_collectives
 from sharding.topologies import Topology
 
@@ -45,14 +45,17 @@ class Request:
 class StepPlan:
     """One step on one mesh, per device; without `memory` it was not compiled, and collectives are the expected ones.
 
-    `tokens` is what a call advances on all devices. `program_flops` and `program_bytes` are the compiler's own count,
-    which takes a loop's body once, or all of an array where a part is read.
+    `tokens` is what a call advances on all devices. `bound` is the least that it takes by the data sheet, and
+    `expected_seconds` what it takes by what such devices reached, None where nothing was measured. `program_flops` and
+    `program_bytes` are the compiler's own count, which takes a loop's body once, or all of an array where a part is
+    read.
     """
 
     tokens: int
     work: Work
     collectives: Sequence[Collectives]
     bound: Bound
+    expected_seconds: float | None
     memory: ProgramMemory | None = None
     program_flops: float | None = None
     program_bytes: float | None = None
@@ -63,6 +66,11 @@ class StepPlan:
     def tokens_per_second(self) -> float:
         """At most."""
         return self.tokens / self.bound.seconds
+
+    @property
+    def expected_tokens_per_second(self) -> float | None:
+        """None where nothing was measured."""
+        return None if self.expected_seconds is None else self.tokens / self.expected_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +133,7 @@ def estimate(request: Request, partition: Partition) -> MeshPlan:
         dtype = check_dtype(request.dtype)
         work = work_of(request.config, partition, load, dtype)
         expected = expected_collectives(request.config, partition, load, dtype)
-        bound = lower_bound(request.topology, work.flops, work.num_bytes, expected)
-        plans[name] = StepPlan(step.sequences * step.tokens, work, expected, bound)
+        plans[name] = StepPlan(step.sequences * step.tokens, work, expected, *_times(request, work, expected))
     return MeshPlan(
         dict(mesh.shape),
         held_bytes(steps["decode"].weights),
@@ -205,15 +212,24 @@ def _compile(request: Request, partition: Partition, name: StepName, planned: St
     seconds = time.perf_counter() - started
     collectives = read_collectives(compiled.as_text() or "", partition.mesh.shape)
     costs = _costs(compiled)
+    bound, expected = _times(request, planned.work, collectives)
     return dataclasses.replace(
         planned,
         collectives=collectives,
-        bound=lower_bound(request.topology, planned.work.flops, planned.work.num_bytes, collectives),
+        bound=bound,
+        expected_seconds=expected,
         memory=ProgramMemory.of(compiled),
         program_flops=costs.get("flops"),
         program_bytes=costs.get("bytes accessed"),
         compile_seconds=seconds,
     )
+
+
+def _times(request: Request, work: Work, collectives: Sequence[Collectives]) -> tuple[Bound, float | None]:
+    """The least and the expected time of a step."""
+    topology, layers = request.topology, request.config.num_hidden_layers
+    bound = lower_bound(topology, work.flops, work.num_bytes, collectives)
+    return bound, expected_seconds(topology, layers, work.flops, work.num_bytes, collectives)
 
 
 def _costs(compiled: jax.stages.Compiled) -> dict[str, float]:
