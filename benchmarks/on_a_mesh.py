@@ -57,7 +57,7 @@ def emit(row: Row) -> None:
 
 
 def devices() -> Row:
-    """How many there are, of which of the planner's families (h100 for what is of none), and what one can do at most."""
+    """How many, of which of the planner's families (h100 for what is of none), and what one of them can do at most."""
     import jax
 
     from gptoss_jax.benching.ceilings import measure_ceilings
@@ -257,7 +257,10 @@ def logits_of(model: GptOss, drawn: np.ndarray) -> dict[str, np.ndarray]:
     exact = to_float32(weights)
     with ThreadPoolExecutor() as pool:
         # GPUs would round float32 products' operands to 11 bits.
-        programs = [pool.submit(compiled, weights, "auto", None), pool.submit(compiled, exact, "reference", "highest")]
+        programs = [
+            pool.submit(compiled, weights, "auto", None),
+            pool.submit(compiled, exact, "reference", "highest"),
+        ]
         own_program, exact_program = (program.result() for program in programs)
     return {"own": np.asarray(own_program(weights, drawn)), "exact": np.asarray(exact_program(exact, drawn))}
 

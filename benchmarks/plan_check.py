@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +85,25 @@ def output(command: list[str]) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(
+    options: argparse.Namespace,
+    shared: Callable[[], AbstractContextManager[None]] = nullcontext,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Any]:
     """Load a random model, run the step a few times, and read what the devices say they used: of the fullest, bytes.
 
-    `seconds` and `dispatch_seconds` are those of `in_flight`.
+    `seconds` and `dispatch_seconds` are those of `in_flight`. Among processes that take turns at the devices, all but
+    the timing is within `shared`, and that is within `alone`.
     """
+    with shared():
+        compiled, arguments, found = prepare(options)
+    with alone():
+        seconds, dispatch_seconds = in_flight(compiled, *arguments)
+    return found | {"seconds": seconds, "dispatch_seconds": dispatch_seconds}
+
+
+def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dict[str, Any]]:
+    """The compiled step, its arguments after it has run, and the bytes that were in use before, at most and by plan."""
     import jax
     import jax.numpy as jnp
 
@@ -118,15 +134,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(ALONE):
         result, state = compiled(weights, state, inputs)
         jax.block_until_ready((result, state))
-    peak = stats()
-    seconds, dispatch_seconds = in_flight(compiled, weights, state, inputs)
-    return {
-        "peak": peak,
-        "peak_before": before,
-        "compiled": ProgramMemory.of(compiled).total,
-        "seconds": seconds,
-        "dispatch_seconds": dispatch_seconds,
-    }
+    found = {"peak": stats(), "peak_before": before, "compiled": ProgramMemory.of(compiled).total}
+    return compiled, (weights, state, inputs), found
 
 
 def in_flight(compiled: Any, weights: Any, state: Any, inputs: Any) -> tuple[float, float]:

@@ -9,9 +9,10 @@ For the model on each mesh, and where experts are split by both strategies of `s
 - memory: the planner's bytes and least times beside those of the devices
 
 Each mesh is measured in processes of its own, so that one that fails leaves a row with the reason, and the rest goes
-on. Most of their time goes into compiling: `--together 5` has five at once, which share the devices' memory as they need
-it and use the devices by turns for what is timed. Rows are told on standard error, and saved in `--json`, as soon as they are known; the tables come at the end, also
-of a run that is interrupted. `--show` makes them from saved rows. Without several GPUs, to try it:
+on. Most of their time goes into compiling: `--together 5` has five at once, which share the devices' memory as they
+need it, and take turns at what is timed. Rows are told on standard error, and saved in `--json`, as soon as they are
+known; the tables come at the end, also of a run that is interrupted. `--show` makes them from saved rows. Without
+several GPUs, to try it:
 
 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.several_gpus \\
     --model embedded --batch 1,8 --prompt-tokens 32 --output-tokens 16
@@ -23,13 +24,15 @@ import argparse
 import dataclasses
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +61,9 @@ class Job:
     """What one process measures: some `parts` of a `mesh`, or of its steps one (`decode`, `prefill`) or their plan.
 
     `model` is a config.json or "embedded". The one device is the job without a mesh; it leaves what others are compared
-    with in `folder`. `ceilings` are a device's (see benching/ceilings.py). `topology` names the machine whose facts are the planner's and the links'. With `trial` the
-    devices here, which are no GPUs, are what the planner compiles for.
+    with in `folder`. `topology` names the machine whose facts are the planner's and the links'. With `trial` the
+    devices here, which are no GPUs, are what the planner compiles for. `ceilings` are the fields of
+    `gptoss_jax.benching.ceilings.Ceilings`.
     """
 
     parts: tuple[str, ...]
@@ -131,14 +135,20 @@ def _parts(text: str) -> tuple[str, ...]:
 def main() -> None:
     parser = flags()
     options = parser.parse_args()
-    if min(options.batch) < 1 or min(options.prompt_tokens, options.repeats) < 1 or options.output_tokens < 8:
-        parser.error("--batch, --prompt-tokens and --repeats are from 1, --output-tokens from 8")
+    if (
+        min(options.batch) < 1
+        or min(options.prompt_tokens, options.repeats, options.together) < 1
+        or options.output_tokens < 8
+    ):
+        parser.error("--batch, --prompt-tokens, --repeats and --together are from 1, --output-tokens from 8")
     if options.show:
         saved = [json.loads(line) for path in options.show for line in path.read_text().splitlines()]
         print(tables(saved))
         return
     os.environ.update(NO_MULTICAST)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
+    if options.together > 1:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     # As Ctrl-C does, so that the tables are still made.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows: list[Row] = []
@@ -253,16 +263,16 @@ def of(job: Job, part: str) -> Row:
 
 
 def compared(plan: Row, used: Row, step: str) -> Row:
-    """The planner's figures (bytes and seconds of a device) and the devices', and the shares by which they differ."""
+    """The planner's figures (bytes, least and expected seconds of a device), the devices', and how far these are off."""
     row: Row = {}
     if "meshes" in plan:
         of_step = plan["meshes"][0]["steps"][step]
         memory = of_step["memory"] or {}
         row["planned_bytes"] = memory.get("total") or plan["meshes"][0]["bytes"]
-        row["planned_seconds"] = of_step["least_seconds"]
+        row["least_seconds"], row["planned_seconds"] = of_step["least_seconds"], of_step["expected_seconds"]
         row["planned_by"], row["planned_link_seconds"] = of_step["bound_by"], of_step["bound_seconds"]["links"]
         row["fits"] = plan["meshes"][0]["fits"]
-    for name in ("peak", "peak_before", "compiled", "seconds"):
+    for name in ("peak", "peak_before", "compiled", "seconds", "dispatch_seconds"):
         if name in used:
             row[name] = used[name]
     if row.get("planned_bytes") and row.get("peak"):

@@ -152,7 +152,7 @@ def _winner(replicated: float, all_to_all: float) -> list[str]:
 def memory(rows: list[Row], _: int) -> list[str]:
     head = (
         *("model", "mesh", "strategy", "step", "planned GiB", "compiled", "peak used", "differs"),
-        *("planned ms, at least", "by", "of it links", "took ms", "differs"),
+        *("least ms", "by", "of it links", "expected ms", "took ms", "differs"),
     )
 
     def cells(row: Row) -> list[str]:
@@ -163,9 +163,10 @@ def memory(rows: list[Row], _: int) -> list[str]:
             *(_text(row.get(name), "{:.3f}", 1 / GIB) for name in ("planned_bytes", "compiled", "peak")),
             _differs(row.get("bytes_differ"), MEMORY_DIFFERS)
             + (" (peak while weights were made)" if early else ""),
-            _ms(row.get("planned_seconds")),
+            _ms(row.get("least_seconds")),
             row.get("planned_by", ""),
             _ms(row.get("planned_link_seconds")),
+            _ms(row.get("planned_seconds")),
             _ms(row.get("seconds")),
             _differs(row.get("seconds_differ"), TIME_DIFFERS),
         ]

@@ -53,7 +53,8 @@ def test_default_meshes_use_every_device() -> None:
 
 
 def test_the_planner_is_compared_with_the_device() -> None:
-    step = {"memory": {"total": 103}, "least_seconds": 1.0, "bound_by": "links", "bound_seconds": {"links": 1.0}}
+    step = {"memory": {"total": 103}, "least_seconds": 0.5, "bound_by": "links", "bound_seconds": {"links": 0.5}}
+    step |= {"expected_seconds": 1.0}
     plan = {"meshes": [{"fits": True, "bytes": 90, "steps": {"decode": step}}]}
     row = compared(plan, {"peak": 100, "peak_before": 90, "compiled": 103, "seconds": 2.0}, "decode")
     assert row["bytes_differ"] == pytest.approx(0.03)
@@ -137,6 +138,7 @@ def check_memory(rows: Rows) -> None:
         # On CPUs the planner compiles for the very devices; their peak is not counted.
         assert row["planned_bytes"] == row["compiled"]
         assert row["seconds_differ"] == pytest.approx(row["planned_seconds"] / row["seconds"] - 1)
+        assert 0 < row["least_seconds"] < row["planned_seconds"]
         assert row["peak"] is None
 
 
