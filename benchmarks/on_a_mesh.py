@@ -152,9 +152,22 @@ def load(job: Job) -> GptOss | None:
     from gptoss_jax.benching import workload
 
     named = None if job.model == "embedded" else job.model
+    model: GptOss | None = None
     with failing(job, "weights"):
-        return jax.block_until_ready(workload.load(named, job.mesh, "bfloat16", 0, rules_of(job)))
-    return None
+        model = jax.block_until_ready(workload.load(named, job.mesh, "bfloat16", 0, rules_of(job)))
+        emit(job.name | weights(model))
+    return model
+
+
+def weights(model: GptOss) -> Row:
+    """Bytes of the weights on a device, and what the allocator of the fullest has in use for them."""
+    import jax
+
+    from gptoss_jax.engine.step import Structure
+    from gptoss_jax.planner.work import held_bytes
+
+    in_use = [(device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.local_devices()]
+    return {"part": "weights", "held": held_bytes(Structure.of(model)[1]), "in_use": max(in_use) or None}
 
 
 def config_of(job: Job) -> ModelConfig:

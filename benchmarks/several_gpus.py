@@ -263,7 +263,7 @@ def of(job: Job, part: str) -> Row:
 
 
 def compared(plan: Row, used: Row, step: str) -> Row:
-    """The planner's figures (bytes, least and expected seconds of a device), the devices', and how far these are off."""
+    """The planner's figures (bytes, and seconds at least and expected) beside the devices', and their differences."""
     row: Row = {}
     if "meshes" in plan:
         of_step = plan["meshes"][0]["steps"][step]

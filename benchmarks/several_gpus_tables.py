@@ -179,10 +179,20 @@ def memory(rows: list[Row], _: int) -> list[str]:
     return table([cells(row) for row in rows], head) + notes
 
 
+def weights(rows: list[Row], _: int) -> list[str]:
+    def cells(row: Row) -> list[str]:
+        more = row["in_use"] and row["in_use"] / row["held"] - 1
+        gib = [_text(row[name], "{:.3f}", 1 / GIB) for name in ("held", "in_use")]
+        return [*_case(row), *gib, _differs(more, MEMORY_DIFFERS)]
+
+    return table([cells(row) for row in rows], ("model", "mesh", "strategy", "weights GiB", "in use", "more"))
+
+
 SECTIONS: dict[str, tuple[str, Callable[[list[Row], int], list[str]]]] = {
     "logits": ("Logits", logits),
     "tokens": ("Greedy tokens of the shipped model", tokens),
     "speed": ("Speed", speed),
+    "weights": ("Weights on a device, and what its allocator has in use once they are made", weights),
     "memory": ("The planner", memory),
 }
 

@@ -4,9 +4,10 @@ Two strategies behind `run_experts`:
 
 - replicated: every device of the `expert` axis has all tokens, computes what its own experts add, and one
   reduction sums. Nothing to route, so it is the one for small batches.
-- all-to-all: tokens are split over `expert` as well, travel to their experts and back. An exchange has room for
-  slightly more than an even share of tokens a device; what does not fit goes in a further round, so that any
-  routing is exact and an even one takes a single round.
+- all-to-all: tokens are split over `expert` as well, travel to their experts and back. An exchange of many has room
+  for slightly more than an even share of tokens a device; what does not fit goes in a further round, so that any
+  routing is exact and an even one takes a single round. Few have room for all, and the host need not ask whether
+  there is another round.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ WEIGHT_AXES: tuple[LogicalAxes, ...] = (
 ROOM = 1.25
 """Room of an exchange over an even share."""
 
+FEW_ROWS = 4096
+"""Up to so many rows on a device, an exchange has room for all tokens there could be."""
+
 TOKENS_A_DEVICE = 16
 """From this many tokens for each device of the expert axis, `auto` prefers the all-to-all."""
 
@@ -54,7 +58,8 @@ def run_experts(
 ) -> jax.Array:
     """`function` with these arguments, over the mesh in force; it means what `pallas_kernels.expert_mlp` does.
 
-    It is called with the experts of one device, numbered from 0, and with ids past the last for experts elsewhere.
+    It is called with the experts of one device, numbered from 0, with ids past the last for experts elsewhere, and with
+    the `out_dtype` that a result which travels is to have.
     Weights may be pytrees, which then tell by `axes` (see MXFP4Tensor) how their arrays lie. The residual is added
     once, where nothing is left to sum.
     """
@@ -149,7 +154,7 @@ def _all_to_all(
     *experts: Any,
 ) -> jax.Array:
     """Rows (a token and one of its choices) sorted by the device they go to, sent C a device and round."""
-    rules = partition.rules
+    axes = partition.rules.experts
     devices, here = partition.degree("experts"), experts[1].shape[0]
     num_tokens, k = ids_Tk.shape
     rows = num_tokens * k
@@ -158,33 +163,40 @@ def _all_to_all(
     order_R = jnp.argsort(device_R, stable=True)
     counts_P = jnp.bincount(device_R, length=devices + 1)[:devices]
     starts_P = jnp.cumsum(counts_P) - counts_P
-    room = min(rows, math.ceil(ROOM * rows / devices))
-    everywhere = partition.mesh.axis_names if partition.mesh else ()
-    rounds = lax.pmax(-(-jnp.max(counts_P) // room), everywhere)
-    exchange = partial(_exchange, rules.experts, _has_ragged_all_to_all(partition.mesh))
+    few = rows * devices <= FEW_ROWS
+    room = rows if few else min(rows, math.ceil(ROOM * rows / devices))
+    exchange = partial(_exchange, axes, not few and _has_ragged_all_to_all(partition.mesh))
     ours = _bias_once(partition, experts)
+    # What devices that share an expert give are parts of a sum: rounding them costs more than rounding it.
+    back_dtype = jnp.float32 if partition.degree("expert_intermediate") > 1 else x_TD.dtype
 
-    def some_rows(index: jax.Array, out_RD: jax.Array) -> jax.Array:
+    def some_rows(index: jax.Array | int, out_RD: jax.Array) -> jax.Array:
         place_PC = index * room + jnp.arange(room)
         valid_PC = place_PC < counts_P[:, None]
         row_PC = order_R[jnp.minimum(starts_P[:, None] + place_PC, rows - 1)]
-        sizes_P = jnp.sum(valid_PC, axis=1, dtype=jnp.int32)
-        theirs_P = lax.all_to_all(sizes_P, rules.experts, 0, 0, tiled=True)
         sent_PCD = jnp.where(valid_PC[..., None], x_TD[row_PC // k], 0)
-        got_PCD = exchange(sent_PCD, sizes_P, theirs_P)
         # Ids travel as they are: a device that got fewer than C rows sees ids of no expert in the rest.
         ids_PC = jnp.where(valid_PC, ids_R[row_PC] % here, here)
-        ids_PC = lax.all_to_all(ids_PC, rules.experts, 0, 0, tiled=True)
+        ids_PC = lax.all_to_all(ids_PC, axes, 0, 0, tiled=True)
+        sizes_P, theirs_P = (jnp.sum(x_PC, axis=1, dtype=jnp.int32) for x_PC in (valid_PC, ids_PC < here))
+        got_PCD = exchange(sent_PCD, sizes_P, theirs_P)
         y_ND = function(
             got_PCD.reshape(devices * room, -1),
             ids_PC.reshape(-1, 1),
             jnp.ones((devices * room, 1), jnp.float32),
             *ours,
+            out_dtype=back_dtype,
         )
         back_PCD = exchange(y_ND.reshape(devices, room, -1), theirs_P, sizes_P)
         return out_RD.at[jnp.where(valid_PC, row_PC, rows)].set(back_PCD, mode="drop")
 
-    out_RD = lax.fori_loop(0, rounds, some_rows, jnp.zeros((rows, x_TD.shape[1]), x_TD.dtype))
+    out_RD = jnp.zeros((rows, x_TD.shape[1]), back_dtype)
+    if few:
+        out_RD = some_rows(0, out_RD)
+    else:
+        everywhere = partition.mesh.axis_names if partition.mesh else ()
+        rounds = lax.pmax(-(-jnp.max(counts_P) // room), everywhere)
+        out_RD = lax.fori_loop(0, rounds, some_rows, out_RD)
     out_TkD = out_RD.reshape(num_tokens, k, -1).astype(jnp.float32)
     # Rows come back as their parts of the intermediate dimension made them: one float32 sum a token is left to add up.
     y_TD = partition.reduce(jnp.sum(out_TkD * weights_Tk[..., None], axis=1), "expert_intermediate")

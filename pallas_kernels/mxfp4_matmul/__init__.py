@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from pallas_kernels.backend import Backend, dispatch
 from pallas_kernels.mxfp4_matmul import mosaic_tpu, reference, triton, triton_vector
@@ -40,6 +41,7 @@ def expert_mlp(
     *,
     swiglu_limit: float,
     residual_TD: jax.Array | None = None,
+    out_dtype: DTypeLike | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Each token through its k experts, weighted and summed.
@@ -56,10 +58,11 @@ def expert_mlp(
       down_bias_ED: added before the router's weight.
       swiglu_limit: the clamp of gate and up.
       residual_TD: if given, added to the sum.
+      out_dtype: the result's; None for x's.
       backend: a name to force; see `pallas_kernels.use_backend`.
 
     Returns:
-      [T, D] of x's dtype; products are summed in float32.
+      [T, D]; products are summed in float32.
     """
     return dispatch(
         "expert_mlp",
@@ -74,5 +77,6 @@ def expert_mlp(
         down_bias_ED,
         swiglu_limit=swiglu_limit,
         residual_TD=residual_TD,
+        out_dtype=out_dtype,
         backend=backend,
     )

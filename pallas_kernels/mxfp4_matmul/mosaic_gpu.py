@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
@@ -89,6 +90,7 @@ def expert_mlp(
     *,
     swiglu_limit: float,
     residual_TD: jax.Array | None,
+    out_dtype: DTypeLike | None,
     interpret: bool | plgpu.InterpretGPUParams,
 ) -> jax.Array:
     """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts as `gpu_layout.prepare` makes them."""
@@ -112,7 +114,9 @@ def expert_mlp(
     out_SD = matmul(hidden_SI, down_EDI, down_bias_ED, None)
     weights_Tk = expert_weights_Tk.astype(jnp.float32)
     out_TD = _sum_of_choices(out_SD, row_S, weights_Tk, expert_ids_Tk < num_experts)
-    return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
+    if residual_TD is not None:
+        out_TD += residual_TD.astype(jnp.float32)
+    return out_TD.astype(out_dtype or x_TD.dtype)
 
 
 def multiprocessors() -> int:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.mxfp4_matmul.format import GROUP
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
@@ -71,6 +72,7 @@ def expert_mlp(
     *,
     swiglu_limit: float,
     residual_TD: jax.Array | None,
+    out_dtype: DTypeLike | None,
     interpret: Interpret,
     chip: Chip | None = None,
 ) -> jax.Array:
@@ -96,7 +98,9 @@ def expert_mlp(
         interpret=interpret,
         unpacking=Unpacking(chip.float4, by_bits=bool(interpret)),
     )
-    return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
+    if residual_TD is not None:
+        out_TD += residual_TD.astype(jnp.float32)
+    return out_TD.astype(out_dtype or x_TD.dtype)
 
 
 def _few_tokens(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.mxfp4_matmul.format import MXFP4Tensor, dequantize
 from pallas_kernels.mxfp4_matmul.gpu_layout import GpuExperts
@@ -25,6 +26,7 @@ def expert_mlp(
     *,
     swiglu_limit: float,
     residual_TD: jax.Array | None = None,
+    out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.mxfp4_matmul.expert_mlp`, whose meaning this is.
 
@@ -66,7 +68,9 @@ def expert_mlp(
     out_RD = out_NBD.reshape(num_tiles * tile_rows, -1)[jnp.where(here_R, slot_R, 0)]
     out_TkD = jnp.where(here_R[:, None], out_RD, 0).reshape(num_tokens, k, -1)
     out_TD = jnp.sum(out_TkD * expert_weights_Tk[..., None].astype(jnp.float32), axis=1)
-    return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
+    if residual_TD is not None:
+        out_TD += residual_TD.astype(jnp.float32)
+    return out_TD.astype(out_dtype or x_TD.dtype)
 
 
 def tiling(rows: int, num_experts: int) -> tuple[int, int]:

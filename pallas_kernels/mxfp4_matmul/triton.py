@@ -64,6 +64,7 @@ def expert_mlp(
     *,
     swiglu_limit: float,
     residual_TD: jax.Array | None,
+    out_dtype: DTypeLike | None,
     interpret: bool,
     configs: tuple[Config, Config] | None = None,
 ) -> jax.Array:
@@ -98,7 +99,9 @@ def expert_mlp(
     out_TkD = out_RD.reshape(num_tokens, k, -1)
     here_Tk1 = (expert_ids_Tk < num_experts)[..., None]
     out_TD = jnp.sum(jnp.where(here_Tk1, out_TkD, 0), axis=1)
-    return (out_TD if residual_TD is None else out_TD + residual_TD.astype(jnp.float32)).astype(x_TD.dtype)
+    if residual_TD is not None:
+        out_TD += residual_TD.astype(jnp.float32)
+    return out_TD.astype(out_dtype or x_TD.dtype)
 
 
 def _matmul(

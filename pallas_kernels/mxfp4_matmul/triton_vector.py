@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, group_factor, unpack
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
@@ -46,6 +47,7 @@ def expert_mlp(
     *,
     swiglu_limit: float,
     residual_TD: jax.Array | None,
+    out_dtype: DTypeLike | None,
     interpret: bool,
     configs: tuple[Config, Config] = (Config(1, 1), Config(1, 1)),
 ) -> jax.Array:
@@ -72,7 +74,7 @@ def expert_mlp(
     return call(
         functools.partial(_down_kernel, k=k, rows=down.rows, products=products),
         grid=(pl.cdiv(hidden, down.rows), tokens),
-        out_shape=jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype),
+        out_shape=jax.ShapeDtypeStruct(x_TD.shape, out_dtype or x_TD.dtype),
         compiler_params=plt.CompilerParams(num_warps=down.num_warps, num_stages=1),
         name="mxfp4_down_vector",
     )(expert_ids_Tk, expert_weights_Tk.astype(jnp.float32), hidden_RI, *_flat(down_EDI), down_bias_ED, *residual)

@@ -1,3 +1,4 @@
+from functools import partial
 from types import ModuleType
 
 import jax
@@ -179,6 +180,27 @@ def test_backends_equal_a_dense_computation(
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("backend", "tokens"),
+    [
+        ("triton_vector", 3),
+        ("triton", 3),
+        ("triton", 40),
+        ("mosaic_tpu", 3),
+        ("mosaic_tpu", 130),
+        ("reference", 9),
+    ],
+)
+def test_a_result_of_another_dtype_is_not_rounded_before(backend: str, tokens: int) -> None:
+    arguments = prepared(case(tokens, tokens, 4, 2), backend)
+    arguments = {n: a.astype(jnp.bfloat16) if n.startswith("x") else a for n, a in arguments.items()}
+    run = partial(expert_mlp, **arguments, swiglu_limit=LIMIT, residual_TD=arguments["x_TD"], backend=backend)
+    whole, rounded = run(out_dtype=jnp.float32), run()
+    assert (whole.dtype, rounded.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_array_equal(whole.astype(jnp.bfloat16), rounded)
+    assert bool(jnp.any(whole != rounded.astype(jnp.float32)))
+
+
 @pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
 @settings(max_examples=2)
 @given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 9), st.integers(1, 4))
@@ -242,6 +264,7 @@ def test_tpu_kernels_race_with_nothing(tokens: int, cores: int) -> None:
         **prepared(arguments, "mosaic_tpu"),
         swiglu_limit=LIMIT,
         residual_TD=None,
+        out_dtype=None,
         interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores),
         chip=Chip(cores=cores),
     )
@@ -298,6 +321,7 @@ def test_the_hopper_kernel_races_with_nothing(ids: list[int], hidden: int, inner
         **prepared(arguments, "mosaic_gpu"),
         swiglu_limit=LIMIT,
         residual_TD=None,
+        out_dtype=None,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     assert not gpu_interpreter.get_races().races_found

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.typing import DTypeLike
 
+import sharding.experts
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.engine.params import SamplingParams
@@ -178,10 +179,16 @@ def random_experts(
     return [jnp.asarray(rng.standard_normal(shape) / 8, dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
+@pytest.mark.parametrize(
+    ("dispatch", "few_rows"), [("replicated", 0), ("all_to_all", 0), ("all_to_all", sharding.experts.FEW_ROWS)]
+)
 @pytest.mark.parametrize("routing", ["one", "random"])
 @pytest.mark.parametrize("experts", [8, 5])
-def test_no_token_is_dropped_whatever_the_routing(dispatch: str, routing: str, experts: int) -> None:
+def test_no_token_is_dropped_whatever_the_routing(
+    dispatch: str, few_rows: int, routing: str, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exchanged in as many rounds as it takes, or few at once."""
+    monkeypatch.setattr(sharding.experts, "FEW_ROWS", few_rows)
     rng = np.random.default_rng(1)
     hidden, inner, count = 32, 64, 33
     x = jnp.asarray(rng.standard_normal((count, hidden)), jnp.float32)
