@@ -124,7 +124,7 @@ def compiled(case: Case, chip: str) -> str:
     everywhere = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), case.arguments)
     with platform("tpu"), jax.set_mesh(mesh):
-        return jax.jit(case.function).lower(*arguments).compile().as_text()
+        return jax.jit(case.function).lower(*arguments).compile().as_text() or ""
 
 
 def vector_memory(program: str) -> dict[str, int]:
