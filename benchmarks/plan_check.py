@@ -1,4 +1,4 @@
-"""The planner's memory and time against what a GPU really takes: python benchmarks/plan_check.py --topology h100:1x1x1
+"""The planner's memory and time against what a GPU really takes: python -m benchmarks.plan_check --topology h100:1x1x1
 
 Each step runs in a process of its own, because a device remembers its peak for as long as the process lives. `--plan`
 takes what `python -m gptoss_jax.plan --mesh MESH --json` wrote on another machine; without it the plan is made here.
@@ -50,7 +50,7 @@ def main() -> None:
         f"{'least':>9} {'expected':>9} {'took':>9} {'difference':>10}"
     )
     for name in ("decode", "prefill"):
-        used = json.loads(output([sys.executable, __file__, *sys.argv[1:], "--step", name]))
+        used = json.loads(output([sys.executable, "-m", "benchmarks.plan_check", *sys.argv[1:], "--step", name]))
         step = plan["meshes"][0]["steps"][name]
         total, peak = step["memory"]["total"], used["peak"]
         gib = [f"{n / GIB:10.3f}" if n else " " * 10 for n in (total, used["compiled"], peak)]

@@ -1,4 +1,4 @@
-"""Which released model fits which slice: python benchmarks/plan_table.py (extra: aot).
+"""Which released model fits which slice: python -m benchmarks.plan_table (extra: aot).
 
 The long table is docs/planner.md's, `--short` makes the README's.
 """

@@ -182,7 +182,7 @@ def families() -> dict[str, DeviceFacts]:
         for key in ("memory_bytes", "usable_bytes"):
             values[key] = int(values[key])
         if "reached" in entry:
-            values["reached"] = _reached(entry["reached"])
+            values["reached"] = Reached(**entry["reached"])
         facts[family] = DeviceFacts(**values)
     return facts
 
@@ -216,14 +216,6 @@ def prepare_environment() -> None:
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
     return json.loads(DEVICES.read_text(encoding="utf-8"))
-
-
-def _reached(entry: dict[str, Any]) -> Reached:
-    """From a device's entry, or from that of the family whose numbers it says it has."""
-    own = dict(entry)
-    if family := own.pop("of", None):
-        own = _table()[family]["reached"] | own
-    return Reached(**own)
 
 
 def _cuda_target(entry: dict[str, Any]) -> str:

@@ -138,61 +138,83 @@ def test_device_facts_are_whole_and_sourced() -> None:
     assert (ironwood.memory_bytes, ironwood.memory_bandwidth) == (96 * 2**30, 3690e9)
 
 
+H100, H200, FOUR = "h100:1x1x1", "h200:1x1x1", "h200:1x1x4"
 MEASURED = [
-    # benchmarks/RESULTS.md, "gpt-oss-20b through the engine" and "gpt-oss-120b on the same card": the model, sequences,
-    # tokens of each, context, ms on one H100. Decode steps are half way through 128 tokens after a prompt of 512; of
-    # the prompt of 512 the host's 2.3 ms are left out.
-    (M20B, 1, 1, 576, 2.163),
-    (M20B, 8, 1, 576, 4.777),
-    (M20B, 32, 1, 576, 6.320),
-    (M20B, 64, 1, 576, 6.861),
-    (M20B, 128, 1, 576, 8.800),
-    (M20B, 256, 1, 576, 11.717),
-    (M20B, 1, 512, 512, 11.9),
-    (M20B, 1, 2048, 2048, 38.7),
-    (M20B, 1, 8000, 8000, 134.6),
-    (M120B, 1, 1, 576, 3.022),
-    (M120B, 8, 1, 576, 8.448),
-    (M120B, 64, 1, 576, 24.31),
-    (M120B, 1, 8000, 8000, 280.8),
+    # benchmarks/RESULTS.md: topology and mesh, model, sequences, tokens of each, context, ms, and the collectives of a
+    # step, how many and of how many bytes. Decode steps are half way through their tokens after a prompt of 512; of the
+    # prompt of 512 the host's 2.3 ms are left out.
+    (H100, None, M20B, 1, 1, 576, 2.163, 0, 0),
+    (H100, None, M20B, 8, 1, 576, 4.777, 0, 0),
+    (H100, None, M20B, 32, 1, 576, 6.320, 0, 0),
+    (H100, None, M20B, 64, 1, 576, 6.861, 0, 0),
+    (H100, None, M20B, 128, 1, 576, 8.800, 0, 0),
+    (H100, None, M20B, 256, 1, 576, 11.717, 0, 0),
+    (H100, None, M20B, 1, 512, 512, 11.9, 0, 0),
+    (H100, None, M20B, 1, 2048, 2048, 38.7, 0, 0),
+    (H100, None, M20B, 1, 8000, 8000, 134.6, 0, 0),
+    (H100, None, M120B, 1, 1, 576, 3.022, 0, 0),
+    (H100, None, M120B, 8, 1, 576, 8.448, 0, 0),
+    (H100, None, M120B, 64, 1, 576, 24.31, 0, 0),
+    (H100, None, M120B, 1, 8000, 8000, 280.8, 0, 0),
     # The numbers were fitted without these, in which the host has a part.
-    (M20B, 128, 512, 512, 861),
-    (M20B, 256, 512, 512, 1747),
+    (H100, None, M20B, 128, 512, 512, 861, 0, 0),
+    (H100, None, M20B, 256, 512, 512, 1747, 0, 0),
+    (H200, None, M20B, 1, 1, 544, 1.998, 0, 0),
+    (H200, None, M20B, 8, 1, 544, 4.486, 0, 0),
+    (H200, None, M20B, 64, 1, 544, 6.365, 0, 0),
+    (H200, None, M20B, 256, 1, 544, 10.915, 0, 0),
+    (H200, None, M20B, 4, 512, 512, 33.43, 0, 0),
+    (FOUR, "tensor=4", M20B, 1, 1, 544, 1.866, 50, 1224864),
+    (FOUR, "tensor=4", M20B, 8, 1, 544, 3.339, 51, 3565184),
+    (FOUR, "tensor=4", M20B, 64, 1, 544, 4.182, 51, 28521472),
+    (FOUR, "tensor=4", M20B, 256, 1, 544, 6.212, 51, 114085888),
+    (FOUR, "expert=4", M20B, 1, 1, 544, 1.920, 26, 948384),
+    (FOUR, "expert=4", M20B, 8, 1, 544, 3.370, 27, 1353344),
+    (FOUR, "expert=4", M20B, 64, 1, 544, 4.446, 27, 10826752),
+    (FOUR, "expert=4", M20B, 256, 1, 544, 6.462, 27, 43307008),
+    (FOUR, "expert=2,tensor=2", M20B, 1, 1, 544, 2.010, 50, 1224864),
+    (FOUR, "expert=4", M120B, 1, 1, 544, 2.787, 38, 1017504),
+    (FOUR, "expert=2,tensor=2", M120B, 1, 1, 544, 2.955, 74, 1432224),
 ]
+Measured = tuple[str, str | None, Path, int, int, int, float, int, int]
+DECODE_WITHIN, WITHIN = 0.1, 0.25
+"""What a row may be off by, of decode steps on one device and of all others; it is up to 7.5 and 23 %."""
 
 
-DECODE_WITHIN, PREFILL_WITHIN = 0.1, 0.25
-"""What a row may be off by; it is up to 7.5 and 19 %."""
-
-
-def on_one_device(topology: Topology, path: Path, load: Load) -> float | None:
+def error(row: Measured, topology: Topology) -> float:
+    """How far off the expected time is, as a share of what may be."""
+    _, mesh, path, sequences, tokens, context, ms, count, num_bytes = row
     config = ModelConfig.from_file(path)
-    work = work_of(config, partition_for(config), load)
-    return expected_seconds(topology, config.num_hidden_layers, work.flops, work.num_bytes, [])
+    partition = partition_for(config, mesh)
+    work = work_of(config, partition, Load(sequences, tokens, context))
+    group = tuple(range(topology.num_devices))
+    collectives = [Collectives("all-reduce", ("expert",), group, False, count, num_bytes)]
+    found = expected_seconds(topology, config.num_hidden_layers, work.flops, work.num_bytes, collectives)
+    assert found
+    return abs(found / (1e-3 * ms) - 1) / (DECODE_WITHIN if tokens == 1 and mesh is None else WITHIN)
 
 
-@pytest.mark.parametrize(("path", "sequences", "tokens", "context", "ms"), MEASURED)
-def test_expected_time_is_near_what_was_measured(
-    path: Path, sequences: int, tokens: int, context: int, ms: float
-) -> None:
-    found = on_one_device(parse_topology("h100:1x1x1"), path, Load(sequences, tokens, context))
-    assert found == pytest.approx(1e-3 * ms, rel=DECODE_WITHIN if tokens == 1 else PREFILL_WITHIN)
+@pytest.mark.parametrize("row", MEASURED, ids=str)
+def test_expected_time_is_near_what_was_measured(row: Measured) -> None:
+    assert error(row, parse_topology(row[0])) < 1
 
 
-@pytest.mark.parametrize("part", ["layer_seconds", "memory_share", "compute_share"])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        *((text, part) for text in (H100, H200) for part in ("layer_seconds", "memory_share", "compute_share")),
+        *((FOUR, part) for part in ("layer_seconds", "memory_share", "collective_latency")),
+    ],
+)
 @pytest.mark.parametrize("factor", [0.5, 2])
-def test_what_was_measured_tells_each_number(part: str, factor: float) -> None:
+def test_what_was_measured_tells_each_number(text: str, part: str, factor: float) -> None:
     """With another number some row is too far off."""
-    topology = parse_topology("h100:1x1x1")
+    topology = parse_topology(text)
     reached = topology.facts.reached
     assert reached
     other = dataclasses.replace(reached, **{part: factor * getattr(reached, part)})
     topology = dataclasses.replace(topology, facts=dataclasses.replace(topology.facts, reached=other))
-    within = []
-    for path, sequences, tokens, context, ms in MEASURED:
-        seconds = on_one_device(topology, path, Load(sequences, tokens, context))
-        within.append(seconds == pytest.approx(1e-3 * ms, rel=DECODE_WITHIN if tokens == 1 else PREFILL_WITHIN))
-    assert not all(within)
+    assert max(error(row, topology) for row in MEASURED if row[0] == text) > 1
 
 
 def test_expected_time_adds_up() -> None:
@@ -222,11 +244,6 @@ def test_expected_time_is_unknown_where_nothing_was_measured() -> None:
     measured = {family for family, facts in families().items() if facts.reached}
     assert measured == {"h100", "h200"}
     assert expected_seconds(parse_topology("v5e:2x2"), 24, 1e12, 1e9, []) is None
-    ours, theirs = families()["h100"].reached, families()["h200"].reached
-    assert ours
-    assert theirs
-    assert ours.source != theirs.source
-    assert dataclasses.replace(theirs, source=ours.source) == ours
 
 
 def test_sensible_meshes() -> None:

@@ -114,6 +114,7 @@ def check_answers(rows: Rows) -> None:
         assert row["within"]
         assert row["from_one"] <= row["one_from_float32"] < 0.1
         assert row["float32_from_one"] < 1e-5
+        assert row["unlike"] == 0 < row["compared"]
     for row in of_part(rows, "tokens"):
         assert row["identical"] == row["answers"] == row["right"] == 8
         assert row["tokens"] == row["tokens_alike"] > 100
