@@ -28,7 +28,17 @@ def config(tmp_path: Path) -> Path:
 
 def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
     code, out, _ = command(
-        bench.main, "latency", "--model", config, "--batch", "2", "--repeats", "1", "--sampling", *FAST
+        bench.main,
+        "latency",
+        "--model",
+        config,
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--sampling",
+        "top_p,mask",
+        *FAST,
     )
     assert code == 0
     result = json.loads(out)
@@ -41,6 +51,15 @@ def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
     assert row["step_spread"][0] <= row["step"] <= row["step_spread"][1]
     assert 0 <= row["waits"] < 1
     assert row["kernels"] > 10
+    assert set(row["sampling"]) == {"greedy", "top_p", "mask"}
+    assert all(seconds > 0 for seconds in row["sampling"].values())
+
+
+@pytest.mark.slow
+def test_every_way_to_choose_tokens_is_measured(command, config: Path) -> None:
+    code, out, _ = command(bench.main, "latency", "--model", config, "--repeats", "1", "--sampling", *FAST)
+    assert code == 0
+    [row] = json.loads(out)["rows"]
     assert set(row["sampling"]) == set(WAYS)
     assert all(seconds > 0 for seconds in row["sampling"].values())
 

@@ -277,7 +277,13 @@ def test_a_full_disk_ends_a_batch_in_one_line(command, tmp_path: Path, monkeypat
     assert err.splitlines()[-1] == f"error: --output: {tmp_path / 'out.jsonl'}: No space left on device"
 
 
-@pytest.mark.parametrize("broken", ["2>&1 >/dev/null | true", "2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "2>&1 >/dev/null | true",
+        *(pytest.param(broken, marks=pytest.mark.slow) for broken in ("2>&-", "2>/dev/full")),
+    ],
+)
 def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:
     requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     requests.write_text("".join(f'{{"prompt": "What is {i} + 2?", "max_tokens": 3}}\n' for i in range(3)))
@@ -353,6 +359,7 @@ def test_an_answer_that_cannot_be_written_is_no_success(broken: str) -> None:
     assert ended.stderr.splitlines()[-1].startswith("error: standard output: ")
 
 
+@pytest.mark.slow
 def test_a_byte_order_mark_is_no_part_of_a_file(command, tmp_path: Path) -> None:
     requests, results, schema = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "schema.json"
     requests.write_text(json.dumps({"prompt": SUM}), encoding="utf-8-sig")

@@ -176,6 +176,7 @@ def test_gradients_pass_the_rounding(speaker: Speaker) -> None:
     np.testing.assert_array_equal(jax.grad(total)(weight)[spec.name], 1.0)
 
 
+@pytest.mark.slow
 def test_training_model_is_the_model() -> None:
     """Packed rows, blocks of a window and dense experts compute what the model does on each conversation."""
     speaker = Speaker.load(EMBEDDED, "float32")

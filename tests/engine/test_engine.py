@@ -132,7 +132,13 @@ def test_sequences_were_preempted_and_prefixes_taken_up() -> None:
     assert events[0].cached_tokens >= len(prompt) - 2 * OPTIONS.page_size
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "data=4,tensor=2", "expert=8"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=2,expert=2,tensor=2",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("data=4,tensor=2", "expert=8")),
+    ],
+)
 def test_a_mesh_gives_the_same_tokens(mesh: str) -> None:
     requests = {str(i): (p, greedy(8)) for i, p in enumerate(prompts(5, 6))}
     assert run(engine(mesh=mesh), requests) == run(engine(), requests)
@@ -146,6 +152,7 @@ def test_a_seed_repeats_whatever_else_runs() -> None:
     assert run(engine(), crowd | {"a": (prompt, params)})["a"] == alone
 
 
+@pytest.mark.slow
 def test_guessed_tokens_change_nothing() -> None:
     guessing = engine(dataclasses.replace(OPTIONS, speculative_tokens=3))
     requests = {str(i): ((p * 3)[:60], greedy(30)) for i, p in enumerate(prompts(9, 4))}
@@ -155,6 +162,7 @@ def test_guessed_tokens_change_nothing() -> None:
     assert guessing.load.accepted > 0
 
 
+@pytest.mark.slow
 def test_rounds_of_decode_steps_change_nothing() -> None:
     in_rounds = engine(dataclasses.replace(OPTIONS, decode_rounds=4))
     requests = {str(i): (p, greedy(5 + 6 * i)) for i, p in enumerate(prompts(8, 5))}
@@ -172,7 +180,16 @@ def test_rounds_of_decode_steps_change_nothing() -> None:
     assert in_rounds.load.pages_held == 0
 
 
-@pytest.mark.parametrize("asked", [{"logprobs": 2}, {"presence_penalty": 1.0}, {"min_tokens": 13}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"logprobs": 2},
+        *(
+            pytest.param(asked, marks=pytest.mark.slow)
+            for asked in ({"presence_penalty": 1.0}, {"min_tokens": 13})
+        ),
+    ],
+)
 def test_what_is_asked_of_each_token_holds_in_rounds(asked: dict[str, object]) -> None:
     """A launch makes four steps, and what comes of it is the same."""
     prompt = prompts(8, 1)[0]
@@ -310,7 +327,7 @@ def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
     assert warm.load.compiled == count
 
 
-@pytest.mark.parametrize("guesses", [0, 2])
+@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rehearsal_compiles_what_the_requests_take(guesses: int) -> None:
     options = dataclasses.replace(
         OPTIONS, prefix_cache=False, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4

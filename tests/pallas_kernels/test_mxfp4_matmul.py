@@ -308,7 +308,7 @@ def test_kernels_with_all_tokens_on_one_expert_or_on_none(backend: str, ids: int
         # A full tile, one of more than half and one of less; outputs of several steps, and of one that is not full.
         ([0] * 130 + [2] * 70, 64, 224),
         # Contracting sizes that end a round of blocks, or begin one, with a half block or a whole one.
-        ([1, 2], 3 * 128 + 64, 4 * 128),
+        pytest.param([1, 2], 3 * 128 + 64, 4 * 128, marks=pytest.mark.slow),
         ([3, 3], 64, 64),
     ],
 )

@@ -118,7 +118,8 @@ def test_batches_that_do_not_divide(rules: ShardingRules) -> None:
     np.testing.assert_allclose(logits, expected(P1, 3), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", SOME_MESHES)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_the_embedded_model(mesh: str) -> None:
     model = load_model(EMBEDDED, mesh, "float32")
     _, logits = compiled(model, batch=3)
