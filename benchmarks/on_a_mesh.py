@@ -46,7 +46,10 @@ def main() -> None:
     if sys.argv[1] == "devices":
         emit(devices())
         return
+    from gptoss_jax.engine.compiling import also_compile_with
+
     job = Job.read(sys.argv[1])
+    also_compile_with(job.compiler_options)
     if job.parts == ("plan",):
         emit(plan(job))
     elif job.parts[0] in STEPS:

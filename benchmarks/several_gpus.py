@@ -63,7 +63,7 @@ class Job:
     `model` is a config.json or "embedded". The one device is the job without a mesh; it leaves what others are compared
     with in `folder`. `topology` names the machine whose facts are the planner's and the links'. With `trial` the
     devices here, which are no GPUs, are what the planner compiles for. `ceilings` are the fields of
-    `gptoss_jax.benching.ceilings.Ceilings`.
+    `gptoss_jax.benching.ceilings.Ceilings`, and `compiler_options` what XLA is told beyond what the engine tells it.
     """
 
     parts: tuple[str, ...]
@@ -79,6 +79,7 @@ class Job:
     trial: bool
     folder: str
     ceilings: tuple[float, float]
+    compiler_options: dict[str, str | bool]
 
     @classmethod
     def read(cls, text: str) -> Job:
@@ -112,6 +113,13 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="of the planner's steps")
     parser.add_argument("--parts", type=_parts, default=PARTS, metavar=",".join(PARTS))
     parser.add_argument("--together", type=int, default=1, metavar="N", help="processes at once (default: 1)")
+    parser.add_argument(
+        "--compiler-options",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="of XLA, such as '{\"xla_...\": true}'",
+    )
     parser.add_argument("--topology", metavar="NAME", help="facts of the devices, such as h100 (default: theirs)")
     parser.add_argument(
         "--limit", type=float, default=600, metavar="SECONDS", help="of one process (default: 600)"
@@ -185,6 +193,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
             trial=machine["trial"],
             folder=folder,
             ceilings=(machine["copy_bytes"], machine["matmul_flops"]),
+            compiler_options=options.compiler_options,
         )
         cases = cases_of(options.meshes or default_meshes(count))
         jobs = [dataclasses.replace(job, mesh=mesh, strategy=strategy) for mesh, strategy in cases]

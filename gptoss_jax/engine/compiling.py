@@ -7,16 +7,25 @@ from pallas_kernels import current_platform
 GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE")
 
 
+_others: dict[str, str | bool] = {}
+
+
+def also_compile_with(options: dict[str, str | bool]) -> None:
+    """Have these options of XLA precede the project's in all that is compiled from now on, to measure what they change."""
+    _others.update(options)
+
+
 def compiler_options() -> dict[str, str | bool] | None:
-    """What XLA is told beyond its defaults.
+    """What XLA is told beyond its defaults, None for nothing.
 
     On NVIDIA GPUs, to put loops and branches into device graphs too. Else the host waits for each one's condition,
     0.7 ms a step on an H100, and cannot run ahead. And not to try a second code generator for each of its own kernels:
     for sampling of many rows that takes more than a minute, and what is worth tuning is in kernels of this project.
     """
-    if current_platform() != "cuda":
-        return None
-    return {
-        "xla_gpu_enable_command_buffer": ",".join(GRAPHED),
-        "xla_gpu_experimental_enable_fusion_autotuner": False,
-    }
+    options: dict[str, str | bool] = {}
+    if current_platform() == "cuda":
+        options = {
+            "xla_gpu_enable_command_buffer": ",".join(GRAPHED),
+            "xla_gpu_experimental_enable_fusion_autotuner": False,
+        }
+    return options | _others or None
