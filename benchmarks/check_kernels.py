@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -120,21 +120,27 @@ def attention_errors(
     batch: int, length: int, keys: int, window: int | None, *, paged: bool
 ) -> tuple[float, float]:
     """With the keys in a row, or in pages in any order."""
-    scale, sinks = 1 / math.sqrt(WIDTH), normal(0, HEADS)
+    sinks = normal(0, HEADS)
     q, kv = normal(1, batch, length, HEADS, WIDTH), normal(2, batch, keys, KV_HEADS, 2 * WIDTH)
     kv_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
     positions = kv_positions[:, keys - length :]
     own, own_positions, index = some_queries(q, positions, max(1, min(64, (1 << 23) // (batch * keys * 4))))
-    options: dict[str, Any] = {"window": window, "sm_scale": scale}
-    reference = jax.jit(partial(attention, **options, backend="reference"))
+    options: dict[str, Any] = {"sm_scale": 1 / math.sqrt(WIDTH)}
+    reference = plain_attention(window)
     want = reference(*to_float32((own, kv)), sinks, own_positions, kv_positions)
     plain = relative_error(reference(own, kv, sinks, own_positions, kv_positions), want)
     if paged:
         table, stored = in_pages(kv)
-        got = jax.jit(partial(paged_attention, sm_scale=scale))(q, stored, table, sinks, positions)
+        got = jax.jit(partial(paged_attention, **options))(q, stored, table, sinks, positions)
     else:
-        got = jax.jit(partial(attention, **options))(q, kv, sinks, positions, kv_positions)
+        got = jax.jit(partial(attention, window=window, **options))(q, kv, sinks, positions, kv_positions)
     return relative_error(got[:, index], want), plain
+
+
+@cache
+def plain_attention(window: int | None) -> Callable[..., jax.Array]:
+    """The reference, compiled once for both forms."""
+    return jax.jit(partial(attention, window=window, sm_scale=1 / math.sqrt(WIDTH), backend="reference"))
 
 
 def in_pages(kv: jax.Array, page_size: int = 32) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gptoss_jax.benching.batch import Case
-    from gptoss_jax.benching.latency import Latency, Prepared
+    from gptoss_jax.benching.latency import Prepared
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.model import GptOss
     from sharding import ShardingRules
@@ -36,9 +37,6 @@ UNLIKE = 1e-3
 """Relative error of a token's float32 logits above which they are not the same."""
 
 ANSWER_TOKENS = 96
-TIMED_TOKENS = 64
-"""Of each sequence, beside its output, in launches that are repeated."""
-
 SMALL_CACHE = 64 << 20
 
 
@@ -51,7 +49,8 @@ def main() -> None:
     job = Job.read(sys.argv[1])
     also_compile_with(job.compiler_options)
     if job.parts == ("plan",):
-        emit(plan(job))
+        with Turns(job).shared():
+            emit(plan(job))
     elif job.parts[0] in STEPS:
         emit(step(job))
     else:
@@ -59,7 +58,9 @@ def main() -> None:
 
 
 def emit(row: Row) -> None:
-    print(json.dumps(row), flush=True)
+    # In one piece: threads have rows, too.
+    sys.stdout.write(json.dumps(row) + "\n")
+    sys.stdout.flush()
 
 
 def devices() -> Row:
@@ -87,33 +88,44 @@ def measure(job: Job) -> None:
     from gptoss_jax.compile_cache import enable_compile_cache
 
     enable_compile_cache()
-    devices = Devices(job)
-    with devices.shared():
+    turns = Turns(job)
+    with turns.shared():
         if "tokens" in job.parts:
             with failing(job, "tokens"):
                 emit(job.name | tokens(job))
+            # What of it is still held would count as the weights'.
+            gc.collect()
         model = load(job) if {"logits", "speed"} & set(job.parts) else None
         if model is not None and "logits" in job.parts:
             with failing(job, "logits"):
                 emit(job.name | logits(job, model))
         prepared = prepare(job, model) if model is not None and "speed" in job.parts else {}
+    found: dict[int, list[Collectives]] = {}
     for batch, one in prepared.items():
         with failing(job, "speed", batch=batch):
-            emit(job.name | speed(job, one, devices))
+            row, found[batch] = speed(job, one, turns)
+            emit(job.name | row)
+    from gptoss_jax.benching.collectives import alone_seconds
+
+    for batch, taken in found.items():
+        if model is not None and model.partition.mesh is not None:
+            with failing(job, "collectives", batch=batch):
+                seconds = alone_seconds(model.partition.mesh, taken, turns.shared, turns.alone)
+                emit(job.name | {"part": "collectives", "batch": batch, "collective_alone": seconds})
 
 
-class Devices:
-    """The devices, which processes that run together share while they prepare; who times something has them alone."""
+class Turns:
+    """Processes that run together share the machine while they prepare; who times something has it alone."""
 
     def __init__(self, job: Job) -> None:
-        self._lock = Path(job.folder) / "devices.lock"
+        self._lock = Path(job.folder) / "turns.lock"
 
     def shared(self) -> contextlib.AbstractContextManager[None]:
-        """Among others, of whom none has the devices alone."""
+        """Among others, of whom none times anything."""
         return self._locked(fcntl.LOCK_SH)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """While no other process uses them."""
+        """While no other process does anything."""
         return self._locked(fcntl.LOCK_EX)
 
     @contextlib.contextmanager
@@ -222,7 +234,8 @@ def kept_whole(path: Path) -> Iterator[Path]:
 def found_by_one(path: Path) -> Path:
     """What the process of one device keeps there, once it does. Raises RuntimeError if it has ended without it."""
     while not path.exists():
-        if path.with_name(ENDED).exists() and not path.exists():
+        ended = path.with_name(ENDED).exists() or not path.parent.exists()
+        if ended and not path.exists():
             raise RuntimeError("there is nothing of one device to compare with")
         time.sleep(0.1)
     return path
@@ -245,23 +258,24 @@ def logits(job: Job, model: GptOss) -> Row:
 
     drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, (SEQUENCES, LENGTH), dtype=np.int32)
     found = logits_of(model, drawn)
-    row: Row = {"part": "logits", "from_float32": relative_error(found["own"], found["exact"])}
     kept = Path(job.folder) / "logits.npz"
     if job.mesh is None:
         with kept_whole(kept) as path:
             np.savez(path, **found)  # type: ignore[arg-type]
-        return row
+        return {"part": "logits"}
     with np.load(found_by_one(kept)) as one:
         alone, exact = one["own"], one["exact"]
-    row["one_from_float32"] = relative_error(alone, exact)
-    row["from_one"] = relative_error(found["own"], alone)
-    row["within"] = row["from_one"] <= row["one_from_float32"]
-    row["float32_from_one"] = relative_error(found["exact"], exact)
-    float32 = by_token(found["exact"], exact)
-    row["median_one_from_float32"] = float(np.median(by_token(alone, exact)))
-    row["median_from_one"] = float(np.median(by_token(found["own"], alone)))
-    row["median_float32_from_one"] = float(np.median(float32))
-    return row | {"unlike": int(np.sum(float32 > UNLIKE)), "compared": float32.size}
+    pairs = {
+        "one_from_float32": (alone, exact),
+        "from_one": (found["own"], alone),
+        "float32_from_one": (found["exact"], exact),
+    }
+    errors = {name: relative_error(*pair) for name, pair in pairs.items()}
+    tokens = {name: by_token(*pair) for name, pair in pairs.items()}
+    row: Row = {"part": "logits", **errors, "within": errors["from_one"] <= errors["one_from_float32"]}
+    row |= {f"median_{name}": float(np.median(values)) for name, values in tokens.items()}
+    unlike = int(np.sum(tokens["float32_from_one"] > UNLIKE))
+    return row | {"unlike": unlike, "compared": tokens["float32_from_one"].size}
 
 
 def by_token(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -319,9 +333,13 @@ def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
 
 
 def cache_memory(model: GptOss, case: Case) -> int:
-    """Bytes of a device for the case: a prompt, a token in each step of others' prompts, and those that are timed."""
+    """Bytes of a device for the case: as many tokens of each sequence as `benching.batch.start` asks for at most.
+
+    But of others' prompts, beside which a sequence decodes, several are in a step.
+    """
     import jax
 
+    from gptoss_jax.benching.batch import TRACED_STEPS
     from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.engine.pace import Pace
     from gptoss_jax.kv_cache import page_bytes, ring_bytes
@@ -331,46 +349,34 @@ def cache_memory(model: GptOss, case: Case) -> int:
     heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
     pace = Pace.of(jax.default_backend(), None, None, None)
     beside = -(-case.batch * case.prompt_tokens // pace.step_tokens)
-    tokens = case.prompt_tokens + beside + case.output_tokens + TIMED_TOKENS
+    tokens = case.prompt_tokens + case.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.decode_rounds
     # A table of at least 64 pages, as in a cache that takes all that is free.
     pages = max(slots * -(-tokens // EngineOptions.page_size), 64)
-    ring, page = ring_bytes(config, config.sliding_window, dtype, heads), page_bytes(config, 32, dtype, heads)
-    return slots * ring + pages * page
+    page = page_bytes(config, EngineOptions.page_size, dtype, heads)
+    return slots * ring_bytes(config, config.sliding_window, dtype, heads) + pages * page
 
 
-def speed(job: Job, prepared: Prepared, devices: Devices) -> Row:
-    """Decode and prefill of a batch through the engine, tokens a second and seconds."""
+def speed(job: Job, prepared: Prepared, turns: Turns) -> tuple[Row, list[Collectives]]:
+    """Decode and prefill of a batch through the engine, tokens a second and seconds; and a step's collectives."""
     from gptoss_jax.benching.ceilings import Ceilings
     from gptoss_jax.benching.latency import measure
-
-    with devices.alone():
-        one = measure(prepared, Ceilings(*job.ceilings), job.repeats, profile=False)
-    names = ("rate", "step", "device", "floor", "prefill_rate", "first_token", "last_first_token")
-    row: Row = {"part": "speed", "batch": one.case.batch, **{name: getattr(one, name) for name in names}}
-    return row | communication(job, prepared.model, one, devices)
-
-
-def communication(job: Job, model: GptOss, one: Latency, devices: Devices) -> Row:
-    """The collectives of a decode step: how many, their bytes on a device, and their seconds, least and alone."""
-    from gptoss_jax.benching.collectives import alone_seconds
     from sharding.bound import lower_bound
     from sharding.topologies import parse_topology
 
-    mesh = model.partition.mesh
-    if mesh is None:
-        return {}
+    with turns.alone():
+        one = measure(prepared, Ceilings(*job.ceilings), job.repeats, profile=False)
+    names = ("rate", "step", "device", "floor", "prefill_rate", "first_token", "last_first_token")
+    row: Row = {"part": "speed", "batch": one.case.batch, **{name: getattr(one, name) for name in names}}
+    if prepared.model.partition.mesh is None:
+        return row, []
     taken = [of_a_step(c, one.rounds) for c in one.collectives if not c.conditional]
-    row: Row = {
+    row |= {
         "collectives": sum(c.count for c in taken),
         "collective_bytes": sum(c.num_bytes for c in taken),
         "collective_least": lower_bound(parse_topology(job.topology), 0, 0, taken).links,
         "ops": sorted({c.op for c in taken}),
     }
-    try:
-        return row | {"collective_alone": alone_seconds(mesh, taken, devices.alone)}
-    except Exception as error:
-        # The rest of the row took minutes and stands without it.
-        return row | {"error": f"collectives alone: {reason(error)}"}
+    return row, taken
 
 
 def of_a_step(collectives: Collectives, rounds: int) -> Collectives:
@@ -387,7 +393,7 @@ def step(job: Job) -> Row:
 
     [name] = job.parts
     context, chunk = planned_lengths(job)
-    devices = Devices(job)
+    turns = Turns(job)
     try:
         return run(
             argparse.Namespace(
@@ -399,8 +405,8 @@ def step(job: Job) -> Row:
                 context=context,
                 chunk=chunk,
             ),
-            devices.shared,
-            devices.alone,
+            turns.shared,
+            turns.alone,
         )
     except Exception as error:
         return {"error": reason(error)}

@@ -6,7 +6,7 @@ For the model on each mesh, and where experts are split by both strategies of `s
 - tokens: whether the shipped small model answers as on one device
 - speed: decode and prefill against one device in this run, and the collectives of a step: the least time that the
   links need for their bytes, and the time that as many of the same size take alone on the same mesh
-- memory: the planner's bytes and least times beside those of the devices
+- memory: the planner's bytes and expected times beside those of the devices
 
 Each mesh is measured in processes of its own, so that one that fails leaves a row with the reason, and the rest goes
 on. Most of their time goes into compiling: `--together 5` has five at once, which share the devices' memory as they
@@ -52,6 +52,9 @@ MEMORY_SHARE = ".95"
 
 ENDED = "ended"
 """The file in a job's folder that is there once nothing more of one device is to come."""
+
+PROCESSES: set[subprocess.Popen[str]] = set()
+"""Those that measure now."""
 
 Row = dict[str, Any]
 
@@ -122,7 +125,11 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--topology", metavar="NAME", help="facts of the devices, such as h100 (default: theirs)")
     parser.add_argument(
-        "--limit", type=float, default=600, metavar="SECONDS", help="of one process (default: 600)"
+        "--limit",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="of a process, waiting for turns included (default: 600)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file, one JSON a line")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="only make tables, of saved rows")
@@ -199,7 +206,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
         jobs = [dataclasses.replace(job, mesh=mesh, strategy=strategy) for mesh, strategy in cases]
         tasks = [partial(main_rows, one, options.limit) for one in jobs if one.parts]
         if "memory" in options.parts:
-            tasks += [partial(memory, one, step, options.limit) for one in jobs for step in STEPS]
+            tasks += [partial(memory, one, options.limit) for one in jobs]
         yield from together(tasks, options.together)
 
 
@@ -214,27 +221,40 @@ def main_rows(job: Job, limit: float) -> Iterator[Row]:
 
 
 def together(tasks: Sequence[Callable[[], Iterator[Row]]], most: int) -> Iterator[Row]:
-    """The rows of all tasks as they come, of `most` at once: the next ones start when all of these have ended."""
-    for first in range(0, len(tasks), most):
-        rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+    """The rows of all tasks as they come, of `most` at once: the next ones start when all of these have ended.
 
-        def work(task: Callable[[], Iterator[Row]], rows: queue.SimpleQueue[Row | None] = rows) -> None:
-            try:
-                for row in task():
-                    rows.put(row)
-            finally:
-                rows.put(None)
+    Their processes end with this. What a task raises is raised here.
+    """
+    try:
+        for first in range(0, len(tasks), most):
+            yield from _wave(tasks[first : first + most])
+    finally:
+        for process in list(PROCESSES):
+            process.kill()
 
-        wave = tasks[first : first + most]
-        for task in wave:
-            threading.Thread(target=work, args=(task,), daemon=True).start()
-        running = len(wave)
-        while running:
-            row = rows.get()
-            if row is None:
-                running -= 1
-            else:
-                yield row
+
+def _wave(tasks: Sequence[Callable[[], Iterator[Row]]]) -> Iterator[Row]:
+    rows: queue.SimpleQueue[Row | BaseException | None] = queue.SimpleQueue()
+
+    def work(task: Callable[[], Iterator[Row]]) -> None:
+        try:
+            for row in task():
+                rows.put(row)
+            rows.put(None)
+        except BaseException as error:
+            rows.put(error)
+
+    for task in tasks:
+        threading.Thread(target=work, args=(task,), daemon=True).start()
+    running = len(tasks)
+    while running:
+        row = rows.get()
+        if isinstance(row, BaseException):
+            raise row
+        if row is None:
+            running -= 1
+        else:
+            yield row
 
 
 def default_meshes(count: int) -> list[str]:
@@ -254,14 +274,15 @@ def cases_of(meshes: Sequence[str]) -> Iterator[tuple[str | None, str]]:
             yield mesh, ALL_TO_ALL
 
 
-def memory(job: Job, step: str, limit: float) -> Iterator[Row]:
-    """One of the planner's steps, run in a process, beside its plan, which is made meanwhile: it needs no GPU."""
+def memory(job: Job, limit: float) -> Iterator[Row]:
+    """The planner's steps, run in a process each, beside the plan, which is made meanwhile: it needs no GPU."""
     pool = ThreadPoolExecutor(1)
     try:
         planning = pool.submit(lambda: list(run([json.dumps(of(job, "plan"))], limit, None)))
-        [used] = run([json.dumps(of(job, step))], limit, None)
-        [plan] = planning.result()
-        yield job.name | {"part": "memory", "step": step} | compared(plan, used, step)
+        for step in STEPS:
+            [used] = run([json.dumps(of(job, step))], limit, None)
+            [plan] = planning.result()
+            yield job.name | {"part": "memory", "step": step} | compared(plan, used, step)
     finally:
         # Whoever interrupts this does not wait for a plan before the tables.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -299,6 +320,7 @@ def run(arguments: list[str], limit: float, job: Job | None) -> Iterator[Row]:
     """
     command = [sys.executable, "-m", "benchmarks.on_a_mesh", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    PROCESSES.add(process)
     timer = threading.Timer(limit, process.kill)
     timer.start()
     count = 0
@@ -313,6 +335,7 @@ def run(arguments: list[str], limit: float, job: Job | None) -> Iterator[Row]:
         overdue = not timer.is_alive()
         timer.cancel()
         process.kill()
+        PROCESSES.discard(process)
     if code and not (job is None and count):
         reason = f"took longer than {limit:.0f} s" if overdue else f"ended with code {code}"
         yield (job.name if job else {}) | {

@@ -75,6 +75,7 @@ def test_throughput_follows_a_trace(command, config: Path, tmp_path: Path) -> No
     assert (result["prompt_tokens"], result["output_tokens"]) == (42, 12)
     assert result["output_rate"] == pytest.approx(12 / result["seconds"])
     assert result["first_token"]["p50"] <= result["whole"]["p50"]
+    assert 0 <= result["late"] <= 1
     code, out, _ = command(bench.main, "throughput", "--model", config, "--requests", 2, *FAST[:-1])
     assert code == 0
     assert "2 requests in" in out

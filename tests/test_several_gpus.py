@@ -5,14 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
-from benchmarks.several_gpus import cases_of, compared, default_meshes, run
+from benchmarks.several_gpus import PROCESSES, cases_of, compared, default_meshes, run, together
 from benchmarks.several_gpus_tables import size_of, tables
+from gptoss_jax.benching import collectives
 from gptoss_jax.benching.collectives import OPERATIONS, _program, alone_seconds
 from sharding import make_mesh
 from sharding.program import Collectives, read_collectives
@@ -32,7 +36,29 @@ def test_collectives_alone_are_those_of_the_program(op: str) -> None:
     arrays = [jax.ShapeDtypeStruct((4 * 1024,), "float32")]
     texts = [_program(mesh, [some(op)], talking).lower(*arrays).compile().as_text() for talking in (True, False)]
     assert [read_collectives(text, mesh.shape) for text in texts] == [[some(op)], []]
-    assert alone_seconds(mesh, [some(op)]) >= 0
+
+
+def test_the_time_of_collectives_is_what_a_program_takes_longer_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    def turn(name: str) -> Callable[[], AbstractContextManager[None]]:
+        @contextmanager
+        def entered() -> Iterator[None]:
+            log.append(name)
+            yield
+            log.append(f"end of {name}")
+
+        return entered
+
+    def seconds(run: Callable[[], Any]) -> float:
+        jax.block_until_ready(run())
+        log.append("timed")
+        return 5.0 if log.count("timed") == 1 else 3.0
+
+    monkeypatch.setattr(collectives, "median_seconds", seconds)
+    some_mesh = make_mesh("expert=2,tensor=2")
+    assert alone_seconds(some_mesh, [some("all-reduce")], turn("shared"), turn("alone")) == 2
+    assert log == ["shared", "end of shared", "alone", "timed", "timed", "end of alone"]
 
 
 def test_nothing_takes_no_time() -> None:
@@ -71,6 +97,37 @@ def test_the_planner_is_compared_with_the_device() -> None:
 def test_a_process_that_dies_leaves_a_row() -> None:
     [row] = run(["not a job"], 60, None)
     assert "ended with code 1" in row["error"]
+
+
+def test_tasks_together() -> None:
+    """So many at once, and what one raises is raised."""
+    log: list[int] = []
+
+    def task(number: int) -> Iterator[dict[str, Any]]:
+        log.append(number)
+        yield {"number": number}
+        if number == 4:
+            raise ValueError("broken")
+
+    rows = [row["number"] for row in together([partial(task, i) for i in range(4)], 2)]
+    assert sorted(rows[:2]) == [0, 1]
+    assert sorted(rows[2:]) == [2, 3]
+    with pytest.raises(ValueError, match="broken"):
+        list(together([partial(task, 4)], 1))
+
+
+def test_processes_end_with_what_they_measure_for(tmp_path: Path) -> None:
+    def waits() -> Iterator[dict[str, Any]]:
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        PROCESSES.add(process)
+        yield {"process": process}
+        process.wait()
+
+    rows = together([waits], 1)
+    process = next(rows)["process"]
+    rows.close()
+    assert process.wait(10) < 0
+    PROCESSES.discard(process)
 
 
 Rows = list[dict[str, Any]]
@@ -128,7 +185,8 @@ def check_speed(rows: Rows) -> None:
     for row in found:
         assert ("all-to-all" in row["ops"]) == (row["strategy"] == "all-to-all")
         assert min(row["rate"], row["prefill_rate"], row["collectives"], row["collective_least"]) > 0
-        assert row["collective_alone"] >= 0
+    alone = [(row["strategy"], row["batch"]) for row in of_part(rows, "collectives") if "collective_alone" in row]
+    assert alone == cases
 
 
 def check_memory(rows: Rows) -> None:
@@ -152,6 +210,7 @@ def test_collectives_alone_compile_for_gpus() -> None:
 from sharding.topologies import parse_topology, prepare_environment
 prepare_environment()
 import jax
+from gptoss_jax.benching import collectives
 from gptoss_jax.benching.collectives import OPERATIONS, _program
 from jax.sharding import NamedSharding, PartitionSpec
 from sharding import make_mesh

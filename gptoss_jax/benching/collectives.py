@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,29 +21,31 @@ Operation = Callable[[jax.Array, tuple[str, ...], int], jax.Array]
 
 
 def alone_seconds(
-    mesh: Mesh, collectives: Sequence[Collectives], turn: Callable[[], AbstractContextManager[Any]] = nullcontext
+    mesh: Mesh,
+    collectives: Sequence[Collectives],
+    shared: Callable[[], AbstractContextManager[None]] = nullcontext,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> float:
     """Seconds of these collectives one after the other, with as many bytes over the same devices, and nothing else.
 
-    They are compiled first, and timed within a `turn`.
-
     Each waits for the one before, as those of a model's layers do. A program that does all the rest of what the timed
     one does is subtracted: what is left is the links' and the library's. Those of a branch that may not be taken are
-    left out, as in `sharding.bound`. Several processes are not for this.
+    left out, as in `sharding.bound`. Several processes are not for this. What compiles is within `shared`, and what is
+    timed within `alone`.
     """
     taken = [c for c in collectives if c.axes and not c.conditional]
     if not taken:
         return 0.0
     everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    own = [_elements(c, mesh) for c in taken]
-    arrays = [jnp.ones(n * mesh.size, jnp.float32, device=everywhere) for n in own]
+    with shared():
+        arrays = [jnp.ones(_elements(c, mesh) * mesh.size, jnp.float32, device=everywhere) for c in taken]
 
-    def compiled(talking: bool) -> jax.stages.Compiled:
-        return _program(mesh, taken, talking).lower(*arrays).compile(compiler_options=compiler_options())
+        def compiled(talking: bool) -> jax.stages.Compiled:
+            return _program(mesh, taken, talking).lower(*arrays).compile(compiler_options=compiler_options())
 
-    with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(compiled, (True, False)))
-    with turn():
+        with ThreadPoolExecutor() as pool:
+            programs = list(pool.map(compiled, (True, False)))
+    with alone():
         talking, silent = (median_seconds(partial(program, *arrays)) for program in programs)
     return max(0.0, talking - silent)
 

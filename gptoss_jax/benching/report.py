@@ -94,6 +94,7 @@ def throughput_table(one: Throughput) -> str:
         f"with prompts, {one.request_rate:.2f} requests/s",
         f"{one.prompt_tokens} prompt and {one.output_tokens} output tokens in {one.steps} steps, {one.most_running} "
         f"requests at once, {one.preemptions} pre-emptions, {one.compiled} compiles",
+        f"{_share(one.late)} of launches found the device waiting for the host",
     ]
     if one.drafted:
         lines.append(_guesses(one.drafted, one.accepted))

@@ -34,7 +34,8 @@ class Throughput:
     """Requests run to their ends: seconds from the first arrival to the last token, tokens, and what requests saw.
 
     `first_token` and `whole` count from a request's arrival, `between_tokens` is the mean of each request's.
-    `compiled` kinds of step were compiled in the measured run, which they slowed down.
+    `compiled` kinds of step were compiled in the measured run, which they slowed down. `late` is the share of launches
+    that found the device waiting for the host.
     """
 
     requests: int
@@ -49,6 +50,7 @@ class Throughput:
     whole: Percentiles
     most_running: int
     steps: int
+    late: float
     preemptions: int
     compiled: int
     drafted: int
@@ -87,6 +89,7 @@ def measure(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival],
         whole=Percentiles.of([one.last - one.arrived for one in seen]),
         most_running=most_running,
         steps=after.steps - before.steps,
+        late=(after.late - before.late) / max(1, after.launches - before.launches),
         preemptions=after.preemptions - before.preemptions,
         compiled=after.compiled - before.compiled,
         drafted=after.drafted - before.drafted,

@@ -11,7 +11,7 @@ _others: dict[str, str | bool] = {}
 
 
 def also_compile_with(options: dict[str, str | bool]) -> None:
-    """Have these options of XLA precede the project's in all that is compiled from now on, to measure what they change."""
+    """Compile from now on with these options of XLA, too, which precede the project's: to measure what they change."""
     _others.update(options)
 
 

@@ -100,7 +100,11 @@ class TokenEvent:
 
 @dataclasses.dataclass
 class Load:
-    """What the engine is busy with, over all parts of the batch, and what it has done."""
+    """What the engine is busy with, over all parts of the batch, and what it has done.
+
+    Of its `launches`, which are of one or more steps, `late` ones found the device done with the one before: it had
+    waited for the host.
+    """
 
     waiting: int
     running: int
@@ -108,6 +112,8 @@ class Load:
     pages: int
     preemptions: int
     steps: int
+    launches: int
+    late: int
     drafted: int
     accepted: int
     compiled: int
@@ -147,7 +153,7 @@ class Engine:
             ring_slack=options.speculative_tokens,
         )
         step_tokens = max(self.pace.step_tokens // parts, 1)
-        limits = Limits(
+        self._limits = Limits(
             self.shape.slots,
             self.shape.pages,
             options.page_size,
@@ -156,9 +162,16 @@ class Engine:
             min(self.pace.prefill_chunk, step_tokens),
             options.prefix_cache,
         )
-        self._scheduler = Scheduler(limits, parts)
+        self._scheduler = Scheduler(self._limits, parts)
         self._runner = Runner(
-            model, self.shape, limits, self.pace, dtype, options.speculative_tokens, self._eos, options.kernels
+            model,
+            self.shape,
+            self._limits,
+            self.pace,
+            dtype,
+            options.speculative_tokens,
+            self._eos,
+            options.kernels,
         )
         self._drafter = drafter or PromptLookup()
         self._constrain = constrain
@@ -166,7 +179,7 @@ class Engine:
         self._constraints: dict[Sequence, TokenConstraint] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
         self._in_flight: Launched | None = None
-        self._steps = self._drafted = self._accepted = 0
+        self._steps = self._launches = self._late = self._drafted = self._accepted = 0
 
     @property
     def unfinished(self) -> int:
@@ -184,6 +197,8 @@ class Engine:
             sum(part.prefixes.pages.size for part in parts),
             sum(part.preemptions for part in parts),
             self._steps,
+            self._launches,
+            self._late,
             self._drafted,
             self._accepted,
             self._runner.compiled,
@@ -305,6 +320,8 @@ class Engine:
             return None
         one = self._must_wait() or any(sequence.part >= 0 for sequence in self._constraints)
         rounds = 1 if one else self._scheduler.rounds(plans, self.pace.decode_rounds)
+        self._late += self._in_flight is not None and self._in_flight.done
+        self._launches += 1
         launched = self._runner.launch(plans, self._constraints, rounds)
         self._steps += launched.kind.rounds
         for plan in plans:
@@ -421,9 +438,10 @@ class Engine:
     def warm_up(self, progress: bool | None = None, rehearse: Callable[[], object] | None = None) -> int:
         """Compile every kind of step that requests with plain settings can need; returns how many.
 
-        With `rehearse` only those that it takes: it adds requests and steps until they have ended. Meanwhile nothing is
-        computed, and all tokens are 0. Requests that ask for prompts' log-probabilities are not for it, and steps whose
-        logits are adjusted still compile when they come.
+        Plain are those that ask for no log-probabilities, penalties, biases or form; steps with such compile when they
+        come. With `rehearse` only the kinds that it takes, those with log-probabilities of new tokens among them (for
+        those of prompts it may not ask): it adds requests and steps until they have ended. Meanwhile nothing is
+        computed, and all tokens are 0. Raises UsageError if requests run, or are left.
         """
         from tqdm import tqdm
 
@@ -445,8 +463,12 @@ class Engine:
         return len(kinds)
 
     def _rehearsed(self, rehearse: Callable[[], object]) -> list[StepKind]:
+        expect(not self.unfinished, "rehearse", "no requests before it", self.unfinished)
         with self._runner.rehearsal() as kinds:
             rehearse()
+        expect(not self.unfinished, "rehearse", "no requests left by it", self.unfinished)
+        # Its prompts were not computed, so nothing of them may be taken up.
+        self._scheduler = Scheduler(self._limits, self._runner.parts)
         return [kind for kind in kinds if not kind.adjusted]
 
 

@@ -14,7 +14,10 @@ from gptoss_jax.kv_cache import CacheShape, page_bytes, ring_bytes
 from sharding import Partition, least
 
 SHARE_OF_FREE = 0.85
-"""Of an accelerator's free memory, the rest being for a step's temporaries."""
+"""Of an accelerator's free memory, the rest being for a step's temporaries.
+
+And for the counts of tokens that there are once a request has penalties: 5 bytes a token of the vocabulary and slot.
+"""
 
 CPU_BYTES = 1 << 30
 """Most that a cache takes of a CPU's memory unless told otherwise."""

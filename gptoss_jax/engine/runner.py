@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -38,10 +39,13 @@ from gptoss_jax.engine.step import (
 from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
-from pallas_kernels import use_backend
+from pallas_kernels import current_platform, use_backend
 from sharding import Partition, replicate
 
 SNAPSHOTS_A_CHUNK = 2
+PROGRAMS = 128
+"""Kept for engines to come."""
+
 BIASES = 64
 """Tokens of a row that may be biased, in steps of this."""
 
@@ -60,6 +64,12 @@ class Launched:
     chunks: list[list[tuple[Sequence, int, int, int, bool]]]
     rows: Rows | None = None
     outputs: StepOutputs | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the device has finished all of it, if it was started at all."""
+        ready = [getattr(x, "is_ready", None) for x in jax.tree.leaves(self.outputs)]
+        return all(is_ready is not None and is_ready() for is_ready in ready)
 
 
 class Runner:
@@ -342,8 +352,7 @@ class Runner:
             does = kind.sampling == "draw" or kind.prefills or kind.rounds < self._rounds
             if does and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
-            traced = _computed_by(self._kernels, partial(run, of, kind))
-            self._programs[run, kind] = jax.jit(traced, donate_argnums=1, compiler_options=compiler_options())
+            self._programs[run, kind] = _jitted(run, of, kind, self._kernels, current_platform(), _options())
         return self._programs[run, kind]
 
     def kinds(self) -> Iterator[StepKind]:
@@ -366,6 +375,9 @@ class Runner:
         """Compile a kind of step that is not adjusted, without running it."""
         plans = [Plan() for _ in range(self.parts)]
         step: Any = self._step(kind)
+        if not hasattr(step, "lower"):
+            # A compiled one of another kind does.
+            return
         lowered = step.lower(self._weights, self._state, Packed.of(self._inputs(kind, plans)), None)
         self._programs[run_step, kind] = lowered.compile()
 
@@ -486,6 +498,24 @@ class _Settings:
         """[B, R] of the given slots."""
         part = np.arange(len(slots))[:, None]
         return jax.tree.map(lambda x: x[part, slots], self.state)
+
+
+@functools.lru_cache(PROGRAMS)
+def _jitted(
+    run: Callable[..., Any],
+    of: Structure | Partition,
+    kind: StepKind,
+    kernels: str,
+    platform: str,
+    options: tuple[tuple[str, str | bool], ...],
+) -> Callable[..., Any]:
+    """What traces and compiles a kind of step when it is first called; engines of alike models share it."""
+    traced = _computed_by(kernels, partial(run, of, kind))
+    return jax.jit(traced, donate_argnums=1, compiler_options=dict(options) or None)
+
+
+def _options() -> tuple[tuple[str, str | bool], ...]:
+    return tuple(sorted((compiler_options() or {}).items()))
 
 
 def _computed_by[T](kernels: str, step: Callable[..., T]) -> Callable[..., T]:

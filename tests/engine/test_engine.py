@@ -329,15 +329,14 @@ def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
 
 @pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rehearsal_compiles_what_the_requests_take(guesses: int) -> None:
-    options = dataclasses.replace(
-        OPTIONS, prefix_cache=False, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4
-    )
+    options = dataclasses.replace(OPTIONS, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4)
     requests = {str(i): (prompt, greedy(9)) for i, prompt in enumerate(prompts(3, 5))}
     expected = run(Engine(tiny(), options), requests)
     rehearsed = Engine(tiny(), options)
     count = rehearsed.warm_up(progress=False, rehearse=lambda: run(rehearsed, requests))
     assert 0 < rehearsed.load.compiled == count < len(list(rehearsed._runner.kinds()))
     assert rehearsed.unfinished == rehearsed.load.pages_held == 0
+    # Nothing is taken up of prompts that were not computed.
     assert run(rehearsed, requests) == expected
     # Guesses depend on the tokens, which are all alike in a rehearsal.
     assert guesses or rehearsed.load.compiled == count
