@@ -67,6 +67,7 @@ def test_raw_text_is_continued_without_a_chat_format(command) -> None:
     assert raw["messages"] == []
 
 
+@pytest.mark.slow
 def test_seed_repeats_and_stop_ends(command) -> None:
     arguments = (SUM, "--json", "--temperature", 1.5, "--top-p", 0.9, "--top-k", 50, "--min-p", 0.01)
     first, again = (json.loads(command(generate.main, *arguments, "--seed", 7)[1]) for _ in range(2))
@@ -373,6 +374,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(command, tmp_path: Path) -> None
     assert command(generate.main, stdin="\ufeff" + SUM)[1] == "17 + 25 = 42\n"
 
 
+@pytest.mark.slow
 def test_a_batch_writes_all_that_was_asked_for(command, tmp_path: Path) -> None:
     line = {"prompt": "hi", "n": 2, "prompt_logprobs": 2, "max_tokens": 3, "stop": None, "logit_bias": {"5": 1}}
     (tmp_path / "in.jsonl").write_text(json.dumps(line))
