@@ -21,6 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
+
+from pallas_kernels import gpu
 
 State = tuple[jax.Array, jax.Array, jax.Array]
 """Of each row: the largest score so far, the softmax's denominator and the weighted sum, relative to it."""
@@ -43,14 +46,16 @@ class Config:
     num_stages: int
 
 
-def choose(batch: int, length: int, kv_heads: int, group: int, keys: int) -> Config:
-    """The config for a shape of the op."""
+def choose(batch: int, length: int, kv_heads: int, group: int, keys: int, dtype: DTypeLike) -> Config:
+    """The config for a shape of the op, with queries of a dtype."""
     if length == 1:
         block = min(128, max(16, pl.next_power_of_2(keys)))
         wanted = pl.cdiv(PROGRAMS, batch * kv_heads)
         return Config(1, block, max(1, min(pl.cdiv(keys, block), wanted)), 4, 2)
     queries = max(1, min(128 // group, pl.next_power_of_2(length)))
-    return Config(queries, min(64, max(16, pl.next_power_of_2(keys))), 1, 4, 3)
+    # Three blocks of float32 keys and values are more than the shared memory of Ada's cards.
+    stages = 2 if jnp.dtype(dtype) == jnp.float32 else 3
+    return Config(queries, min(64, max(16, pl.next_power_of_2(keys))), 1, 4, stages)
 
 
 def attention(
@@ -66,10 +71,10 @@ def attention(
     config: Config | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`."""
-    _check(q_BTHD)
+    _check(q_BTHD, kv_BSKE, interpret)
     batch, length, heads, _ = q_BTHD.shape
     keys, kv_heads = kv_BSKE.shape[1:3]
-    config = config or choose(batch, length, kv_heads, _padded_group(heads, kv_heads), keys)
+    config = config or choose(batch, length, kv_heads, _padded_group(heads, kv_heads), keys, q_BTHD.dtype)
     bounds = None
     if length > 1:
         bounds = _visible_blocks(q_positions_BT, kv_positions_BS, window, config)
@@ -100,11 +105,11 @@ def paged_attention(
     config: Config | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.paged_attention`."""
-    _check(q_BTHD)
+    _check(q_BTHD, kv_pages_PSKE, interpret)
     batch, length, heads, _ = q_BTHD.shape
     page_size, kv_heads = kv_pages_PSKE.shape[1:3]
     keys = page_table_BM.shape[1] * page_size
-    config = config or choose(batch, length, kv_heads, _padded_group(heads, kv_heads), keys)
+    config = config or choose(batch, length, kv_heads, _padded_group(heads, kv_heads), keys, q_BTHD.dtype)
     return _call(
         q_BTHD,
         kv_pages_PSKE,
@@ -120,12 +125,14 @@ def paged_attention(
     )
 
 
-def _check(q_BTHD: jax.Array) -> None:
+def _check(q_BTHD: jax.Array, kv_XSKE: jax.Array, interpret: bool) -> None:
     head_dim = q_BTHD.shape[-1]
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise NotImplementedError(f"head_dim {head_dim} is not a power of two from 16")
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"queries of {q_BTHD.dtype}")
+    if not interpret:
+        gpu.check_converts(kv_XSKE.dtype)
 
 
 def _padded_group(heads: int, kv_heads: int) -> int:

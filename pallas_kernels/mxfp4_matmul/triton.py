@@ -39,8 +39,8 @@ class Config:
     num_stages: int
 
 
-def choose(rows: int, num_experts: int) -> tuple[Config, Config]:
-    """Configs of the gate_up and the down kernel."""
+def choose(rows: int, num_experts: int, dtype: DTypeLike) -> tuple[Config, Config]:
+    """Configs of the gate_up and the down kernel, for tokens of a dtype."""
     if rows <= UNSORTED_ROWS:
         return Config(32, 8, 2, 5), Config(32, 8, 2, 5)
     share = rows / num_experts
@@ -48,7 +48,8 @@ def choose(rows: int, num_experts: int) -> tuple[Config, Config]:
         return Config(128, 16, 4, 3), Config(128, 16, 4, 3)
     if share <= 24:
         return Config(64, 32, 4, 4), Config(64, 32, 4, 4)
-    if share <= 64:
+    # Larger tiles of float32 are more than the shared memory of Ada's cards.
+    if share <= 64 or jnp.dtype(dtype) == jnp.float32:
         return Config(64, 64, 4, 3), Config(64, 64, 4, 3)
     return Config(64, 128, 4, 3), Config(128, 128, 4, 3)
 
@@ -78,7 +79,7 @@ def expert_mlp(
     num_tokens, k = expert_ids_Tk.shape
     num_experts = gate_up_EFD.shape[0]
     ids_R = expert_ids_Tk.reshape(num_tokens * k)
-    up_config, down_config = configs or choose(ids_R.shape[0], num_experts)
+    up_config, down_config = configs or choose(ids_R.shape[0], num_experts, x_TD.dtype)
     if ids_R.shape[0] <= UNSORTED_ROWS:
         tiles = tiles_of_one(ids_R, num_experts)
     else:

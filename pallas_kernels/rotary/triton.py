@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from pallas_kernels import gpu
 from pallas_kernels.rotary import reference
 from pallas_kernels.rotary.reference import as_kept
 
@@ -48,6 +49,8 @@ def rotate_and_keep(
         )
     if head_dim & (head_dim - 1):
         raise NotImplementedError(f"head_dim {head_dim} is not a power of two")
+    if not interpret:
+        gpu.check_converts(kv_pages_PSKE.dtype)
     q_BHD, kv_pages = pl.pallas_call(
         functools.partial(_kernel, group=heads // kv_heads, concentration=concentration),
         grid=(kv_heads, batch),

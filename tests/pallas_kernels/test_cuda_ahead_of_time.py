@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.placement import partition_for
 from gptoss_jax.planner.steps import decode_step
 from gptoss_jax.planner.work import held_bytes
+from pallas_kernels import backend
 from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
@@ -31,7 +33,8 @@ HIDDEN, HEADS, KV_HEADS, WIDTH = 2880, 64, 8, 64
 
 
 KERNELS = ('custom_call_target="__gpu$xla.gpu.triton"', 'custom_call_target="mosaic_gpu_v2"')
-CARDS = ["h100", *(pytest.param(card, marks=pytest.mark.slow) for card in ("a100", "l40", "b200"))]
+SLOW = pytest.mark.slow
+CARDS = ["h100", *(pytest.param(card, marks=SLOW) for card in ("a100", "l40", "b200"))]
 
 
 @pytest.fixture(scope="module", params=CARDS)
@@ -68,14 +71,27 @@ def experts(count: int, parts: int) -> GpuExperts:
     return GpuExperts(words, jax.ShapeDtypeStruct(shape, jnp.uint32), HIDDEN)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count", [32, 128])
-@pytest.mark.parametrize("tokens", [1, 8, 64, 256, 8192])
-def test_experts(card: Mesh, count: int, tokens: int) -> None:
-    weights = (experts(count, 2), bfloat16(count, 2 * HIDDEN), experts(count, 1), bfloat16(count, HIDDEN))
+def experts_kernels(card: Mesh, count: int, tokens: int, dtype: DTypeLike) -> int:
+    """How many kernels an expert step of tokens of a dtype has."""
+
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    weights = (experts(count, 2), floats(count, 2 * HIDDEN), experts(count, 1), floats(count, HIDDEN))
     routing = int32(tokens, 4), jax.ShapeDtypeStruct((tokens, 4), jnp.float32)
-    assert (
-        kernels_in(partial(expert_mlp, swiglu_limit=7.0), card, bfloat16(tokens, HIDDEN), *routing, *weights) >= 2
-    )
+    return kernels_in(partial(expert_mlp, swiglu_limit=7.0), card, floats(tokens, HIDDEN), *routing, *weights)
+
+
+@pytest.mark.parametrize("count", [32, 128])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 256, 8192, *(pytest.param(n, marks=SLOW) for n in (512, 1024))])
+def test_experts(card: Mesh, count: int, tokens: int) -> None:
+    assert experts_kernels(card, count, tokens, jnp.bfloat16) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 64, 256, 1024])
+def test_experts_of_float32_tokens(card: Mesh, tokens: int) -> None:
+    assert experts_kernels(card, 32, tokens, jnp.float32) == 2
 
 
 @pytest.mark.parametrize(("tokens", "inner", "many"), [(8192, 2880, True), (2048, 1440, True), (256, 2880, False)])
@@ -113,18 +129,63 @@ def test_paged_attention(card: Mesh, batch: int, length: int, page_size: int, pa
     assert kernels_in(partial(paged_attention, sm_scale=0.125), card, *shapes) >= 1
 
 
-def test_a_token_s_small_ops(card: Mesh) -> None:
-    rows = [HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH]
-    weights = [bfloat16(r, HIDDEN) for r in rows]
-    biases = [bfloat16(r) for r in rows]
-    normed = lambda x, ws, bs, norm: linear(x, ws, bs, norm_I=norm)  # noqa: E731
-    assert kernels_in(normed, card, bfloat16(1, HIDDEN), weights, biases, bfloat16(HIDDEN)) == 1
-    router = (bfloat16(1, HIDDEN), bfloat16(HIDDEN), bfloat16(128, HIDDEN), bfloat16(128))
-    assert kernels_in(partial(route, k=4, eps=1e-5), card, *router) == 2
-    turned = (*(bfloat16(2, 1, n, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS)), int32(2, 1))
-    cache = (bfloat16(100, 64, KV_HEADS, 2 * WIDTH), int32(2, 1), int32(2, 1))
+@pytest.mark.parametrize(
+    ("tokens", "cache", "length"),
+    [
+        (jnp.bfloat16, jnp.float8_e4m3fn, 1),
+        pytest.param(jnp.bfloat16, jnp.float8_e4m3fn, 512, marks=SLOW),
+        pytest.param(jnp.bfloat16, jnp.float32, 1, marks=SLOW),
+        pytest.param(jnp.bfloat16, jnp.float32, 512, marks=SLOW),
+        pytest.param(jnp.float32, jnp.float32, 1, marks=SLOW),
+        pytest.param(jnp.float32, jnp.float32, 512, marks=SLOW),
+        pytest.param(jnp.float32, jnp.bfloat16, 512, marks=SLOW),
+        pytest.param(jnp.float32, jnp.float8_e4m3fn, 1, marks=SLOW),
+    ],
+)
+def test_caches_of_other_dtypes(
+    card: Mesh, tokens: DTypeLike, cache: DTypeLike, length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ampere cannot convert float8: there its ops are the reference, and each says so."""
+    q, k = (jax.ShapeDtypeStruct((2, length, heads, WIDTH), tokens) for heads in (HEADS, KV_HEADS))
+    kv, pages = (jax.ShapeDtypeStruct((*shape, KV_HEADS, 2 * WIDTH), cache) for shape in ((2, 640), (100, 64)))
+    sinks, at = jax.ShapeDtypeStruct((HEADS,), tokens), int32(2, length)
     frequencies = jax.ShapeDtypeStruct((WIDTH // 2,), jnp.float32)
-    function = partial(rotate_and_keep, concentration=1.3, out_dtype=jnp.bfloat16)
+    sliding = partial(attention, window=128, sm_scale=0.125)
+    full = partial(paged_attention, sm_scale=0.125)
+    rotated = partial(rotate_and_keep, concentration=1.3, out_dtype=tokens)
+    backend._told.clear()
+    found = [
+        kernels_in(sliding, card, q, kv, sinks, at, int32(2, 640)),
+        kernels_in(full, card, q, pages, int32(2, 32), sinks, at),
+        kernels_in(rotated, card, q, k, k, at, frequencies, pages, at, at),
+    ]
+    said = [record.args[0] for record in caplog.records if record.name == backend.__name__]  # type: ignore[index]
+    rotating = ["rotate_and_keep"] if length == 1 else []
+    if cache == jnp.float8_e4m3fn and "A100" in card.devices.flat[0].device_kind:
+        assert found == [0, 0, 0]
+        assert said == ["attention", "paged_attention", *rotating]
+    else:
+        assert min(found[:2]) >= 1
+        assert found[2] == len(rotating)
+        assert not said
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_token_s_small_ops(card: Mesh, dtype: DTypeLike) -> None:
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    rows = [HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH]
+    weights = [floats(r, HIDDEN) for r in rows]
+    biases = [floats(r) for r in rows]
+    normed = lambda x, ws, bs, norm: linear(x, ws, bs, norm_I=norm)  # noqa: E731
+    assert kernels_in(normed, card, floats(1, HIDDEN), weights, biases, floats(HIDDEN)) == 1
+    router = (floats(1, HIDDEN), floats(HIDDEN), floats(128, HIDDEN), floats(128))
+    assert kernels_in(partial(route, k=4, eps=1e-5), card, *router) == 2
+    turned = (*(floats(2, 1, n, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS)), int32(2, 1))
+    cache = (floats(100, 64, KV_HEADS, 2 * WIDTH), int32(2, 1), int32(2, 1))
+    frequencies = jax.ShapeDtypeStruct((WIDTH // 2,), jnp.float32)
+    function = partial(rotate_and_keep, concentration=1.3, out_dtype=dtype)
     assert kernels_in(function, card, *turned, frequencies, *cache) == 1
 
 
