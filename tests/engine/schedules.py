@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from gptoss_jax import cli
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.leading import LeadingEngine, follow
+from gptoss_jax.engine.pages import Prefixes
 from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.loading import random_model
+from gptoss_jax.model import GptOss
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -31,10 +35,33 @@ TINY = ModelConfig(
     max_position_embeddings=512,
     eos_token_id=(),
 )
-OPTIONS = EngineOptions(max_batch=4, page_size=4, prefill_chunk=16, step_tokens=32, kv_cache_memory=60_000)
-"""Few pages, so that sequences are pre-empted."""
+OPTIONS = EngineOptions(max_batch=4, page_size=8, prefill_chunk=16, step_tokens=32, kv_cache_memory=36_000)
+"""12 pages of TINY, all of which one request may need, so that sequences are pre-empted."""
+
+# A step has one sequence's prompt, so that few kinds of step are compiled; rings of guesses need more memory.
+SOAK = dataclasses.replace(OPTIONS, step_tokens=16, speculative_tokens=3, kv_cache_memory=40_000)
+"""As few pages, and guesses."""
+
+ALONE = EngineOptions(max_batch=1, page_size=32, prefill_chunk=128, step_tokens=128)
+"""One sequence at a time, its prompt in one piece."""
 
 Requests = Mapping[str, tuple[list[int], SamplingParams]]
+Tokens = dict[str, dict[int, list[int]]]
+"""Of each request's completions."""
+
+
+@cache
+def tiny() -> GptOss:
+    """TINY on one device."""
+    return random_model(TINY, dtype="float32")
+
+
+def in_each_part(options: EngineOptions, model: GptOss) -> EngineOptions:
+    """As many slots and pages as `options` give one device in each part of the batch on the model's mesh."""
+    parts, shares = model.partition.degree("batch"), model.partition.degree("kv_heads")
+    memory = options.kv_cache_memory
+    assert memory is not None
+    return dataclasses.replace(options, max_batch=options.max_batch * parts, kv_cache_memory=memory // shares)
 
 
 def prompts(seed: int, count: int, vocab: int = 96) -> list[list[int]]:
@@ -57,11 +84,37 @@ def greedy_requests(seed: int, count: int, vocab: int = 96) -> Requests:
     }
 
 
+def soak_requests(seed: int, count: int) -> Requests:
+    """Requests of several kinds, for up to 12 tokens.
+
+    What is asked for besides tokens is asked for together: each combination is a kind of step to compile.
+    """
+    rng = random.Random(seed)
+    kinds: tuple[dict[str, Any], ...] = (
+        {"temperature": 0},
+        {"temperature": 0, "n": 2},
+        {"temperature": 0, "stop_token_ids": [5, 6, 7]},
+        {
+            "temperature": 0.8,
+            "top_p": 0.9,
+            "n": 3,
+            "repetition_penalty": 1.2,
+            "frequency_penalty": 0.5,
+            "logit_bias": {7: 2.0},
+            "logprobs": 2,
+        },
+    )
+    return {
+        str(i): (prompt, SamplingParams(max_tokens=rng.randint(1, 12), seed=i, **rng.choice(kinds)))
+        for i, prompt in enumerate(prompts(seed, count))
+    }
+
+
 def play(
     engine: Engine | LeadingEngine, requests: Requests, rng: random.Random, cancels: float = 0.05
-) -> tuple[dict[str, dict[int, list[int]]], set[str]]:
+) -> tuple[Tokens, set[str]]:
     """The tokens of each request's completions, and who was cancelled; arrivals and cancels are at random moments."""
-    out: dict[str, dict[int, list[int]]] = {name: {} for name in requests}
+    out: Tokens = {name: {} for name in requests}
     waiting, cancelled = list(requests), set()
     added: list[str] = []
     while waiting or engine.unfinished:
@@ -76,8 +129,26 @@ def play(
                 cancelled.add(victim)
         for event in engine.step():
             assert event.request_id not in cancelled
+            assert (event.logprobs is None) == (requests[event.request_id][1].logprobs is None)
             out[event.request_id].setdefault(event.index, []).append(event.token_id)
     return out, cancelled
+
+
+def assert_as_alone(engine: Engine, requests: Requests, out: Tokens, cancelled: set[str]) -> None:
+    """Each completion is exactly what a request by itself gives on this engine; of a cancelled one the beginning."""
+    for name, request in requests.items():
+        forget(engine)
+        own, _ = play(engine, {name: request}, random.Random(0), cancels=0)
+        if name in cancelled:
+            own[name] = {index: own[name][index][: len(tokens)] for index, tokens in out[name].items()}
+        assert out[name] == own[name], name
+
+
+def forget(engine: Engine) -> None:
+    """Let an engine that has nothing to do know no prompts, as if none had been there."""
+    for part in engine._scheduler.parts:
+        assert not part.running
+        part.prefixes = Prefixes(part.limits.pages, part.limits.snapshots, part.limits.slots)
 
 
 def assert_empty(engine: Engine) -> None:
@@ -103,19 +174,24 @@ def main(arguments: list[str] | None = None) -> int:
     cli.add_cluster_flags(parser)
     parser.add_argument("--mesh")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--soak", type=int, help="a soak of so many requests instead of 16 greedy ones")
     options = parser.parse_args(arguments)
     cluster = start(membership(options.coordinator_address, options.num_processes, options.process_id))
     cluster.agree({})
     cluster.initialize_jax()
-    engine = Engine(random_model(TINY, options.mesh, dtype="float32"), OPTIONS)
+    model = random_model(TINY, options.mesh, dtype="float32")
+    engine = Engine(model, in_each_part(SOAK if options.soak else OPTIONS, model))
     if not cluster.is_leader:
         follow(engine, cluster)
         assert_empty(engine)
         return cluster.exit_code
-    requests: Any = greedy_requests(options.seed, 16)
-    out, cancelled = play(LeadingEngine(engine, cluster), requests, random.Random(options.seed))
+    seed, soak = options.seed, options.soak
+    requests = soak_requests(seed, soak) if soak else greedy_requests(seed, 16)
+    leading = LeadingEngine(engine, cluster)
+    out, cancelled = play(leading, requests, random.Random(seed), cancels=0.2 if soak else 0.05)
     assert_empty(engine)
-    json.dump({"out": out, "cancelled": sorted(cancelled), "preemptions": engine.load.preemptions}, sys.stdout)
+    found = {"out": out, "cancelled": sorted(cancelled), "load": dataclasses.asdict(engine.load)}
+    json.dump(found, sys.stdout)
     return 0
 
 

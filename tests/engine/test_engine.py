@@ -19,14 +19,10 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.loading import random_model
 from gptoss_jax.model import GptOss
 from pallas_kernels.rotary import as_kept
-from tests.engine.schedules import TINY, assert_empty, greedy_requests, play, prompts
+from tests.engine import schedules
+from tests.engine.schedules import TINY, assert_as_alone, assert_empty, greedy_requests, play, prompts, tiny
 
 OPTIONS = EngineOptions(max_batch=4, page_size=4, prefill_chunk=16, step_tokens=32)
-
-
-@cache
-def tiny() -> GptOss:
-    return random_model(TINY, dtype="float32")
 
 
 @cache
@@ -102,25 +98,29 @@ def test_any_shape_decodes_as_a_full_forward_does(config: ModelConfig, seed: int
     assert_greedy(model, prompt, tokens)
 
 
-@settings(max_examples=15)
-@given(st.integers(0, 10**6))
-def test_any_schedule_gives_the_tokens_of_the_request_alone(seed: int) -> None:
+def test_any_schedule_gives_the_tokens_of_the_request_alone() -> None:
     """Arrivals and cancels at random moments, shared prefixes, few pages, so that sequences are pre-empted."""
-    shared = engine(dataclasses.replace(OPTIONS, kv_cache_memory=60_000))
-    todo = greedy_requests(seed, 10)
-    out, cancelled = play(shared, todo, random.Random(seed))
-    assert_empty(shared)
-    for name, (prompt, params) in todo.items():
-        tokens = out[name].get(0, [])
-        assert name in cancelled or len(tokens) == params.max_tokens
-        assert_greedy(tiny(), prompt, tokens)
+    shared = Engine(tiny(), schedules.OPTIONS)
+    preemptions = []
+
+    @settings(max_examples=15)
+    @given(st.integers(0, 10**6))
+    def check(seed: int) -> None:
+        before, requests = shared.load.preemptions, greedy_requests(seed, 10)
+        out, cancelled = play(shared, requests, random.Random(seed))
+        assert_empty(shared)
+        preemptions.append(shared.load.preemptions - before)
+        assert_as_alone(shared, requests, out, cancelled)
+        for name, (prompt, params) in requests.items():
+            tokens = out[name].get(0, [])
+            assert name in cancelled or len(tokens) == params.max_tokens
+            assert_greedy(tiny(), prompt, tokens)
+
+    check()
+    assert sum(map(bool, preemptions)) > len(preemptions) / 2
 
 
-def test_sequences_were_preempted_and_prefixes_taken_up() -> None:
-    small = Engine(tiny(), dataclasses.replace(OPTIONS, kv_cache_memory=60_000))
-    requests = {str(i): (p, greedy(40)) for i, p in enumerate(prompts(0, 12))}
-    run(small, requests)
-    assert small.load.preemptions > 0
+def test_prefixes_are_taken_up() -> None:
     large = engine()
     prompt = prompts(1, 1)[0] * 3
     first = run(large, {"a": (prompt, greedy(5))})["a"]
@@ -219,9 +219,17 @@ def test_several_completions_share_the_prompt() -> None:
     params = SamplingParams(max_tokens=6, temperature=1.0, seed=3, n=3)
     engine().add("n", prompt, params)
     out: dict[int, list[int]] = {}
+    cached: dict[int, int] = {}
+    most = 0
     while engine().unfinished:
         for event in engine().step():
             out.setdefault(event.index, []).append(event.token_id)
+            cached[event.index] = event.cached_tokens
+        most = max(most, engine().load.pages_held)
+    # The last token of a prompt is computed for each, so that the block with it is.
+    shared, each = (len(prompt) - 1) // OPTIONS.page_size, -(-(len(prompt) + 6) // OPTIONS.page_size)
+    assert cached[1] == cached[2] == shared * OPTIONS.page_size > 0
+    assert most <= shared + 3 * (each - shared)
     for index in range(3):
         single = dataclasses.replace(params, n=1, seed=3 + index)
         assert out[index] == run(engine(), {"one": (prompt, single)})["one"]

@@ -4,97 +4,112 @@ import dataclasses
 import json
 import random
 from functools import cache
+from typing import Any
 
-import numpy as np
 import pytest
-from flax import nnx
 
 from gptoss_jax.engine.engine import Engine, EngineOptions
-from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.loading import load_model, random_model
-from gptoss_jax.model import GptOss
-from tests.engine.schedules import OPTIONS, TINY, Requests, assert_empty, greedy_requests, play, prompts
+from tests.engine.schedules import (
+    ALONE,
+    OPTIONS,
+    SOAK,
+    TINY,
+    Requests,
+    Tokens,
+    assert_as_alone,
+    assert_empty,
+    greedy_requests,
+    in_each_part,
+    play,
+    soak_requests,
+    tiny,
+)
 from tests.test_multihost import Processes
 
 MESHES = ("data=2,expert=2,tensor=2", "data=4,tensor=2", "expert=4,tensor=2", "expert=8")
 
 
 @cache
-def tiny() -> GptOss:
-    return random_model(TINY, dtype="float32")
-
-
-def assert_own_tokens(
-    model: GptOss, requests: Requests, out: dict[str, dict[int, list[int]]], cancelled: set[str]
-) -> None:
-    """Each token is the likeliest after those before it, up to a near-tie, and none is missing."""
-    forward = nnx.jit(lambda model, tokens: model(tokens))
-    for name, (prompt, params) in requests.items():
-        tokens = out[name].get(0, [])
-        assert name in cancelled or len(tokens) == params.max_tokens
-        padded = np.zeros((1, 128), np.int32)
-        padded[0, : len(prompt) + len(tokens)] = prompt + tokens
-        logits = np.asarray(forward(model, padded)[0])
-        for index, token in enumerate(tokens):
-            row = logits[len(prompt) + index - 1]
-            assert row[token] >= row.max() - 2e-4
+def alone() -> Engine:
+    return Engine(tiny(), ALONE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_schedule_over_a_mesh(mesh: str) -> None:
-    engine = Engine(random_model(TINY, mesh, dtype="float32"), OPTIONS)
+    model = random_model(TINY, mesh, dtype="float32")
+    engine = Engine(model, in_each_part(OPTIONS, model))
     for seed in (1, 2):
-        requests = greedy_requests(seed, 16)
-        assert_own_tokens(tiny(), requests, *play(engine, requests, random.Random(seed)))
+        before, requests = engine.load.preemptions, greedy_requests(seed, 24)
+        assert_as_alone(alone(), requests, *play(engine, requests, random.Random(seed)))
+        assert engine.load.preemptions > before
         assert_empty(engine)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "data=2,expert=2,tensor=2"])
 def test_a_schedule_of_the_embedded_model(mesh: str | None) -> None:
-    options = EngineOptions(max_batch=4, page_size=16, prefill_chunk=16, step_tokens=32, kv_cache_memory=3_000_000)
-    engine = Engine(load_model(mesh=mesh, dtype="float32"), options, eos_token_ids=())
-    model = load_model(dtype="float32")
+    """Eight pages, of which a request may need six."""
+    options = EngineOptions(max_batch=4, page_size=16, prefill_chunk=16, step_tokens=32, kv_cache_memory=1_380_000)
+    model = load_model(mesh=mesh, dtype="float32")
+    engine = Engine(model, in_each_part(options, model), eos_token_ids=())
+    by_itself = Engine(load_model(dtype="float32"), ALONE, eos_token_ids=())
     for seed in (3, 4):
-        requests = greedy_requests(seed, 12, model.config.vocab_size)
-        assert_own_tokens(model, requests, *play(engine, requests, random.Random(seed)))
+        before, requests = engine.load.preemptions, greedy_requests(seed, 12, model.config.vocab_size)
+        assert_as_alone(by_itself, requests, *play(engine, requests, random.Random(seed)))
+        assert engine.load.preemptions > before
         assert_empty(engine)
+
+
+def over_two_processes(*arguments: str) -> tuple[Tokens, set[str], dict[str, Any]]:
+    """The tokens, who was cancelled and the load at the end of what is played by processes of four devices each."""
+    ends = Processes(2, 4, "tests.engine.schedules", *arguments).outcomes(300)
+    assert [end.code for end in ends] == [0, 0], ends
+    found = json.loads(ends[0].out)
+    out = {name: {int(index): tokens for index, tokens in own.items()} for name, own in found["out"].items()}
+    return out, set(found["cancelled"]), found["load"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "expert=8"])
 def test_a_schedule_over_two_processes(mesh: str) -> None:
-    ends = Processes(2, 4, "tests.engine.schedules", "--mesh", mesh, "--seed", "5").outcomes(300)
-    assert [end.code for end in ends] == [0, 0], ends
-    found = json.loads(ends[0].out)
-    out = {name: {int(index): tokens for index, tokens in own.items()} for name, own in found["out"].items()}
-    assert_own_tokens(tiny(), greedy_requests(5, 16), out, set(found["cancelled"]))
+    out, cancelled, load = over_two_processes("--mesh", mesh, "--seed", "5")
+    assert load["preemptions"] > 0
+    assert_as_alone(alone(), greedy_requests(5, 16), out, cancelled)
+
+
+def assert_soaked(requests: Requests, out: Tokens, cancelled: set[str], load: dict[str, Any]) -> None:
+    """Much was cancelled, pre-empted and guessed right, no page is held, and no token is another request's."""
+    assert len(cancelled) > len(requests) / 20
+    assert load["preemptions"] > 0
+    assert load["accepted"] > 0
+    assert load["pages_held"] == 0
+    assert all(len(out[name]) == params.n for name, (_, params) in requests.items() if name not in cancelled)
+    assert_as_alone(alone(), requests, out, cancelled)
 
 
 @pytest.mark.slow
 def test_a_soak_leaves_nothing_behind() -> None:
     """2000 requests of several kinds, many of which are cancelled."""
-    rng = random.Random(6)
-    # Prompts of one sequence a step, so that few kinds of step are compiled.
-    engine = Engine(tiny(), dataclasses.replace(OPTIONS, step_tokens=16))
-    kinds = (
-        {"temperature": 0},
-        {"temperature": 1.0, "top_p": 0.9, "seed": 1},
-        {"temperature": 1.0, "top_p": 0.9, "n": 3},
-        {"temperature": 0, "stop_token_ids": [5, 6, 7]},
-    )
-    requests: Requests = {
-        str(i): (prompt, SamplingParams(max_tokens=rng.randint(1, 12), **rng.choice(kinds)))
-        for i, prompt in enumerate(prompts(6, 2000))
-    }
-    out, cancelled = play(engine, requests, rng, cancels=0.2)
-    assert len(cancelled) > 100
-    assert all(len(out[name]) == params.n for name, (_, params) in requests.items() if name not in cancelled)
-    assert engine.load.preemptions > 0
+    requests = soak_requests(6, 2000)
+    engine = Engine(tiny(), SOAK)
+    out, cancelled = play(engine, requests, random.Random(6), cancels=0.2)
     assert_empty(engine)
-    # Once more what was greedy, alone: nothing that came between has spoilt the cache.
-    some = {name: requests[name] for name in list(requests)[:40] if requests[name][1].temperature == 0}
-    again, _ = play(engine, some, random.Random(0), cancels=0)
-    for name in some:
-        assert name in cancelled or again[name] == out[name]
+    assert_soaked(requests, out, cancelled, dataclasses.asdict(engine.load))
+
+
+@pytest.mark.slow
+def test_a_soak_over_a_mesh() -> None:
+    model = random_model(TINY, "data=2,expert=2,tensor=2", dtype="float32")
+    engine = Engine(model, in_each_part(SOAK, model))
+    requests = soak_requests(7, 300)
+    out, cancelled = play(engine, requests, random.Random(7), cancels=0.2)
+    assert_empty(engine)
+    assert_soaked(requests, out, cancelled, dataclasses.asdict(engine.load))
+
+
+@pytest.mark.slow
+def test_a_soak_over_two_processes() -> None:
+    found = over_two_processes("--mesh", "data=2,expert=2,tensor=2", "--seed", "8", "--soak", "300")
+    assert_soaked(soak_requests(8, 300), *found)
