@@ -38,9 +38,9 @@ TINY = ModelConfig(
 OPTIONS = EngineOptions(max_batch=4, page_size=8, prefill_chunk=16, step_tokens=32, kv_cache_memory=36_000)
 """12 pages of TINY, all of which one request may need, so that sequences are pre-empted."""
 
-# A step has one sequence's prompt, so that few kinds of step are compiled; rings of guesses need more memory.
-SOAK = dataclasses.replace(OPTIONS, step_tokens=16, speculative_tokens=3, kv_cache_memory=40_000)
-"""As few pages, and guesses."""
+# Few kinds of step are compiled: each has one sequence's prompt, and tables are of one size.
+SOAK = dataclasses.replace(OPTIONS, page_size=24, step_tokens=16, speculative_tokens=3, kv_cache_memory=52_500)
+"""Six pages, of which a request may need four; and guesses, whose rings need more memory."""
 
 ALONE = EngineOptions(max_batch=1, page_size=32, prefill_chunk=128, step_tokens=128)
 """One sequence at a time, its prompt in one piece."""
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     cli.add_cluster_flags(parser)
     parser.add_argument("--mesh")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--soak", type=int, help="a soak of so many requests instead of 16 greedy ones")
+    parser.add_argument("--soak", type=int, help="a soak of so many requests instead of 24 greedy ones")
     options = parser.parse_args(arguments)
     cluster = start(membership(options.coordinator_address, options.num_processes, options.process_id))
     cluster.agree({})
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         assert_empty(engine)
         return cluster.exit_code
     seed, soak = options.seed, options.soak
-    requests = soak_requests(seed, soak) if soak else greedy_requests(seed, 16)
+    requests = soak_requests(seed, soak) if soak else greedy_requests(seed, 24)
     leading = LeadingEngine(engine, cluster)
     out, cancelled = play(leading, requests, random.Random(seed), cancels=0.2 if soak else 0.05)
     assert_empty(engine)
