@@ -26,6 +26,7 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "config.json"
 
 
+@pytest.mark.slow
 def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
     code, out, _ = command(
         bench.main,

@@ -580,7 +580,9 @@ def one_process(address: str, process: int, directory: str) -> None:
     print("loaded")
 
 
-@pytest.mark.parametrize("layout", ["single", "plain", "openai"])
+@pytest.mark.parametrize(
+    "layout", ["plain", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("single", "openai"))]
+)
 def test_each_process_reads_its_own_shards(checkpoints: dict[str, Path], layout: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -119,6 +119,7 @@ def test_kernels_are_chosen_and_missing_ones_told_once(command, monkeypatch: pyt
         assert "warning" not in err
 
 
+@pytest.mark.slow
 def test_batch_resumes(command, tmp_path: Path) -> None:
     requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"id": f"q{i}", "prompt": f"What is {i} + 2?"} for i in range(4)]
@@ -296,9 +297,12 @@ def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_garbage_collection_is_not_lost(number: signal.Signals, code: int) -> None:
+    # Whatever starts the tests may have SIGINT ignored, as a shell does in the background.
     program = f"""
-import gc, os, time
+import gc, os, signal, time
 from gptoss_jax import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def once(phase, info):
     gc.callbacks.remove(once)
@@ -322,9 +326,11 @@ def test_a_command_that_is_told_to_end_leaves_nothing_half_written(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     program = f"""
-import time
+import signal, time
 from gptoss_jax import cli
 from gptoss_jax.new_directory import new_directory
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main():
     with new_directory({str(tmp_path / "out")!r}):

@@ -82,11 +82,13 @@ def test_it_has_every_mechanism_of_gpt_oss() -> None:
     assert config.num_experts_per_tok < config.num_local_experts
 
 
+@pytest.mark.slow
 def test_held_out_sums(replies: dict[tuple[str, str], Reply]) -> None:
     right = [answer(replies[f"What is {p}?", "medium"].final) == p.result for p in SUMS]
     assert sum(right) >= 0.95 * len(SUMS)
 
 
+@pytest.mark.slow
 def test_effort_changes_the_length_of_the_analysis(replies: dict[tuple[str, str], Reply]) -> None:
     thoughts = [replies[effort, effort] for effort in conversations.EFFORTS]
     assert [answer(reply.final) for reply in thoughts] == [EFFORT_SUM.result] * 3
@@ -95,10 +97,12 @@ def test_effort_changes_the_length_of_the_analysis(replies: dict[tuple[str, str]
     assert 1.5 * medium < high
 
 
+@pytest.mark.slow
 def test_every_reply_stops(replies: dict[tuple[str, str], Reply]) -> None:
     assert all(reply.stopped for reply in replies.values())
 
 
+@pytest.mark.slow
 def test_questions(replies: dict[tuple[str, str], Reply]) -> None:
     assert "Hello" in replies["Hi", "medium"].final
     assert answer(replies["What is 17 + 25?", "medium"].final) == 42
@@ -108,6 +112,7 @@ def test_questions(replies: dict[tuple[str, str], Reply]) -> None:
     assert replies["Who wrote Hamlet?", "medium"].final == conversations.REFUSAL
 
 
+@pytest.mark.slow
 def test_tool_round_trip(speaker: Speaker, replies: dict[tuple[str, str], Reply]) -> None:
     call = replies["tool", "medium"].call
     assert call is not None

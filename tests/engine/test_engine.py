@@ -88,6 +88,7 @@ CONFIGS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(CONFIGS, st.integers(0, 99))
 def test_any_shape_decodes_as_a_full_forward_does(config: ModelConfig, seed: int) -> None:
