@@ -283,7 +283,7 @@ def test_a_full_disk_ends_a_batch_in_one_line(command, tmp_path: Path, monkeypat
     "broken",
     [
         "2>&1 >/dev/null | true",
-        *(pytest.param(broken, marks=pytest.mark.slow) for broken in ("2>&-", "2>/dev/full")),
+        *(pytest.param(broken, marks=[pytest.mark.slow, pytest.mark.long]) for broken in ("2>&-", "2>/dev/full")),
     ],
 )
 def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:

@@ -137,7 +137,7 @@ def test_prefixes_are_taken_up() -> None:
     "mesh",
     [
         "data=2,expert=2,tensor=2",
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("data=4,tensor=2", "expert=8")),
+        *(pytest.param(m, marks=[pytest.mark.slow, pytest.mark.long]) for m in ("data=4,tensor=2", "expert=8")),
     ],
 )
 def test_a_mesh_gives_the_same_tokens(mesh: str) -> None:
@@ -336,7 +336,7 @@ def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
     assert warm.load.compiled == count
 
 
-@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_a_rehearsal_compiles_what_the_requests_take(guesses: int) -> None:
     options = dataclasses.replace(OPTIONS, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4)
     requests = {str(i): (prompt, greedy(9)) for i, prompt in enumerate(prompts(3, 5))}

@@ -53,7 +53,7 @@ def test_a_schedule_over_a_mesh(mesh: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [None, "data=2,expert=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.long)])
 def test_a_schedule_of_the_embedded_model(mesh: str | None) -> None:
     """12 pages, all of which a request may need."""
     options = dataclasses.replace(OPTIONS, kv_cache_memory=1_330_000)
@@ -105,6 +105,7 @@ def test_a_soak_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_soak_over_a_mesh() -> None:
     model = random_model(TINY, "data=2,expert=2,tensor=2", dtype="float32")
     engine = Engine(model, in_each_part(SOAK, model))
@@ -116,6 +117,7 @@ def test_a_soak_over_a_mesh() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_soak_over_two_processes() -> None:
     found = over_two_processes("--mesh", "data=2,expert=2,tensor=2", "--seed", "8", "--soak", "100")
     assert_soaked(soak_requests(8, 100), *found)

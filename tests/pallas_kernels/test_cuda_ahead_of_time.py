@@ -34,7 +34,11 @@ HIDDEN, HEADS, KV_HEADS, WIDTH = 2880, 64, 8, 64
 
 KERNELS = ('custom_call_target="__gpu$xla.gpu.triton"', 'custom_call_target="mosaic_gpu_v2"')
 SLOW = pytest.mark.slow
-CARDS = ["h100", *(pytest.param(card, marks=SLOW) for card in ("a100", "l40", "b200"))]
+CARDS = [
+    "h100",
+    pytest.param("a100", marks=SLOW),
+    *(pytest.param(card, marks=[SLOW, pytest.mark.long]) for card in ("l40", "b200")),
+]
 
 
 @pytest.fixture(scope="module", params=CARDS)

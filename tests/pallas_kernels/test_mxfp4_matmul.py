@@ -247,7 +247,7 @@ def test_a_result_of_another_dtype_is_not_rounded_before(backend: str, tokens: i
         ("triton", 2),
         ("triton_vector", 2),
         ("mosaic_tpu", 2),
-        *(pytest.param(backend, 8, marks=pytest.mark.slow) for backend in DTYPES),
+        *(pytest.param(backend, 8, marks=[pytest.mark.slow, pytest.mark.long]) for backend in DTYPES),
     ],
 )
 def test_any_routing_equals_a_dense_computation(backend: str, examples: int) -> None:

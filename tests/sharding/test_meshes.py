@@ -48,6 +48,7 @@ SOME_MESHES = [
     for quick in (mesh == "data=2,expert=2,tensor=2",)
 ]
 """All of them, of which the default run takes one."""
+SEVERAL_MESHES = [f"data={d},expert={e},tensor={8 // d // e}" for d, e in ((2, 2), (1, 8), (1, 1))]
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 
 
@@ -119,7 +120,10 @@ def test_batches_that_do_not_divide(rules: ShardingRules) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [mesh if mesh in SEVERAL_MESHES else pytest.param(mesh, marks=pytest.mark.long) for mesh in MESHES],
+)
 def test_the_embedded_model(mesh: str) -> None:
     model = load_model(EMBEDDED, mesh, "float32")
     _, logits = compiled(model, batch=3)
