@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -43,9 +42,6 @@ from pallas_kernels import current_platform, use_backend
 from sharding import Partition, replicate
 
 SNAPSHOTS_A_CHUNK = 2
-PROGRAMS = 128
-"""Kept for engines to come."""
-
 BIASES = 64
 """Tokens of a row that may be biased, in steps of this."""
 
@@ -500,7 +496,6 @@ class _Settings:
         return jax.tree.map(lambda x: x[part, slots], self.state)
 
 
-@functools.lru_cache(PROGRAMS)
 def _jitted(
     run: Callable[..., Any],
     of: Structure | Partition,
@@ -509,7 +504,7 @@ def _jitted(
     platform: str,
     options: tuple[tuple[str, str | bool], ...],
 ) -> Callable[..., Any]:
-    """What traces and compiles a kind of step when it is first called; engines of alike models share it."""
+    """What traces and compiles a kind of step when it is first called."""
     traced = _computed_by(kernels, partial(run, of, kind))
     return jax.jit(traced, donate_argnums=1, compiler_options=dict(options) or None)
 
