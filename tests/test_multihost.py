@@ -22,6 +22,9 @@ P1 = ROOT / "tests" / "golden" / "P1"
 LIMIT = 30
 """Seconds within which the others must end after a process is gone."""
 
+QUICK = "--xla_backend_optimization_level=0"
+"""Compiling takes most of the time, as everywhere in the tests."""
+
 
 class Outcome(NamedTuple):
     code: int
@@ -56,7 +59,7 @@ class Processes:
                     env=os.environ
                     | {
                         "JAX_PLATFORMS": "cpu",
-                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
                         "JAX_COMPILATION_CACHE_DIR": os.environ["XDG_CACHE_HOME"],
                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

@@ -38,7 +38,7 @@ from gptoss_jax.engine.step import (
 from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
-from pallas_kernels import current_platform, use_backend
+from pallas_kernels import use_backend
 from sharding import Partition, replicate
 
 SNAPSHOTS_A_CHUNK = 2
@@ -348,7 +348,8 @@ class Runner:
             does = kind.sampling == "draw" or kind.prefills or kind.rounds < self._rounds
             if does and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
-            self._programs[run, kind] = _jitted(run, of, kind, self._kernels, current_platform(), _options())
+            traced = _computed_by(self._kernels, partial(run, of, kind))
+            self._programs[run, kind] = jax.jit(traced, donate_argnums=1, compiler_options=compiler_options())
         return self._programs[run, kind]
 
     def kinds(self) -> Iterator[StepKind]:
@@ -494,23 +495,6 @@ class _Settings:
         """[B, R] of the given slots."""
         part = np.arange(len(slots))[:, None]
         return jax.tree.map(lambda x: x[part, slots], self.state)
-
-
-def _jitted(
-    run: Callable[..., Any],
-    of: Structure | Partition,
-    kind: StepKind,
-    kernels: str,
-    platform: str,
-    options: tuple[tuple[str, str | bool], ...],
-) -> Callable[..., Any]:
-    """What traces and compiles a kind of step when it is first called."""
-    traced = _computed_by(kernels, partial(run, of, kind))
-    return jax.jit(traced, donate_argnums=1, compiler_options=dict(options) or None)
-
-
-def _options() -> tuple[tuple[str, str | bool], ...]:
-    return tuple(sorted((compiler_options() or {}).items()))
 
 
 def _computed_by[T](kernels: str, step: Callable[..., T]) -> Callable[..., T]:
