@@ -97,7 +97,11 @@ def test_start_tells_phases_apart(command, config: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("subcommand", "name", "begin"),
-    [("latency", "x.png", b"\x89PNG"), ("throughput", "x.svg", b"<?xml"), ("start", "x.PDF", b"%PDF")],
+    [
+        pytest.param("latency", "x.png", b"\x89PNG", marks=pytest.mark.long),
+        ("throughput", "x.svg", b"<?xml"),
+        pytest.param("start", "x.PDF", b"%PDF", marks=pytest.mark.long),
+    ],
 )
 def test_pictures(command, config: Path, tmp_path: Path, subcommand: str, name: str, begin: bytes) -> None:
     pytest.importorskip("matplotlib")

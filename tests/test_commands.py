@@ -60,6 +60,7 @@ def test_token_ids_need_no_tokenizer(command) -> None:
     assert result["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_raw_text_is_continued_without_a_chat_format(command) -> None:
     raw = json.loads(command(generate.main, SUM, "--raw", "--json", "--max-new-tokens", 3)[1])
     chat_ = json.loads(command(generate.main, SUM, "--json", "--max-new-tokens", 3)[1])
@@ -97,6 +98,7 @@ def test_an_answer_keeps_to_its_form(command, tmp_path: Path) -> None:
     assert re.fullmatch(r"It is \d+!\n", out)
 
 
+@pytest.mark.slow
 def test_guessed_tokens_are_counted(command) -> None:
     arguments = ("--model", P1, "--prompt-tokens", "1,2,3,1,2,3,1,2", "--json", "--max-new-tokens", 40)
     code, out, err = command(generate.main, *arguments, "--speculative-tokens", 2)
@@ -279,11 +281,12 @@ def test_a_full_disk_ends_a_batch_in_one_line(command, tmp_path: Path, monkeypat
     assert err.splitlines()[-1] == f"error: --output: {tmp_path / 'out.jsonl'}: No space left on device"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken",
     [
         "2>&1 >/dev/null | true",
-        *(pytest.param(broken, marks=[pytest.mark.slow, pytest.mark.long]) for broken in ("2>&-", "2>/dev/full")),
+        *(pytest.param(broken, marks=pytest.mark.long) for broken in ("2>&-", "2>/dev/full")),
     ],
 )
 def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:

@@ -40,6 +40,8 @@ WEATHER = FunctionTool(
     "Get the current weather in a given location.",
     {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]},
 )
+ONE_WORKER = pytest.mark.xdist_group("replies")
+"""What all replies are made for once."""
 QUESTIONS = ("Hi", "What is 17 + 25?", "17+25", "Who are you?", "Who wrote Hamlet?")
 
 
@@ -82,12 +84,14 @@ def test_it_has_every_mechanism_of_gpt_oss() -> None:
     assert config.num_experts_per_tok < config.num_local_experts
 
 
+@ONE_WORKER
 @pytest.mark.slow
 def test_held_out_sums(replies: dict[tuple[str, str], Reply]) -> None:
     right = [answer(replies[f"What is {p}?", "medium"].final) == p.result for p in SUMS]
     assert sum(right) >= 0.95 * len(SUMS)
 
 
+@ONE_WORKER
 @pytest.mark.slow
 def test_effort_changes_the_length_of_the_analysis(replies: dict[tuple[str, str], Reply]) -> None:
     thoughts = [replies[effort, effort] for effort in conversations.EFFORTS]
@@ -97,11 +101,13 @@ def test_effort_changes_the_length_of_the_analysis(replies: dict[tuple[str, str]
     assert 1.5 * medium < high
 
 
+@ONE_WORKER
 @pytest.mark.slow
 def test_every_reply_stops(replies: dict[tuple[str, str], Reply]) -> None:
     assert all(reply.stopped for reply in replies.values())
 
 
+@ONE_WORKER
 @pytest.mark.slow
 def test_questions(replies: dict[tuple[str, str], Reply]) -> None:
     assert "Hello" in replies["Hi", "medium"].final
@@ -112,6 +118,7 @@ def test_questions(replies: dict[tuple[str, str], Reply]) -> None:
     assert replies["Who wrote Hamlet?", "medium"].final == conversations.REFUSAL
 
 
+@ONE_WORKER
 @pytest.mark.slow
 def test_tool_round_trip(speaker: Speaker, replies: dict[tuple[str, str], Reply]) -> None:
     call = replies["tool", "medium"].call

@@ -325,6 +325,7 @@ def few_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_aot
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("topology", "mesh"), [("v5e:2x4", "expert=2,tensor=4"), ("h100:1x1x8", "data=2,expert=2,tensor=2")]
 )
@@ -347,6 +348,7 @@ def test_compiles_and_fits(topology: str, mesh: str, few_layers: Path, tmp_path:
     assert one["steps"]["decode"]["bound_by"] == "memory"
 
 
+@pytest.mark.slow
 @needs_aot
 def test_a_batch_that_does_not_divide_takes_the_room_of_one_that_does(few_layers: Path) -> None:
     run = command(

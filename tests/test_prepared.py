@@ -59,7 +59,8 @@ def test_scales_that_the_kernels_lack_stay_as_released(caplog: pytest.LogCapture
     assert "w: a scale of 2^2" in caplog.text
 
 
-@pytest.mark.parametrize("mesh", [None, pytest.param("expert=2,tensor=2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, pytest.param("expert=2,tensor=2", marks=pytest.mark.long)])
 def test_the_whole_model_through_the_kernels(mesh: str | None) -> None:
     """Logits of a prompt, and tokens that the engine decodes over pages and rings; the collectives stay the same."""
     tokens = np.random.default_rng(0).integers(0, 96, (1, 9), dtype=np.int32)

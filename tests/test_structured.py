@@ -176,6 +176,7 @@ def test_forms_hold_through_preemption() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_answer_is_the_same_in_any_company() -> None:
     together, _ = run(BATCH)
     tokens, load = run(BATCH, kv_cache_memory=30_000, prefix_cache=False, speculative_tokens=3)

@@ -111,6 +111,7 @@ def load(content: Any, directory: Path) -> Tokenizer:
     return Tokenizer.from_dir(directory)
 
 
+@pytest.mark.slow
 def test_a_checkpoints_tokenizer_is_o200k_harmony(from_json: Tokenizer, reference: tiktoken.Encoding) -> None:
     assert from_json.special_tokens == reference._special_tokens
     assert from_json.vocab_size == 201_088

@@ -99,6 +99,7 @@ def assert_all_right(todo: Requests, out: dict[str, dict[int, list[int]]], cance
             assert_right(prompt, params, tokens, whole=name not in cancelled)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.integers(0, 10**6))
 def test_any_schedule_gives_the_likeliest_of_the_tokens_allowed(seed: int) -> None:

@@ -133,13 +133,9 @@ def test_prefixes_are_taken_up() -> None:
     assert events[0].cached_tokens >= len(prompt) - 2 * OPTIONS.page_size
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        "data=2,expert=2,tensor=2",
-        *(pytest.param(m, marks=[pytest.mark.slow, pytest.mark.long]) for m in ("data=4,tensor=2", "expert=8")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "data=4,tensor=2", "expert=8"])
 def test_a_mesh_gives_the_same_tokens(mesh: str) -> None:
     requests = {str(i): (p, greedy(8)) for i, p in enumerate(prompts(5, 6))}
     assert run(engine(mesh=mesh), requests) == run(engine(), requests)
@@ -163,6 +159,7 @@ def test_guessed_tokens_change_nothing() -> None:
     assert guessing.load.accepted > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_rounds_of_decode_steps_change_nothing() -> None:
     in_rounds = engine(dataclasses.replace(OPTIONS, decode_rounds=4))
@@ -290,6 +287,7 @@ def events_of(requests: list[tuple[list[int], SamplingParams]]) -> list[TokenEve
     return events
 
 
+@pytest.mark.slow
 def test_a_prompt_is_scored_once_though_its_prefill_is_interrupted() -> None:
     """The first request's pages run out while the second one's prompt takes up all but three."""
     prompt = [random.Random(1).randrange(96) for _ in range(155)]
@@ -298,6 +296,7 @@ def test_a_prompt_is_scored_once_though_its_prefill_is_interrupted() -> None:
     assert [at and at.token_id for at in scored] == [None, *prompt[1:]]
 
 
+@pytest.mark.slow
 def test_what_a_sequence_takes_up_again_is_not_counted_as_cached() -> None:
     rng = random.Random(9)
     events = events_of([([i, *(rng.randrange(96) for _ in range(40))], greedy(40)) for i in range(12)])
@@ -320,7 +319,8 @@ def test_keys_past_the_range_of_float8_stay_numbers() -> None:
     assert kept.tolist() == [448.0, -448.0, 0.5]
 
 
-@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
     options = dataclasses.replace(
         OPTIONS, max_batch=1, page_size=512, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4
@@ -336,7 +336,8 @@ def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
     assert warm.load.compiled == count
 
 
-@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.slow
+@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_rehearsal_compiles_what_the_requests_take(guesses: int) -> None:
     options = dataclasses.replace(OPTIONS, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4)
     requests = {str(i): (prompt, greedy(9)) for i, prompt in enumerate(prompts(3, 5))}

@@ -1,5 +1,9 @@
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +49,11 @@ def as_arrays(q, kv, sinks, q_positions, kv_positions):
     return [*floats, jnp.asarray(q_positions, jnp.int32), jnp.asarray(kv_positions, jnp.int32)]
 
 
+def computed(function: Callable[..., jax.Array], *arrays: jax.Array, **options: Any) -> jax.Array:
+    """The function as one program: one operation at a time would be compiled anew for each shape."""
+    return jax.jit(partial(function, **options))(*arrays)
+
+
 @settings(max_examples=10)
 @given(
     st.integers(0, 2**32),
@@ -58,15 +67,16 @@ def as_arrays(q, kv, sinks, q_positions, kv_positions):
 )
 def test_equals_a_naive_computation(seed, batch, length, keys, kv_heads, group, head_dim, window) -> None:
     arguments = case(seed, batch, length, keys, kv_heads, group, head_dim)
-    got = attention(*as_arrays(*arguments), window=window, sm_scale=0.3)
+    got = computed(attention, *as_arrays(*arguments), window=window, sm_scale=0.3)
     np.testing.assert_allclose(got, naive(*arguments, window, 0.3), rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_of_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = case(3, 2, 17, 29, 2, 2, 16)
-    whole = attention(*as_arrays(*arguments), window=5, sm_scale=0.25)
+    whole = computed(attention, *as_arrays(*arguments), window=5, sm_scale=0.25)
     monkeypatch.setattr(reference, "MAX_SCORES", 5 * 2 * 4 * 29)
-    np.testing.assert_allclose(attention(*as_arrays(*arguments), window=5, sm_scale=0.25), whole, atol=1e-6)
+    in_blocks = computed(attention, *as_arrays(*arguments), window=5, sm_scale=0.25)
+    np.testing.assert_allclose(in_blocks, whole, atol=1e-6)
 
 
 def test_padding_gives_zero() -> None:
@@ -90,14 +100,15 @@ def test_pages_are_the_sequence_in_pieces(seed, batch, length, page_size, pages)
     kv_pages[table.reshape(-1)] = kv.reshape(batch * pages, page_size, 2, 32)
     kv_positions = np.tile(np.arange(keys), (batch, 1))
     arrays = as_arrays(q, kv_pages, sinks, q_positions, table)
-    got = paged_attention(arrays[0], arrays[1], arrays[4], arrays[2], arrays[3], sm_scale=0.3)
+    got = computed(paged_attention, *(arrays[i] for i in (0, 1, 4, 2, 3)), sm_scale=0.3)
     np.testing.assert_allclose(
         got, naive(q, kv, sinks, q_positions, kv_positions, None, 0.3), rtol=1e-4, atol=1e-5
     )
 
 
 def agrees(backend: ModuleType, arguments, window: int | None, interpret=True, **options) -> None:
-    got = backend.attention(*as_arrays(*arguments), window=window, sm_scale=0.3, interpret=interpret, **options)
+    options |= {"window": window, "sm_scale": 0.3, "interpret": interpret}
+    got = computed(backend.attention, *as_arrays(*arguments), **options)
     np.testing.assert_allclose(got, naive(*arguments, window, 0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -189,7 +200,7 @@ def test_the_kernel_over_pages(backend: str, length: int, page_size: int, pages:
     kv_pages = np.full((batch * pages + 2, page_size, 2, 32), 1e3)
     kv_pages[table.reshape(-1)] = kv.reshape(batch * pages, page_size, 2, 32)
     arrays = as_arrays(q, kv_pages, sinks, q_positions, table)
-    got = paged_attention(arrays[0], arrays[1], arrays[4], arrays[2], arrays[3], sm_scale=0.3, backend=backend)
+    got = computed(paged_attention, *(arrays[i] for i in (0, 1, 4, 2, 3)), sm_scale=0.3, backend=backend)
     want = naive(q, kv, sinks, q_positions, np.tile(np.arange(keys), (batch, 1)), None, 0.3)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
@@ -202,7 +213,7 @@ def test_the_kernel_in_bfloat16_is_no_worse_than_the_reference(backend: str) -> 
     positions = [jnp.asarray(x, jnp.int32) for x in arguments[3:]]
 
     def error(backend: str) -> float:
-        got = attention(*halves, *positions, window=None, sm_scale=0.125, backend=backend)
+        got = computed(attention, *halves, *positions, window=None, sm_scale=0.125, backend=backend)
         return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
 
     assert error(backend) < 1.1 * error("reference")
