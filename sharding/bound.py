@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from sharding.program import Collectives
-from sharding.topologies import Topology
+from sharding.topologies import Reached, Topology
 
 Resource = Literal["compute", "memory", "links"]
 
@@ -55,10 +55,16 @@ def expected_seconds(
     if reached is None:
         return None
     taken = [c for c in collectives if not c.conditional and len(c.group) > 1]
-    return (
+    alone = (
         layers * reached.layer_seconds
         + num_bytes / (facts.memory_bandwidth * reached.memory_share)
         + flops / (facts.bf16_flops * reached.compute_share)
-        + sum(c.count for c in taken) * reached.collective_latency
-        + sum(topology.seconds(c.op, c.num_bytes, c.group) for c in taken) / reached.link_share
     )
+    return alone + sum(_expected_of_collectives(topology, reached, c) for c in taken)
+
+
+def _expected_of_collectives(topology: Topology, reached: Reached, taken: Collectives) -> float:
+    links = topology.seconds(taken.op, taken.num_bytes, taken.group)
+    if taken.op == "all-to-all":
+        return taken.count * reached.exchange_latency + links
+    return taken.count * reached.collective_latency + links / reached.link_share

@@ -41,8 +41,16 @@ ROOM = 1.25
 FEW_ROWS = 4096
 """Up to so many rows on a device, an exchange has room for all tokens there could be."""
 
+EXCHANGING_DEVICES = 8
+"""From this many devices of the expert axis, `auto` may prefer the all-to-all.
+
+A token's choices in bfloat16 and their float32 results, with the room around them, are then fewer bytes than the token
+for every device and its float32 sum. On four H100s decoding took 2.8 and 1.9 times as long with it for 1 and 8
+sequences, and prefill 4 times (benchmarks/RESULTS.md).
+"""
+
 TOKENS_A_DEVICE = 16
-"""From this many tokens for each device of the expert axis, `auto` prefers the all-to-all."""
+"""And from this many tokens for each of them."""
 
 
 def run_experts(
@@ -88,7 +96,8 @@ def _use_all_to_all(partition: Partition, num_tokens: int) -> bool:
     if rules.dispatch == "all_to_all":
         return True
     # Where attention holds every token on every device, spreading them out and back gains nothing.
-    return set(rules.experts) <= set(rules.batch) and num_tokens >= TOKENS_A_DEVICE * degree
+    split_already = set(rules.experts) <= set(rules.batch)
+    return split_already and degree >= EXCHANGING_DEVICES and num_tokens >= TOKENS_A_DEVICE * degree
 
 
 def _over_mesh(partition: Partition, strategy: Callable[..., jax.Array], token_axes: tuple[str, ...]) -> Any:

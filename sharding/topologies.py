@@ -41,14 +41,16 @@ class Reached:
     """What programs get out of a device, measured; `bound.expected_seconds` says how it adds up.
 
     `layer_seconds` is what a layer of a model takes beside its bytes and operations, for starting its kernels one
-    after the other, and `collective_latency` likewise of each collective, in seconds. The shares are of the data
-    sheet's rates. `source` tells how it was measured.
+    after the other, and `collective_latency` likewise of each collective, in seconds; `exchange_latency` is that of an
+    all-to-all, with what is done around it. The shares are of the data sheet's rates; exchanges were too few to tell
+    a share of the links' from it. `source` tells how it was measured.
     """
 
     layer_seconds: float
     memory_share: float
     compute_share: float
     collective_latency: float
+    exchange_latency: float
     link_share: float
     source: str
 

@@ -21,7 +21,7 @@ from gptoss_jax.placement import partition_for
 from gptoss_jax.planner import plans, report
 from gptoss_jax.planner.steps import decode_step
 from gptoss_jax.planner.work import Load, held_bytes, touched_experts, work_of
-from sharding import ShardingError
+from sharding import BATCH_OVER_EXPERTS, ShardingError, ShardingRules
 from sharding.bound import expected_seconds
 from sharding.program import Collectives, ProgramMemory
 from sharding.topologies import Reached, Topology, families, parse_topology
@@ -138,7 +138,7 @@ def test_device_facts_are_whole_and_sourced() -> None:
     assert (ironwood.memory_bytes, ironwood.memory_bandwidth) == (96 * 2**30, 3690e9)
 
 
-H100, H200, FOUR = "h100:1x1x1", "h200:1x1x1", "h200:1x1x4"
+H100, H200, FOUR, FOUR_H100 = "h100:1x1x1", "h200:1x1x1", "h200:1x1x4", "h100:1x1x4"
 MEASURED = [
     # benchmarks/RESULTS.md: topology and mesh, model, sequences, tokens of each, context, ms, and the collectives of a
     # step, how many and of how many bytes. Decode steps are half way through their tokens after a prompt of 512; of the
@@ -175,6 +175,20 @@ MEASURED = [
     (FOUR, "expert=2,tensor=2", M20B, 1, 1, 544, 2.010, 50, 1224864),
     (FOUR, "expert=4", M120B, 1, 1, 544, 2.787, 38, 1017504),
     (FOUR, "expert=2,tensor=2", M120B, 1, 1, 544, 2.955, 74, 1432224),
+    (FOUR_H100, "data=4", M20B, 1, 1, 544, 2.222, 1, 64),
+    (FOUR_H100, "tensor=4", M20B, 1, 1, 544, 2.698, 50, 1224864),
+    (FOUR_H100, "tensor=4", M20B, 64, 1, 544, 4.323, 51, 28521472),
+    (FOUR_H100, "expert=4", M20B, 1, 1, 544, 2.106, 26, 948384),
+    (FOUR_H100, "expert=4", M20B, 8, 1, 544, 3.551, 27, 1353344),
+    (FOUR_H100, "expert=4", M20B, 64, 1, 544, 4.857, 27, 10826752),
+    (FOUR_H100, "expert=2,tensor=2", M20B, 1, 1, 544, 2.801, 50, 1224864),
+    (FOUR_H100, "expert=2,tensor=2", M20B, 8, 1, 544, 3.608, 51, 3565184),
+]
+EXCHANGED = [
+    # The same with the all-to-all, of which these are the collectives.
+    (FOUR_H100, "expert=4", M20B, 1, 1, 544, 5.857, 79, 4570778),
+    (FOUR_H100, "expert=4", M20B, 8, 1, 544, 6.864, 79, 9141557),
+    (FOUR_H100, "expert=4", M20B, 256, 1, 544, 7.082, 79, 292529815),
 ]
 Measured = tuple[str, str | None, Path, int, int, int, float, int, int]
 DECODE_WITHIN, WITHIN = 0.1, 0.25
@@ -185,16 +199,17 @@ def error(row: Measured, topology: Topology) -> float:
     """How far off the expected time is, as a share of what may be."""
     _, mesh, path, sequences, tokens, context, ms, count, num_bytes = row
     config = ModelConfig.from_file(path)
-    partition = partition_for(config, mesh)
+    op, rules = ("all-to-all", BATCH_OVER_EXPERTS) if row in EXCHANGED else ("all-reduce", ShardingRules())
+    partition = partition_for(config, mesh, rules)
     work = work_of(config, partition, Load(sequences, tokens, context))
     group = tuple(range(topology.num_devices))
-    collectives = [Collectives("all-reduce", ("expert",), group, False, count, num_bytes)]
+    collectives = [Collectives(op, ("expert",), group, False, count, num_bytes)]
     found = expected_seconds(topology, config.num_hidden_layers, work.flops, work.num_bytes, collectives)
     assert found
     return abs(found / (1e-3 * ms) - 1) / (DECODE_WITHIN if tokens == 1 and mesh is None else WITHIN)
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=str)
+@pytest.mark.parametrize("row", [*MEASURED, *EXCHANGED], ids=str)
 def test_expected_time_is_near_what_was_measured(row: Measured) -> None:
     assert error(row, parse_topology(row[0])) < 1
 
@@ -204,6 +219,7 @@ def test_expected_time_is_near_what_was_measured(row: Measured) -> None:
     [
         *((text, part) for text in (H100, H200) for part in ("layer_seconds", "memory_share", "compute_share")),
         *((FOUR, part) for part in ("layer_seconds", "memory_share", "collective_latency")),
+        (FOUR_H100, "exchange_latency"),
     ],
 )
 @pytest.mark.parametrize("factor", [0.5, 2])
@@ -214,7 +230,7 @@ def test_what_was_measured_tells_each_number(text: str, part: str, factor: float
     assert reached
     other = dataclasses.replace(reached, **{part: factor * getattr(reached, part)})
     topology = dataclasses.replace(topology, facts=dataclasses.replace(topology.facts, reached=other))
-    assert max(error(row, topology) for row in MEASURED if row[0] == text) > 1
+    assert max(error(row, topology) for row in [*MEASURED, *EXCHANGED] if row[0] == text) > 1
 
 
 def test_expected_time_adds_up() -> None:
@@ -223,6 +239,7 @@ def test_expected_time_adds_up() -> None:
         memory_share=0.5,
         compute_share=0.25,
         collective_latency=1e-4,
+        exchange_latency=2e-4,
         link_share=0.8,
         source="made up",
     )
@@ -238,6 +255,10 @@ def test_expected_time_adds_up() -> None:
     maybe = dataclasses.replace(taken, conditional=True)
     found = expected_seconds(topology, *work, [taken, on_itself, maybe])
     assert found == pytest.approx(alone + 5e-4 + 900e6 / 450e9 / 0.8)
+    exchanged = dataclasses.replace(taken, op="all-to-all")
+    assert expected_seconds(topology, *work, [exchanged]) == pytest.approx(
+        alone + 1e-3 + topology.seconds("all-to-all", 900e6, pair)
+    )
 
 
 def test_expected_time_is_unknown_where_nothing_was_measured() -> None:

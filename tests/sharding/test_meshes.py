@@ -212,6 +212,25 @@ def test_no_token_is_dropped_whatever_the_routing(
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "batch", "tokens", "travels"),
+    [
+        ("expert=8", ("data", "expert"), 128, True),
+        ("expert=8", ("data", "expert"), 120, False),
+        ("expert=8", ("data",), 128, False),
+        ("expert=4,tensor=2", ("data", "expert"), 2048, False),
+    ],
+)
+def test_tokens_travel_unasked_where_many_are_split_over_many_devices(
+    mesh: str, batch: tuple[str, ...], tokens: int, travels: bool
+) -> None:
+    arrays = random_experts(np.random.default_rng(0), 8, 32, 64, jnp.float32)
+    x, ids = jnp.zeros((tokens, 32)), jnp.zeros((tokens, 2), jnp.int32)
+    with Partition(make_mesh(mesh), ShardingRules(batch=batch)).active():
+        traced = jax.make_jaxpr(partial(run_experts, expert_mlp))(x, ids, jnp.ones((tokens, 2)), *arrays)
+    assert ("all_to_all" in str(traced)) == travels
+
+
 @pytest.mark.parametrize("mesh", ["expert=2,tensor=4", "expert=4,tensor=2", "expert=8"])
 @pytest.mark.parametrize(
     ("dispatch", "few_rows"), [("replicated", 0), ("all_to_all", 0), ("all_to_all", sharding.experts.FEW_ROWS)]
