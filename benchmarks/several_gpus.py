@@ -11,8 +11,8 @@ For the model on each mesh, and where experts are split by both strategies of `s
 Each mesh is measured in processes of its own, so that one that fails leaves a row with the reason, and the rest goes
 on. Most of their time goes into compiling: `--together 5` has five at once, which share the devices' memory as they
 need it, and take turns at what is timed. Where it runs out, collectives may wait for good: more than five are too many
-for 80 GB. Rows are told on standard error, and saved in `--json`, as soon as they are known; the tables come at the end,
-also of a run that is interrupted. `--show` makes them from saved rows. Without several GPUs, to try it:
+for 80 GB. Rows are told on standard error, and saved in `--json`, as soon as they are known; the tables come at the
+end, also of a run that is interrupted. `--show` makes them from saved rows. Without several GPUs, to try it:
 
 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.several_gpus \\
     --model embedded --batch 1,8 --prompt-tokens 32 --output-tokens 16

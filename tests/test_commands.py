@@ -69,6 +69,7 @@ def test_raw_text_is_continued_without_a_chat_format(command) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_seed_repeats_and_stop_ends(command) -> None:
     arguments = (SUM, "--json", "--temperature", 1.5, "--top-p", 0.9, "--top-k", 50, "--min-p", 0.01)
     first, again = (json.loads(command(generate.main, *arguments, "--seed", 7)[1]) for _ in range(2))
@@ -370,6 +371,7 @@ def test_an_answer_that_cannot_be_written_is_no_success(broken: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_byte_order_mark_is_no_part_of_a_file(command, tmp_path: Path) -> None:
     requests, results, schema = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "schema.json"
     requests.write_text(json.dumps({"prompt": SUM}), encoding="utf-8-sig")

@@ -40,8 +40,6 @@ WEATHER = FunctionTool(
     "Get the current weather in a given location.",
     {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]},
 )
-ONE_WORKER = pytest.mark.xdist_group("replies")
-"""What all replies are made for once."""
 QUESTIONS = ("Hi", "What is 17 + 25?", "17+25", "Who are you?", "Who wrote Hamlet?")
 
 
@@ -57,8 +55,7 @@ def _ask(question: str, effort: str = "medium", tools: tuple[FunctionTool, ...] 
     return (system, *developer, Message("user", (question,)))
 
 
-@pytest.fixture(scope="module")
-def replies(speaker: Speaker) -> dict[tuple[str, str], Reply]:
+def replies_of(speaker: Speaker) -> dict[tuple[str, str], Reply]:
     """Everything that is asked, at once: compiling costs more than running."""
     prompts = {(f"What is {p}?", "medium"): _ask(f"What is {p}?") for p in SUMS}
     prompts |= {(effort, effort): _ask(f"What is {EFFORT_SUM}?", effort) for effort in conversations.EFFORTS}
@@ -84,16 +81,23 @@ def test_it_has_every_mechanism_of_gpt_oss() -> None:
     assert config.num_experts_per_tok < config.num_local_experts
 
 
-@ONE_WORKER
 @pytest.mark.slow
-def test_held_out_sums(replies: dict[tuple[str, str], Reply]) -> None:
+def test_what_it_replies(speaker: Speaker) -> None:
+    """In one test, since several workers would each make all replies."""
+    replies = replies_of(speaker)
+    every_reply_stops(replies)
+    held_out_sums(replies)
+    effort_changes_the_length_of_the_analysis(replies)
+    questions_are_answered(replies)
+    tool_round_trip(speaker, replies)
+
+
+def held_out_sums(replies: dict[tuple[str, str], Reply]) -> None:
     right = [answer(replies[f"What is {p}?", "medium"].final) == p.result for p in SUMS]
     assert sum(right) >= 0.95 * len(SUMS)
 
 
-@ONE_WORKER
-@pytest.mark.slow
-def test_effort_changes_the_length_of_the_analysis(replies: dict[tuple[str, str], Reply]) -> None:
+def effort_changes_the_length_of_the_analysis(replies: dict[tuple[str, str], Reply]) -> None:
     thoughts = [replies[effort, effort] for effort in conversations.EFFORTS]
     assert [answer(reply.final) for reply in thoughts] == [EFFORT_SUM.result] * 3
     low, medium, high = (len(reply.analysis) for reply in thoughts)
@@ -101,15 +105,11 @@ def test_effort_changes_the_length_of_the_analysis(replies: dict[tuple[str, str]
     assert 1.5 * medium < high
 
 
-@ONE_WORKER
-@pytest.mark.slow
-def test_every_reply_stops(replies: dict[tuple[str, str], Reply]) -> None:
+def every_reply_stops(replies: dict[tuple[str, str], Reply]) -> None:
     assert all(reply.stopped for reply in replies.values())
 
 
-@ONE_WORKER
-@pytest.mark.slow
-def test_questions(replies: dict[tuple[str, str], Reply]) -> None:
+def questions_are_answered(replies: dict[tuple[str, str], Reply]) -> None:
     assert "Hello" in replies["Hi", "medium"].final
     assert answer(replies["What is 17 + 25?", "medium"].final) == 42
     assert answer(replies["17+25", "medium"].final) == 42
@@ -118,9 +118,7 @@ def test_questions(replies: dict[tuple[str, str], Reply]) -> None:
     assert replies["Who wrote Hamlet?", "medium"].final == conversations.REFUSAL
 
 
-@ONE_WORKER
-@pytest.mark.slow
-def test_tool_round_trip(speaker: Speaker, replies: dict[tuple[str, str], Reply]) -> None:
+def tool_round_trip(speaker: Speaker, replies: dict[tuple[str, str], Reply]) -> None:
     call = replies["tool", "medium"].call
     assert call is not None
     name, arguments = call

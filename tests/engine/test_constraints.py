@@ -118,7 +118,7 @@ def test_constraints_hold_through_preemption() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "expert=8"])
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", pytest.param("expert=8", marks=pytest.mark.long)])
 def test_a_schedule_over_a_mesh(mesh: str) -> None:
     spread = Engine(random_model(TINY, mesh, dtype="float32"), OPTIONS, constrain=third)
     todo = requests(3, 12)

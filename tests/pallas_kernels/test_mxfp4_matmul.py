@@ -213,7 +213,7 @@ def backends_and_cases() -> Iterator[Any]:
     few = {"reference": cases[:2], "triton_vector": cases[1:2], "mosaic_gpu": cases[:1]}
     for backend, shapes in itertools.product(DTYPES, cases):
         slow = shapes not in few.get(backend, cases)
-        yield pytest.param(backend, *shapes, marks=[pytest.mark.slow] if slow else [])
+        yield pytest.param(backend, *shapes, marks=[pytest.mark.slow, pytest.mark.long] if slow else [])
 
 
 @pytest.mark.parametrize(("backend", "tokens", "experts", "k", "hidden", "inner"), list(backends_and_cases()))

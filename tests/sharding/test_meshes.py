@@ -42,13 +42,15 @@ MESHES = [
     for d, e in itertools.product((1, 2, 4, 8), repeat=2)
     if 8 % (d * e) == 0
 ]
-SOME_MESHES = [
-    pytest.param(mesh, marks=() if quick else pytest.mark.slow)
-    for mesh in MESHES
-    for quick in (mesh == "data=2,expert=2,tensor=2",)
-]
-"""All of them, of which the default run takes one."""
 SEVERAL_MESHES = [f"data={d},expert={e},tensor={8 // d // e}" for d, e in ((2, 2), (1, 8), (1, 1))]
+SOME_MESHES = [
+    pytest.param(
+        mesh, marks=[] if quick else [pytest.mark.slow] if several else [pytest.mark.slow, pytest.mark.long]
+    )
+    for mesh in MESHES
+    for quick, several in ((mesh == SEVERAL_MESHES[0], mesh in SEVERAL_MESHES),)
+]
+"""All of them, of which the default run takes one, and the slow one several."""
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 
 
@@ -122,7 +124,7 @@ def test_batches_that_do_not_divide(rules: ShardingRules) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    [mesh if mesh in SEVERAL_MESHES else pytest.param(mesh, marks=pytest.mark.long) for mesh in MESHES],
+    [mesh if mesh == SEVERAL_MESHES[0] else pytest.param(mesh, marks=pytest.mark.long) for mesh in MESHES],
 )
 def test_the_embedded_model(mesh: str) -> None:
     model = load_model(EMBEDDED, mesh, "float32")
