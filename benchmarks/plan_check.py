@@ -105,7 +105,7 @@ def run(
 def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dict[str, Any]]:
     """The compiled step, its arguments after it has run, and the bytes that were in use before, at most and by plan."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.engine.compiling import compiler_options
@@ -127,8 +127,13 @@ def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dic
     _, weights = Structure.of(model)
     shape = cache_shape(partition, options.batch, options.context)
     cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)
-    last = jnp.zeros(step.state.last.shape, jnp.int32, device=step.state.last.sharding)
-    state, inputs = DeviceState(cache, last), late_inputs(step.inputs, shape.slots, options.context)
+    # Tokens that are all alike would choose the same experts, and few would be read.
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, config.vocab_size, step.state.last.shape, np.int32)
+    state = DeviceState(cache, jax.device_put(drawn, step.state.last.sharding))
+    inputs = late_inputs(step.inputs, shape.slots, options.context)
+    prompts = rng.integers(0, config.vocab_size, inputs.prefill_tokens.shape, np.int32)
+    inputs = dataclasses.replace(inputs, prefill_tokens=prompts)
     jax.block_until_ready((weights, state))
     before = stats()
     for _ in range(ALONE):

@@ -65,6 +65,6 @@ def expected_seconds(
 
 def _expected_of_collectives(topology: Topology, reached: Reached, taken: Collectives) -> float:
     links = topology.seconds(taken.op, taken.num_bytes, taken.group)
-    if taken.op == "all-to-all":
+    if taken.op.endswith("all-to-all"):
         return taken.count * reached.exchange_latency + links
     return taken.count * reached.collective_latency + links / reached.link_share
