@@ -195,7 +195,7 @@ def _throughput(options: argparse.Namespace) -> int:
     _check_room(model, named, longest.prompt_tokens, longest.output_tokens)
     engine = Engine(model, engine_options, eos_token_ids=())
     engine.warm_up(rehearse=None if options.warm_up else lambda: rehearse(engine, params, arrivals))
-    _progress(f"{len(arrivals)} requests, until nothing is left to compile, and so {options.repeats} times")
+    _progress(f"{len(arrivals)} requests, run until nothing is left to compile; {options.repeats} such runs count")
     one = repeated([measure(engine, params, arrivals, options.seed + i) for i in range(options.repeats)])
     if options.plot:
         report.plot_throughput(one, options.plot)
