@@ -56,7 +56,6 @@ def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
     assert all(seconds > 0 for seconds in row["sampling"].values())
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_every_way_to_choose_tokens_is_measured(command, config: Path) -> None:
     code, out, _ = command(bench.main, "latency", "--model", config, "--repeats", "1", "--sampling", *FAST)

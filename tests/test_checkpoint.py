@@ -503,9 +503,7 @@ def test_padding_must_hold_what_is_stored() -> None:
         WeightSpec("w", (4, 4), (None, None), stored_shape=(4, 5))
 
 
-@pytest.mark.parametrize(
-    "implementation", [pytest.param("threefry2x32", marks=[pytest.mark.slow, pytest.mark.long]), "rbg"]
-)
+@pytest.mark.parametrize("implementation", [pytest.param("threefry2x32", marks=pytest.mark.long), "rbg"])
 def test_random_weights_depend_on_neither_sharding_nor_padding(implementation: str) -> None:
     """In a process of its own, with eight devices."""
     result = subprocess.run(

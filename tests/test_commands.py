@@ -68,7 +68,6 @@ def test_raw_text_is_continued_without_a_chat_format(command) -> None:
     assert raw["messages"] == []
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_seed_repeats_and_stop_ends(command) -> None:
     arguments = (SUM, "--json", "--temperature", 1.5, "--top-p", 0.9, "--top-k", 50, "--min-p", 0.01)
@@ -370,7 +369,6 @@ def test_an_answer_that_cannot_be_written_is_no_success(broken: str) -> None:
     assert ended.stderr.splitlines()[-1].startswith("error: standard output: ")
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_byte_order_mark_is_no_part_of_a_file(command, tmp_path: Path) -> None:
     requests, results, schema = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "schema.json"

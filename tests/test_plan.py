@@ -345,7 +345,6 @@ def few_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_aot
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("topology", "mesh"), [("v5e:2x4", "expert=2,tensor=4"), ("h100:1x1x8", "data=2,expert=2,tensor=2")]

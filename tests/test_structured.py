@@ -175,7 +175,6 @@ def test_forms_hold_through_preemption() -> None:
     assert load.preemptions > 0
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_an_answer_is_the_same_in_any_company() -> None:
     together, _ = run(BATCH)

@@ -133,7 +133,6 @@ def test_prefixes_are_taken_up() -> None:
     assert events[0].cached_tokens >= len(prompt) - 2 * OPTIONS.page_size
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "data=4,tensor=2", "expert=8"])
 def test_a_mesh_gives_the_same_tokens(mesh: str) -> None:
@@ -160,7 +159,6 @@ def test_guessed_tokens_change_nothing() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_rounds_of_decode_steps_change_nothing() -> None:
     in_rounds = engine(dataclasses.replace(OPTIONS, decode_rounds=4))
     requests = {str(i): (p, greedy(5 + 6 * i)) for i, p in enumerate(prompts(8, 5))}

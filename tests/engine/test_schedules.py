@@ -108,7 +108,6 @@ def test_a_soak_leaves_nothing_behind() -> None:
     assert_soaked(requests, out, cancelled, dataclasses.asdict(engine.load))
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_soak_over_a_mesh() -> None:
     model = random_model(TINY, "data=2,expert=2,tensor=2", dtype="float32")
@@ -120,7 +119,6 @@ def test_a_soak_over_a_mesh() -> None:
     assert_soaked(requests, out, cancelled, dataclasses.asdict(engine.load))
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_soak_over_two_processes() -> None:
     found = over_two_processes("--mesh", "data=2,expert=2,tensor=2", "--seed", "8", "--soak", "100")

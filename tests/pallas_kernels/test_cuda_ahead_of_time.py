@@ -37,7 +37,7 @@ SLOW = pytest.mark.slow
 CARDS = [
     "h100",
     pytest.param("a100", marks=SLOW),
-    *(pytest.param(card, marks=[SLOW, pytest.mark.long]) for card in ("l40", "b200")),
+    *(pytest.param(card, marks=pytest.mark.long) for card in ("l40", "b200")),
 ]
 
 
@@ -142,7 +142,7 @@ def test_paged_attention(card: Mesh, batch: int, length: int, page_size: int, pa
         pytest.param(jnp.bfloat16, jnp.float32, 512, marks=SLOW),
         pytest.param(jnp.float32, jnp.float32, 1, marks=SLOW),
         pytest.param(jnp.float32, jnp.float32, 512, marks=SLOW),
-        pytest.param(jnp.float32, jnp.bfloat16, 512, marks=[SLOW, pytest.mark.long]),
+        pytest.param(jnp.float32, jnp.bfloat16, 512, marks=pytest.mark.long),
         pytest.param(jnp.float32, jnp.float8_e4m3fn, 1, marks=SLOW),
     ],
 )

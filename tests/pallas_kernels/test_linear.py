@@ -8,7 +8,7 @@ from pallas_kernels.linear import linear
 from pallas_kernels.linear.triton import pieces
 
 BACKENDS = ("triton", "reference")
-EXAMPLES = pytest.mark.parametrize("examples", [3, pytest.param(15, marks=[pytest.mark.slow, pytest.mark.long])])
+EXAMPLES = pytest.mark.parametrize("examples", [3, pytest.param(15, marks=pytest.mark.long)])
 
 
 def array(value: np.ndarray | None) -> jnp.ndarray | None:

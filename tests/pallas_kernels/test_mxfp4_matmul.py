@@ -208,12 +208,12 @@ def test_tpu_kernels_unpack_every_byte_exactly(float4: bool) -> None:
 
 
 def backends_and_cases() -> Iterator[Any]:
-    """Each backend with each shape; slow are all but a few where others show the same, or interpreting is slow."""
+    """Each backend with each shape; long are all but a few where others show the same, or interpreting is slow."""
     cases = [(1, 5, 2, 96, 32), (3, 4, 2, 64, 96), (9, 9, 4, 160, 64), (40, 3, 2, 288, 160), (130, 2, 1, 64, 32)]
     few = {"reference": cases[:2], "triton_vector": cases[1:2], "mosaic_gpu": cases[:1]}
     for backend, shapes in itertools.product(DTYPES, cases):
         slow = shapes not in few.get(backend, cases)
-        yield pytest.param(backend, *shapes, marks=[pytest.mark.slow, pytest.mark.long] if slow else [])
+        yield pytest.param(backend, *shapes, marks=pytest.mark.long if slow else ())
 
 
 @pytest.mark.parametrize(("backend", "tokens", "experts", "k", "hidden", "inner"), list(backends_and_cases()))
@@ -251,7 +251,7 @@ def test_a_result_of_another_dtype_is_not_rounded_before(backend: str, tokens: i
         ("triton", 2),
         ("triton_vector", 2),
         ("mosaic_tpu", 2),
-        *(pytest.param(backend, 8, marks=[pytest.mark.slow, pytest.mark.long]) for backend in DTYPES),
+        *(pytest.param(backend, 8, marks=pytest.mark.long) for backend in DTYPES),
     ],
 )
 def test_any_routing_equals_a_dense_computation(backend: str, examples: int) -> None:

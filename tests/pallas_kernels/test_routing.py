@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.routing import route
 
-EXAMPLES = pytest.mark.parametrize("examples", [3, pytest.param(15, marks=[pytest.mark.slow, pytest.mark.long])])
+EXAMPLES = pytest.mark.parametrize("examples", [3, pytest.param(15, marks=pytest.mark.long)])
 
 
 def kernel_equals_reference(seed: int, tokens: int, experts: int, k: int, hidden: int) -> None:

@@ -44,9 +44,7 @@ MESHES = [
 ]
 SEVERAL_MESHES = [f"data={d},expert={e},tensor={8 // d // e}" for d, e in ((2, 2), (1, 8), (1, 1))]
 SOME_MESHES = [
-    pytest.param(
-        mesh, marks=[] if quick else [pytest.mark.slow] if several else [pytest.mark.slow, pytest.mark.long]
-    )
+    pytest.param(mesh, marks=() if quick else pytest.mark.slow if several else pytest.mark.long)
     for mesh in MESHES
     for quick, several in ((mesh == SEVERAL_MESHES[0], mesh in SEVERAL_MESHES),)
 ]
