@@ -1,17 +1,23 @@
-"""The small checkpoints that the tests of reading and of converting share."""
+"""The small checkpoints, and ways to pad and to split their weights, that several tests share."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.layouts import SINGLE_FILE
+from gptoss_jax.weights import WeightSpec
 
 CONFIG = ModelConfig(
     vocab_size=128,
@@ -83,3 +89,36 @@ def write_openai(source: Path, directory: Path, norm_dtype: DTypeLike | None = N
     if (source / "tokenizer.json").exists():
         shutil.copy(source / "tokenizer.json", directory)
     return directory
+
+
+def padded(spec: WeightSpec) -> WeightSpec:
+    """A spec whose intermediate dimension is padded from 96 to 128 in experts, as for tensor parallelism of 4."""
+    padded_sizes = {"expert_gate_up": 256, "expert_intermediate": 128}
+    shape = tuple(padded_sizes.get(axis or "", n) for n, axis in zip(spec.shape, spec.axes, strict=True))
+    return spec if shape == spec.shape else dataclasses.replace(spec, shape=shape, stored_shape=spec.shape)
+
+
+def assert_padded(found: Any, expected: Any) -> None:
+    """What is expected, and zeros around it."""
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        part = tuple(slice(0, n) for n in theirs.shape)
+        ours, theirs = np.array(ours), np.asarray(theirs)
+        np.testing.assert_array_equal(ours[part], theirs)
+        ours[part] = 0
+        assert not ours.any()
+
+
+def sharding_of(mesh: Mesh) -> Callable[[WeightSpec], NamedSharding]:
+    """Experts over `expert`, and rows, heads or vocabulary over `tensor`."""
+    axes = {"experts": "expert", "heads": "tensor", "vocab": "tensor"}
+
+    def sharding(spec: WeightSpec) -> NamedSharding:
+        if "experts.gate_up" in spec.name:
+            return NamedSharding(mesh, PartitionSpec("expert", "tensor"))
+        if spec.name.endswith("experts.down_proj") and spec.packed:
+            return NamedSharding(mesh, PartitionSpec("expert"))
+        if spec.name.endswith("experts.down_proj"):
+            return NamedSharding(mesh, PartitionSpec("expert", None, "tensor"))
+        return NamedSharding(mesh, PartitionSpec(*(axes.get(axis or "") for axis in spec.axes)))
+
+    return sharding

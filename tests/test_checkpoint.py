@@ -26,7 +26,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gptoss_jax import safetensors_file
 from gptoss_jax.checkpoint import open_checkpoint
@@ -37,8 +37,8 @@ from gptoss_jax.layouts import INDEX_FILE, SINGLE_FILE
 from gptoss_jax.model import GptOss, weight_specs
 from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
 from gptoss_jax.safetensors_file import TensorInfo
-from gptoss_jax.weights import WeightSpec, abstract_creator, random_creator
-from tests.checkpoints import CONFIG, PLAIN_CONFIG, write_openai
+from gptoss_jax.weights import WeightSpec, random_creator
+from tests.checkpoints import CONFIG, PLAIN_CONFIG, assert_padded, padded, sharding_of, write_openai
 from tools.convert.convert import convert
 
 GOLDEN = Path(__file__).parent / "golden" / "P1"
@@ -452,22 +452,6 @@ def test_stored_tensors_follow_the_layout() -> None:
 # Padding.
 
 
-def padded(spec: WeightSpec) -> WeightSpec:
-    """A spec whose intermediate dimension is padded from 96 to 128 in experts, as for tensor parallelism of 4."""
-    padded_sizes = {"expert_gate_up": 256, "expert_intermediate": 128}
-    shape = tuple(padded_sizes.get(axis or "", n) for n, axis in zip(spec.shape, spec.axes, strict=True))
-    return spec if shape == spec.shape else dataclasses.replace(spec, shape=shape, stored_shape=spec.shape)
-
-
-def assert_padded(found: Any, expected: Any) -> None:
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        part = tuple(slice(0, n) for n in theirs.shape)
-        ours, theirs = np.array(ours), np.asarray(theirs)
-        np.testing.assert_array_equal(ours[part], theirs)
-        ours[part] = 0
-        assert not ours.any()
-
-
 @pytest.mark.parametrize("layout", ["single", "plain", "openai", "openai_plain", "orbax"])
 def test_padding_reads_as_zeros(checkpoints: dict[str, Path], tmp_path: Path, layout: str) -> None:
     directory = checkpoints["single" if layout == "orbax" else layout]
@@ -498,61 +482,7 @@ def test_padding_reads_as_zeros(checkpoints: dict[str, Path], tmp_path: Path, la
         assert not checkpoint.read(name, (slice(140, 150),), shape=(150, 80)).any()
 
 
-def test_padding_must_hold_what_is_stored() -> None:
-    with pytest.raises(ValueError, match="does not fit"):
-        WeightSpec("w", (4, 4), (None, None), stored_shape=(4, 5))
-
-
-@pytest.mark.parametrize("implementation", [pytest.param("threefry2x32", marks=pytest.mark.long), "rbg"])
-def test_random_weights_depend_on_neither_sharding_nor_padding(implementation: str) -> None:
-    """In a process of its own, with eight devices."""
-    result = subprocess.run(
-        [sys.executable, __file__, "random", implementation],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "same" in result.stdout
-
-
-def random_weights(implementation: str) -> None:
-    key = jax.random.key(3, impl=implementation)
-    whole = random_creator(key)
-    for shape in ((4, 2), (2, 4)):
-        mesh = Mesh(np.array(jax.devices()).reshape(shape), ("expert", "tensor"))
-        place = sharding_of(mesh)
-        sharded, abstract = random_creator(key, sharding=place), abstract_creator(sharding=place)
-        for spec in [spec for spec in weight_specs(CONFIG) if re.search(r"layers\.0\.mlp|embed", spec.name)]:
-            for wanted in {spec, padded(spec)}:
-                found = sharded(wanted)
-                assert_padded(found, whole(spec))
-                assert_padded(whole(wanted), whole(spec))
-                leaves = zip(jax.tree.leaves(found), jax.tree.leaves(abstract(wanted)), strict=True)
-                for array, declared in leaves:
-                    assert (array.shape, array.dtype) == (declared.shape, declared.dtype)
-                    assert array.sharding.is_equivalent_to(declared.sharding, array.ndim)
-                    assert array.sharding.is_equivalent_to(place(wanted), array.ndim)
-    print("same")
-
-
 # Shards.
-
-
-def sharding_of(mesh: Mesh) -> Callable[[WeightSpec], NamedSharding]:
-    axes = {"experts": "expert", "heads": "tensor", "vocab": "tensor"}
-
-    def sharding(spec: WeightSpec) -> NamedSharding:
-        if "experts.gate_up" in spec.name:
-            return NamedSharding(mesh, PartitionSpec("expert", "tensor"))
-        if spec.name.endswith("experts.down_proj") and spec.packed:
-            return NamedSharding(mesh, PartitionSpec("expert"))
-        if spec.name.endswith("experts.down_proj"):
-            return NamedSharding(mesh, PartitionSpec("expert", None, "tensor"))
-        return NamedSharding(mesh, PartitionSpec(*(axes.get(axis or "") for axis in spec.axes)))
-
-    return sharding
 
 
 def one_process(address: str, process: int, directory: str) -> None:
@@ -605,7 +535,4 @@ def test_each_process_reads_its_own_shards(checkpoints: dict[str, Path], layout:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "random":
-        random_weights(sys.argv[2])
-    else:
-        one_process(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    one_process(sys.argv[1], int(sys.argv[2]), sys.argv[3])
