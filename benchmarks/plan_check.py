@@ -108,7 +108,7 @@ def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dic
     import numpy as np
 
     from gptoss_jax.config import ModelConfig
-    from gptoss_jax.engine.compiling import compiler_options
+    from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
     from gptoss_jax.engine.step import DeviceState, Structure
     from gptoss_jax.kv_cache import KVCache
     from gptoss_jax.loading import random_model
@@ -123,7 +123,8 @@ def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dic
         step = decode_step(config, partition, options.batch, options.context)
     else:
         step = prefill_step(config, partition, options.batch, options.context, options.chunk)
-    compiled = step.lower().compile(compiler_options())
+    graphed = options.step == "decode" and graphs_collectives(partition.mesh)
+    compiled = step.lower().compile(compiler_options(collectives=graphed))
     _, weights = Structure.of(model)
     shape = cache_shape(partition, options.batch, options.context)
     cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from jax.sharding import Mesh
+
 from pallas_kernels import current_platform
 
-GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE")
-
+GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "CONDITIONAL")
+"""What XLA may put into device graphs of any program."""
 
 _others: dict[str, str | bool] = {}
 
@@ -15,17 +17,28 @@ def also_compile_with(options: dict[str, str | bool]) -> None:
     _others.update(options)
 
 
-def compiler_options() -> dict[str, str | bool] | None:
+def graphs_collectives(mesh: Mesh | None) -> bool:
+    """Whether collectives on the mesh can be in device graphs: on the NVIDIA GPUs of one process."""
+    return current_platform() == "cuda" and mesh is not None and mesh.size > 1 and not mesh.is_multi_process
+
+
+def compiler_options(*, collectives: bool = False) -> dict[str, str | bool] | None:
     """What XLA is told beyond its defaults, None for nothing.
 
     On NVIDIA GPUs, to put loops and branches into device graphs too. Else the host waits for each one's condition,
     0.7 ms a step on an H100, and cannot run ahead. And not to try a second code generator for each of its own kernels:
     for sampling of many rows that takes more than a minute, and what is worth tuning is in kernels of this project.
+
+    With `collectives` they are put there instead of loops, since CUDA takes no graph with both: for programs that are
+    launched again and again (making a graph takes longer than to launch what is in it once), and whose loops have
+    lengths that the host knows. NCCL's are used, as XLA's own kernels for small ones cannot be in a graph.
     """
     options: dict[str, str | bool] = {}
     if current_platform() == "cuda":
         options = {
-            "xla_gpu_enable_command_buffer": ",".join(GRAPHED),
+            "xla_gpu_enable_command_buffer": ",".join((*GRAPHED, "COLLECTIVES" if collectives else "WHILE")),
             "xla_gpu_experimental_enable_fusion_autotuner": False,
         }
+        if collectives:
+            options["xla_gpu_experimental_use_collective_kernels"] = ""
     return options | _others or None

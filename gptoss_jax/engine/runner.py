@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine.adjusting import Adjustments, Penalties
-from gptoss_jax.engine.compiling import compiler_options
+from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
 from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.packing import Packed
@@ -345,12 +345,19 @@ class Runner:
         if (run, kind) not in self._programs:
             cuts = dataclasses.replace(kind, sampling="cut")
             # Nearly as fast: any choosing is, beside chunks or in a step that is rare.
+            graphed = self._graphs_collectives(kind)
             does = kind.sampling == "draw" or kind.prefills or kind.rounds < self._rounds
-            if does and (run, cuts) in self._programs:
+            if does and not graphed and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
             traced = _computed_by(self._kernels, partial(run, of, kind))
-            self._programs[run, kind] = jax.jit(traced, donate_argnums=1, compiler_options=compiler_options())
+            options = compiler_options(collectives=graphed)
+            self._programs[run, kind] = jax.jit(traced, donate_argnums=1, compiler_options=options)
         return self._programs[run, kind]
+
+    def _graphs_collectives(self, kind: StepKind) -> bool:
+        """Whether its collectives are in device graphs: where many steps are alike, and no loop ends by logits."""
+        usual = not kind.prefills and kind.rounds == self._rounds and kind.sampling != "cut"
+        return usual and graphs_collectives(self._partition.mesh)
 
     def kinds(self) -> Iterator[StepKind]:
         """The kinds of step that requests with plain settings can need."""
@@ -360,6 +367,8 @@ class Runner:
         # Few sequences that decode, or none, cost little beside several chunks.
         mixed = [(count, *own) for own in chunks for count in ([0, *beside] if own[0] == 1 else beside)]
         ways: set[tuple[int, Means]] = {(self._rounds, "greedy"), (self._rounds, "cut"), (1, "cut")}
+        if graphs_collectives(self._partition.mesh):
+            ways.add((self._rounds, "draw"))
         for pages, drafts in itertools.product(self._page_counts, sorted({0, self._drafts})):
             for count, (rounds, sampling) in itertools.product(limits.decodes(beside_chunks=False), sorted(ways)):
                 yield StepKind(count, 0, 1, pages, drafts, rounds, sampling=sampling)
