@@ -165,6 +165,7 @@ def memory(rows: list[Row], _: int) -> list[str]:
 
     def cells(row: Row) -> list[str]:
         early = row.get("peak") is not None and row["peak"] == row.get("peak_before")
+        waits = row.get("dispatch_seconds", 0.0) > 0.9 * row.get("seconds", 1.0)
         return [
             *_case(row),
             row["step"],
@@ -175,8 +176,8 @@ def memory(rows: list[Row], _: int) -> list[str]:
             row.get("planned_by", ""),
             _ms(row.get("planned_link_seconds")),
             _ms(row.get("planned_seconds")),
-            _ms(row.get("seconds")),
-            _differs(row.get("seconds_differ"), TIME_DIFFERS),
+            _ms(row.get("seconds")) + (" (waits for the host)" if waits else ""),
+            _differs(None if waits else row.get("seconds_differ"), TIME_DIFFERS),
         ]
 
     notes = [

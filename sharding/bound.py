@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from sharding.program import Collectives
-from sharding.topologies import Reached, Topology
+from sharding.topologies import Topology
 
 Resource = Literal["compute", "memory", "links"]
 
@@ -43,28 +43,30 @@ def lower_bound(topology: Topology, flops: float, num_bytes: float, collectives:
 
 
 def expected_seconds(
-    topology: Topology, layers: int, flops: float, num_bytes: float, collectives: Iterable[Collectives]
+    topology: Topology,
+    layers: int,
+    flops: float,
+    num_bytes: float,
+    collectives: Iterable[Collectives],
+    *,
+    grouped: bool,
 ) -> float | None:
     """What a program of so many layers is expected to take on each device; None if nothing was measured there.
 
     All parts are added up: kernels run one after the other, each bound by something else. Operations, bytes and
-    collectives are those of `lower_bound`.
+    collectives are those of `lower_bound`, the bytes of the device that has most; `grouped` is whether experts have
+    several tokens.
     """
     facts = topology.facts
     reached = facts.reached
     if reached is None:
         return None
     taken = [c for c in collectives if not c.conditional and len(c.group) > 1]
-    alone = (
-        layers * reached.layer_seconds
+    links = sum(topology.seconds(c.op, c.num_bytes, c.group) for c in taken)
+    return (
+        layers * (reached.layer_seconds + grouped * reached.grouped_seconds)
         + num_bytes / (facts.memory_bandwidth * reached.memory_share)
         + flops / (facts.bf16_flops * reached.compute_share)
+        + sum(c.count for c in taken) * reached.collective_latency
+        + links / reached.link_share
     )
-    return alone + sum(_expected_of_collectives(topology, reached, c) for c in taken)
-
-
-def _expected_of_collectives(topology: Topology, reached: Reached, taken: Collectives) -> float:
-    links = topology.seconds(taken.op, taken.num_bytes, taken.group)
-    if taken.op.endswith("all-to-all"):
-        return taken.count * reached.exchange_latency + links
-    return taken.count * reached.collective_latency + links / reached.link_share

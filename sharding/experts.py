@@ -51,8 +51,8 @@ EXCHANGING_DEVICES = 8
 """From this many devices of the expert axis, `auto` may prefer the all-to-all.
 
 A token's choices in bfloat16 and their float32 results, with the room around them, are then fewer bytes than the token
-for every device and its float32 sum. On four H100s decoding took 2.8 and 1.9 times as long with it for 1 and 8
-sequences, and prefill 4 times (benchmarks/RESULTS.md).
+for every device and its float32 sum. On four H100s decoding took 2.0, 1.1, 1.1 and 1.0 times as long
+with it for 1, 8, 64 and 256 sequences, and prefill 1.1 times (benchmarks/RESULTS.md).
 """
 
 TOKENS_A_DEVICE = 16

@@ -41,16 +41,16 @@ class Reached:
     """What programs get out of a device, measured; `bound.expected_seconds` says how it adds up.
 
     `layer_seconds` is what a layer of a model takes beside its bytes and operations, for starting its kernels one
-    after the other, and `collective_latency` likewise of each collective, in seconds; `exchange_latency` is that of an
-    all-to-all, with what is done around it. The shares are of the data sheet's rates; exchanges were too few to tell
-    a share of the links' from it. `source` tells how it was measured.
+    after the other, `grouped_seconds` what it takes more where tokens are grouped by expert, and `collective_latency`
+    likewise of each collective, in seconds. The shares are of the data sheet's rates. `source` tells how they were
+    measured.
     """
 
     layer_seconds: float
+    grouped_seconds: float
     memory_share: float
     compute_share: float
     collective_latency: float
-    exchange_latency: float
     link_share: float
     source: str
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.benching.ceilings import median_seconds
-from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
+from gptoss_jax.engine.compiling import compiler_options
 from sharding.program import Collectives
 
 Operation = Callable[[jax.Array, tuple[str, ...], int], jax.Array]
@@ -41,8 +41,7 @@ def alone_seconds(
         arrays = [jnp.ones(_elements(c, mesh) * mesh.size, jnp.float32, device=everywhere) for c in taken]
 
         def compiled(talking: bool) -> jax.stages.Compiled:
-            options = compiler_options(collectives=graphs_collectives(mesh))
-            return _program(mesh, taken, talking).lower(*arrays).compile(compiler_options=options)
+            return _program(mesh, taken, talking).lower(*arrays).compile(compiler_options=compiler_options())
 
         with ThreadPoolExecutor() as pool:
             programs = list(pool.map(compiled, (True, False)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
@@ -69,12 +70,16 @@ class _Seen:
 
 
 def measure(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival], seed: int) -> Throughput:
-    """Run the requests until a run compiles nothing, which counts, but at most `MOST_RUNS` times. Raises UsageError."""
+    """Run the requests until a run compiles nothing, which counts, but at most `MOST_RUNS` times. Raises UsageError.
+
+    What does not count is told on standard error.
+    """
     rng = np.random.default_rng(seed)
     for _ in range(MOST_RUNS):
         one = _measured(engine, params, arrivals, rng)
         if not one.compiled:
             break
+        print(f"  {one.seconds:.1f} s, in which {one.compiled} kinds of step were compiled", file=sys.stderr)
     return one
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,17 @@ class Load:
 @dataclasses.dataclass(frozen=True)
 class Work:
     """Per device: bf16 operations, bytes of weights that are read (experts: as many as uniform routing touches), and
-    bytes of keys and values."""
+    bytes of keys and values.
+
+    `uneven_bytes` are those of the experts that the device on which most are touched is expected to read beyond that:
+    all others wait for it. `grouped` is whether several tokens share the experts, which are then grouped by expert.
+    """
 
     flops: float
     weight_bytes: float
     cache_bytes: float
+    uneven_bytes: float = 0.0
+    grouped: bool = False
 
     @property
     def num_bytes(self) -> float:
@@ -47,6 +54,18 @@ def touched_experts(experts: int, chosen: int, tokens: float) -> float:
     return experts * (1 - (1 - chosen / experts) ** tokens)
 
 
+def uneven_share(experts: int, devices: int, touched: float) -> float:
+    """How many more experts than on average the device with the most touches, as a share of these.
+
+    `touched` is the share of all experts that are: of as many draws on each device about the largest of `devices`
+    normal ones (Blom's approximation of its mean).
+    """
+    if devices == 1 or not touched:
+        return 0.0
+    largest = statistics.NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
+    return min(largest * math.sqrt((1 - touched) * devices / (touched * experts)), 1 / touched - 1)
+
+
 def work_of(config: ModelConfig, partition: Partition, load: Load, dtype: DTypeLike = jnp.bfloat16) -> Work:
     """The work of one call on the busiest device."""
     sequences = _share(load.sequences, partition, "batch")
@@ -56,7 +75,8 @@ def work_of(config: ModelConfig, partition: Partition, load: Load, dtype: DTypeL
     itemsize = jnp.dtype(dtype).itemsize
     touched = touched_experts(config.num_local_experts, config.num_experts_per_tok, routed)
     touched /= config.num_local_experts
-    flops = weight_bytes = 0.0
+    uneven = uneven_share(config.num_local_experts, partition.degree("experts"), touched)
+    flops = weight_bytes = uneven_bytes = 0.0
     for spec in weight_specs(config):
         held, size = local_size(place(spec, partition), partition), 0.0
         packed = held / 2 + held / GROUP
@@ -66,13 +86,14 @@ def work_of(config: ModelConfig, partition: Partition, load: Load, dtype: DTypeL
         size = packed if spec.packed else held * itemsize
         if spec.axes[0] == "experts":
             size *= touched
+            uneven_bytes += uneven * size
             per_token = routed * config.num_experts_per_tok / config.num_local_experts
         else:
             per_token = rows if spec.name.startswith("lm_head") else tokens
         weight_bytes += size
         flops += 2 * held * per_token if len(spec.shape) > 1 else 0
     scores, cache_bytes = _attention(config, partition, load, sequences, itemsize)
-    return Work(flops + scores, weight_bytes, cache_bytes)
+    return Work(flops + scores, weight_bytes, cache_bytes, uneven_bytes, routed > 1)
 
 
 def local_size(spec: WeightSpec, partition: Partition) -> float:

@@ -1,0 +1,52 @@
+"""What XLA is told for GPUs, where no test can run."""
+
+import pytest
+
+from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
+from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.step import StepKind
+from gptoss_jax.loading import random_model
+from pallas_kernels import platform
+from sharding import make_mesh
+from tests.engine.schedules import TINY
+
+
+def graphed(*, collectives: bool) -> set[str]:
+    with platform("cuda"):
+        options = compiler_options(collectives=collectives)
+    assert options
+    found = options["xla_gpu_enable_command_buffer"]
+    assert isinstance(found, str)
+    return set(found.split(","))
+
+
+def test_graphs_have_loops_or_collectives() -> None:
+    alone, talking = graphed(collectives=False), graphed(collectives=True)
+    assert alone - talking == {"WHILE"}
+    assert talking - alone == {"COLLECTIVES"}
+    assert compiler_options(collectives=True) is None, "a CPU has no graphs"
+
+
+def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:
+    mesh = make_mesh("tensor=2")
+    assert not graphs_collectives(mesh)
+    with platform("cuda"):
+        assert graphs_collectives(mesh)
+        assert not graphs_collectives(make_mesh("data=1"))
+        assert not graphs_collectives(None)
+
+
+@pytest.mark.parametrize("mesh", [None, "tensor=2"])
+def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
+    """Draws without cuts have programs of their own only where these differ by more than the cuts."""
+    engine = Engine(random_model(TINY, mesh, dtype="float32"), EngineOptions(max_batch=4, page_size=4))
+    with platform("cuda"):
+        decodes = [kind for kind in engine._runner.kinds() if not kind.prefills]
+        draws = {kind for kind in decodes if kind.sampling == "draw"}
+        in_graphs = {kind for kind in decodes if engine._runner._graphs_collectives(kind)}
+    assert bool(draws) == (mesh is not None)
+    usual = {kind for kind in decodes if kind.sampling != "cut"}
+    assert in_graphs == (usual if mesh else set())
+    chunk = StepKind(decodes=1, prefills=1, chunk=16, pages=4, sampling="greedy")
+    with platform("cuda"):
+        assert not engine._runner._graphs_collectives(chunk)
