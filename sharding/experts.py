@@ -42,7 +42,7 @@ FEW_ROWS = 4096
 """Up to so many rows on a device, an exchange has room for all tokens there could be."""
 
 FEW_ON_GPUS = 4
-"""Times as many, where the host waits for the number of rounds: prompts of 4096 tokens at once.
+"""Times as many there, where the host waits for the number of rounds: prompts of 4096 tokens at once.
 
 On four H100s prefill of 2048 tokens a step was 1.4 times as fast as in rounds.
 """
@@ -247,8 +247,8 @@ def _device(partition: Partition) -> jax.Device:
 def _has_ragged_all_to_all(device: jax.Device) -> bool:
     """TPUs do, but for v5e slices, whose interconnect cannot route it.
 
-    CPUs lack it, and on NVIDIA GPUs XLA has the host wait for its sizes: rounds with it took 2.5 times as long as
-    without.
+    CPUs lack it, and on NVIDIA GPUs rounds with it took 2.5 times as long as without, most likely since the host waits
+    for its sizes.
     """
     return device.platform == "tpu" and device.device_kind != "TPU v5 lite"
 

@@ -29,9 +29,9 @@ def compiler_options(*, collectives: bool = False) -> dict[str, str | bool] | No
     0.7 ms a step on an H100, and cannot run ahead. And not to try a second code generator for each of its own kernels:
     for sampling of many rows that takes more than a minute, and what is worth tuning is in kernels of this project.
 
-    With `collectives` they are put there instead of loops, since CUDA takes no graph with both: for programs that are
-    launched again and again (making a graph takes longer than to launch what is in it once), and whose loops have
-    lengths that the host knows. NCCL's are used, as XLA's own kernels for small ones cannot be in a graph.
+    With `collectives` they are put there instead of loops, since CUDA refuses a graph of loops with collectives inside:
+    for programs that are launched again and again (prompts, whose steps come once, are read slower so), and whose loops
+    have lengths that the host knows. They are NCCL's: with XLA's own kernels for small ones it was not tried.
     """
     options: dict[str, str | bool] = {}
     if current_platform() == "cuda":
