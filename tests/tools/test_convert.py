@@ -256,8 +256,10 @@ def test_a_living_process_keeps_its_partial_directory(packed: dict[str, Path], t
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
 def test_file_system_that_refuses_to_grow_a_file(packed: dict[str, Path], tmp_path: Path, to: str) -> None:
+    # Nor may it keep bytecode, which would be cut off there: Python does not look at how much was written.
     limit = (
-        "import resource, signal\n"
+        "import resource, signal, sys\n"
+        "sys.dont_write_bytecode = True\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     )
