@@ -57,12 +57,17 @@ def main() -> None:
         seconds = step["least_seconds"], step["expected_seconds"], used["seconds"]
         ms = [f"{1e3 * t:9.2f}" if t else " " * 9 for t in seconds]
         print(f"{name:8} {' '.join(gib)} {difference(total, peak)} {' '.join(ms)} {difference(*seconds[1:])}")
-        if used["dispatch_seconds"] > 0.9 * used["seconds"]:
+        if waits_for_host(used):
             print(
                 f"{name}: the host needs {1e3 * used['dispatch_seconds']:.2f} ms to start a step; the device may wait"
             )
         if peak and used["peak_before"] == peak:
             print(f"{name}: the peak was reached while the weights were made; take a larger --batch or --context")
+
+
+def waits_for_host(used: dict[str, Any]) -> bool:
+    """Whether starting a step takes the host about as long as the step took, which then does not tell the device's."""
+    return used["dispatch_seconds"] > 0.9 * used["seconds"]
 
 
 def difference(planned: float | None, measured: float | None) -> str:

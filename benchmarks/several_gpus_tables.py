@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.plan_check import waits_for_host
+
 GIB = 2**30
 MEMORY_DIFFERS, TIME_DIFFERS = 0.03, 0.25
 """Shares by which the planner may be off before its figure is marked with a !."""
@@ -165,7 +167,7 @@ def memory(rows: list[Row], _: int) -> list[str]:
 
     def cells(row: Row) -> list[str]:
         early = row.get("peak") is not None and row["peak"] == row.get("peak_before")
-        waits = row.get("dispatch_seconds", 0.0) > 0.9 * row.get("seconds", 1.0)
+        waits = "dispatch_seconds" in row and waits_for_host(row)
         return [
             *_case(row),
             row["step"],

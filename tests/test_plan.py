@@ -229,9 +229,8 @@ def error(row: Measured, topology: Topology) -> float:
     # Of whatever operations, their links' time is as long as that of one that sends so many bytes on.
     num_bytes = round(1e-6 * least_us * topology.facts.link_bandwidth)
     collectives = [Collectives("collective-permute", ("expert",), group, False, count, num_bytes)]
-    read = work.num_bytes + work.uneven_bytes
     layers = config.num_hidden_layers
-    found = expected_seconds(topology, layers, work.flops, read, collectives, grouped=work.grouped)
+    found = expected_seconds(topology, layers, work.flops, work.busiest_bytes, collectives, grouped=work.grouped)
     assert found
     return abs(found / (1e-3 * ms) - 1) / (DECODE_WITHIN if tokens == 1 and mesh is None else WITHIN)
 

@@ -19,7 +19,7 @@ def also_compile_with(options: dict[str, str | bool]) -> None:
 
 def graphs_collectives(mesh: Mesh | None) -> bool:
     """Whether collectives on the mesh can be in device graphs: on the NVIDIA GPUs of one process."""
-    return current_platform() == "cuda" and mesh is not None and mesh.size > 1 and not mesh.is_multi_process
+    return mesh is not None and mesh.size > 1 and current_platform() == "cuda" and not mesh.is_multi_process
 
 
 def compiler_options(*, collectives: bool = False) -> dict[str, str | bool] | None:

@@ -344,8 +344,8 @@ class Runner:
         """What runs a kind of step or of its parts; it takes over the state, its second argument."""
         if (run, kind) not in self._programs:
             cuts = dataclasses.replace(kind, sampling="cut")
-            # Nearly as fast: any choosing is, beside chunks or in a step that is rare.
             graphed = self._graphs_collectives(kind)
+            # Nearly as fast: any choosing is, beside chunks or in a step that is rare.
             does = kind.sampling == "draw" or kind.prefills or kind.rounds < self._rounds
             if does and not graphed and (run, cuts) in self._programs:
                 return self._programs[run, cuts]

@@ -229,8 +229,10 @@ def _times(request: Request, work: Work, collectives: Sequence[Collectives]) -> 
     """The least and the expected time of a step."""
     topology, layers = request.topology, request.config.num_hidden_layers
     bound = lower_bound(topology, work.flops, work.num_bytes, collectives)
-    read = work.num_bytes + work.uneven_bytes
-    return bound, expected_seconds(topology, layers, work.flops, read, collectives, grouped=work.grouped)
+    expected = expected_seconds(
+        topology, layers, work.flops, work.busiest_bytes, collectives, grouped=work.grouped
+    )
+    return bound, expected
 
 
 def _costs(compiled: jax.stages.Compiled) -> dict[str, float]:

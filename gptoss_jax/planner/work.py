@@ -40,13 +40,18 @@ class Work:
     flops: float
     weight_bytes: float
     cache_bytes: float
-    uneven_bytes: float = 0.0
-    grouped: bool = False
+    uneven_bytes: float
+    grouped: bool
 
     @property
     def num_bytes(self) -> float:
         """All bytes; activations are negligible beside them."""
         return self.weight_bytes + self.cache_bytes
+
+    @property
+    def busiest_bytes(self) -> float:
+        """Those of the device that all others wait for."""
+        return self.num_bytes + self.uneven_bytes
 
 
 def touched_experts(experts: int, chosen: int, tokens: float) -> float:
