@@ -49,14 +49,16 @@ def table(cells: list[list[str]], head: Sequence[str] = ("model", "mesh", "strat
 
 def logits(rows: list[Row], _: int) -> list[str]:
     head = (
-        *("model", "mesh", "strategy", "one device from float32", "mesh from one device", "within"),
-        *("medians over tokens", "float32: mesh from one device", "median", "tokens unlike"),
+        *("model", "mesh", "strategy", "one device from float32", "mesh from float32"),
+        *("mesh from one device", "within", "medians over tokens"),
+        *("float32: mesh from one device", "median", "tokens unlike"),
     )
 
     def cells(row: Row) -> list[str]:
         within = "yes" if row["within"] else "NO"
-        figures = [_small(row.get("one_from_float32")), _small(row.get("from_one")), within]
-        medians = [_small(row.get(f"median_{name}")) for name in ("one_from_float32", "from_one")]
+        errors = ("one_from_float32", "from_float32", "from_one")
+        figures = [*(_small(row.get(name)) for name in errors), within]
+        medians = [_small(row.get(f"median_{name}")) for name in errors]
         float32 = [_small(row.get(name)) for name in ("float32_from_one", "median_float32_from_one")]
         unlike = f"{row['unlike']} of {row['compared']}" if "unlike" in row else ""
         return [*_case(row), *figures, " / ".join(filter(None, medians)), *float32, unlike]
@@ -64,9 +66,9 @@ def logits(rows: list[Row], _: int) -> list[str]:
     notes = [
         "",
         "Relative errors (norms) of logits in bfloat16; float32 is the reference on the same weights, also on the "
-        "mesh. Within: the mesh is no further from one device than one device from float32. Two that round "
-        "independently would be 1.4 times as far; whether the mesh computes the same is what float32 tells. A token "
-        "of it is unlike where a near-tie in routing went to another expert.",
+        "mesh. Within: the mesh is no further from one device than one device from float32. Whether the mesh computes "
+        "the same is what float32 tells. A token of it is unlike where a near-tie in routing went to another expert. "
+        "Random embeddings are scaled up (LOUDNESS in on_a_mesh.py).",
     ]
     return table([cells(row) for row in rows], head) + notes
 
