@@ -313,7 +313,6 @@ def logits_of(model: GptOss, drawn: np.ndarray, loudness: float | None) -> dict[
         rms = jax.jit(lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))(table)
         model.embed_tokens[...] = table * 2.0 ** round(math.log2(loudness / rms))
     graph, weights = nnx.split(model)
-    model.embed_tokens[...] = table
 
     def compiled(weights: nnx.State, backend: str, precision: str | None) -> Any:
         # Made for the thread: who names the backend and the precision does so in it.
@@ -329,7 +328,10 @@ def logits_of(model: GptOss, drawn: np.ndarray, loudness: float | None) -> dict[
             pool.submit(compiled, exact, "reference", "highest"),
         ]
         own_program, exact_program = (program.result() for program in programs)
-    return {"own": np.asarray(own_program(weights, drawn)), "exact": np.asarray(exact_program(exact, drawn))}
+    found = {"own": np.asarray(own_program(weights, drawn)), "exact": np.asarray(exact_program(exact, drawn))}
+    # Only now: the weights above are the model's own variables.
+    model.embed_tokens[...] = table
+    return found
 
 
 def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
