@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SEQUENCES, LENGTH = 8, 32
 """Tokens whose logits are compared: 206 MB of them with the released vocabulary."""
+
+PARTS = (1, 2, 4, 8)
+"""In how many parts one device computes them, too."""
 
 SUMS = ((17, 25), (3, 4), (120, 7), (99, 1), (640, 228), (15, 15), (402, 399), (8, 761))
 """What the small model is asked to add."""
@@ -258,26 +261,32 @@ def _common(a: list[int], b: list[int]) -> int:
 def logits(job: Job, model: GptOss) -> Row:
     """Relative errors: of the mesh's logits, and of a float32 reference on the same mesh, from one device's.
 
-    Random weights have near-ties in routing, where the last bit decides on another expert: hence medians over the
-    tokens, too, and how many tokens of the float32 reference are unlike.
+    One device computes the sequences also in as many parts as they have on the mesh: which ops compute them, and what
+    is rounded in between, depends on how many tokens there are. Random weights have near-ties in routing, where the
+    last bit decides on another expert: hence medians over the tokens, too, and how many tokens of the float32 reference
+    are unlike.
     """
+    import jax
     import numpy as np
 
     from benchmarks.errors import relative_error
 
     drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, (SEQUENCES, LENGTH), dtype=np.int32)
-    found = logits_of(model, drawn, LOUDNESS if job.model != "embedded" else None)
+    loudness = LOUDNESS if job.model != "embedded" else None
     kept = Path(job.folder) / "logits.npz"
     if job.mesh is None:
+        possible = [n for n in PARTS if n <= jax.device_count()]
         with kept_whole(kept) as path:
-            np.savez(path, **found)  # type: ignore[arg-type]
+            np.savez(path, **logits_of(model, drawn, loudness, possible))  # type: ignore[arg-type]
         return {"part": "logits"}
+    parts = model.partition.degree("batch")
+    found = logits_of(model, drawn, loudness, (1,))
     with np.load(found_by_one(kept)) as one:
-        alone, exact = one["own"], one["exact"]
+        alone, exact = one[f"in {parts}"], one["exact"]
     pairs = {
         "one_from_float32": (alone, exact),
-        "from_one": (found["own"], alone),
-        "from_float32": (found["own"], exact),
+        "from_one": (found["in 1"], alone),
+        "from_float32": (found["in 1"], exact),
         "float32_from_one": (found["exact"], exact),
     }
     errors = {name: relative_error(*pair) for name, pair in pairs.items()}
@@ -295,8 +304,10 @@ def by_token(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
 
 
-def logits_of(model: GptOss, drawn: np.ndarray, loudness: float | None) -> dict[str, np.ndarray]:
-    """float32 [B, T, V] of tokens [B, T]: as the model computes ("own"), and by the reference in float32 ("exact").
+def logits_of(
+    model: GptOss, drawn: np.ndarray, loudness: float | None, parts: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """float32 [B, T, V] of tokens [B, T]: as the model computes ("in N" parts), and in float32 ("exact").
 
     `loudness` is about the root mean square that the embeddings are brought to, exactly: by a power of two.
     """
@@ -314,21 +325,21 @@ def logits_of(model: GptOss, drawn: np.ndarray, loudness: float | None) -> dict[
         model.embed_tokens[...] = table * 2.0 ** round(math.log2(loudness / rms))
     graph, weights = nnx.split(model)
 
-    def compiled(weights: nnx.State, backend: str, precision: str | None) -> Any:
+    def compiled(weights: nnx.State, backend: str, precision: str | None, some: np.ndarray) -> Any:
         # Made for the thread: who names the backend and the precision does so in it.
         run = jax.jit(lambda weights, drawn: nnx.merge(graph, weights)(drawn))
         with use_backend(backend), jax.default_matmul_precision(precision):
-            return run.lower(weights, drawn).compile()
+            return run.lower(weights, some).compile()
 
     exact = to_float32(weights)
     with ThreadPoolExecutor() as pool:
         # GPUs would round float32 products' operands to 11 bits.
-        programs = [
-            pool.submit(compiled, weights, "auto", None),
-            pool.submit(compiled, exact, "reference", "highest"),
-        ]
-        own_program, exact_program = (program.result() for program in programs)
-    found = {"own": np.asarray(own_program(weights, drawn)), "exact": np.asarray(exact_program(exact, drawn))}
+        exact_program = pool.submit(compiled, exact, "reference", "highest", drawn)
+        programs = {n: pool.submit(compiled, weights, "auto", None, drawn[: len(drawn) // n]) for n in parts}
+    found = {"exact": np.asarray(exact_program.result()(exact, drawn))}
+    for n, program in programs.items():
+        pieces = [np.asarray(program.result()(weights, some)) for some in np.split(drawn, n)]
+        found[f"in {n}"] = np.concatenate(pieces)
     # Only now: the weights above are the model's own variables.
     model.embed_tokens[...] = table
     return found

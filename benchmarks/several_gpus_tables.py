@@ -66,9 +66,10 @@ def logits(rows: list[Row], _: int) -> list[str]:
     notes = [
         "",
         "Relative errors (norms) of logits in bfloat16; float32 is the reference on the same weights, also on the "
-        "mesh. Within: the mesh is no further from one device than one device from float32. Whether the mesh computes "
-        "the same is what float32 tells. A token of it is unlike where a near-tie in routing went to another expert. "
-        "Random embeddings are scaled up (LOUDNESS in on_a_mesh.py).",
+        "mesh, and one device computes as many sequences at once as a device of the mesh. Within: the mesh is no "
+        "further from one device than one device from float32. Whether it computes the same is what float32 tells. "
+        "A token of it is unlike where a near-tie in routing went to another expert. Random embeddings are scaled up "
+        "(LOUDNESS in on_a_mesh.py).",
     ]
     return table([cells(row) for row in rows], head) + notes
 

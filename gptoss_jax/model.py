@@ -91,16 +91,15 @@ def project_back(
     heads_BTHC: jax.Array,
     weight_DI: jax.Array,
     bias_D: jax.Array,
-    residual_BTD: jax.Array,
+    residual_BTD: jax.Array | None = None,
     *,
     out_dtype: DTypeLike,
 ) -> jax.Array:
-    """What attention's heads add to the residual stream, added."""
-    hidden = residual_BTD.shape[-1]
+    """What attention's heads add to the residual stream, added to it if it is given."""
     heads_NI = heads_BTHC.reshape(-1, weight_DI.shape[1])
-    residual_ND = residual_BTD.reshape(-1, hidden)
+    residual_ND = None if residual_BTD is None else residual_BTD.reshape(-1, len(weight_DI))
     (y_ND,) = linear(heads_NI, (weight_DI,), (bias_D,), residual_TO=residual_ND, out_dtype=out_dtype)
-    return y_ND.reshape(residual_BTD.shape)
+    return y_ND.reshape(*heads_BTHC.shape[:2], -1)
 
 
 class Attention(nnx.Module):
@@ -149,7 +148,8 @@ class Attention(nnx.Module):
             TOKENS,
             batch=len(x_BTD),
             over="heads",
-            once=("bias_D", "residual_BTD"),
+            once=("bias_D",),
+            residual="residual_BTD",
             dtype=x_BTD.dtype,
         )
         return y_BTD, kv

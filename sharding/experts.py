@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from sharding.partition import LogicalAxes, Partition, current, is_axes
+from sharding.partition import LogicalAxes, Partition, add_residual, current, is_axes
 from sharding.rules import ShardingRules
 
 ExpertFunction = Callable[..., jax.Array]
@@ -156,7 +156,7 @@ def _replicated(
     if partition.degree("experts") * partition.degree("expert_intermediate") == 1:
         return _with_residual(function, residual_TD)(*ours)
     y_TD = partition.reduce(function(*ours), "experts", "expert_intermediate")
-    return y_TD if residual_TD is None else y_TD + residual_TD
+    return y_TD if residual_TD is None else add_residual(y_TD, residual_TD)
 
 
 def _all_to_all(
@@ -215,7 +215,7 @@ def _all_to_all(
     out_TkD = out_RD.reshape(num_tokens, k, -1).astype(jnp.float32)
     # Rows come back as their parts of the intermediate dimension made them: one float32 sum a token is left to add up.
     y_TD = partition.reduce(jnp.sum(out_TkD * weights_Tk[..., None], axis=1), "expert_intermediate")
-    return (y_TD if residual_TD is None else y_TD + residual_TD).astype(x_TD.dtype)
+    return y_TD.astype(x_TD.dtype) if residual_TD is None else add_residual(y_TD, residual_TD)
 
 
 def _exchange(
