@@ -1,6 +1,7 @@
 """The kernels compiled for GPUs that are not here; needs jax-cuda13-plugin and -pjrt, and skips without them."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.placement import partition_for
-from gptoss_jax.planner.steps import decode_step
+from gptoss_jax.planner.steps import abstract_model, decode_step
 from gptoss_jax.planner.work import held_bytes
 from pallas_kernels import backend
 from pallas_kernels.attention import attention, paged_attention
@@ -208,3 +209,24 @@ def test_the_engine_s_decode_step(card: Mesh) -> None:
     assert (compiled.as_text() or "").count("__gpu$xla.gpu.triton") == 8 + 9 + 1
     # No room for a copy of the paged layer's keys and values.
     assert compiled.memory_analysis().temp_size_in_bytes < max(map(held_bytes, step.state.cache.stores))
+
+
+@pytest.mark.parametrize("mesh", ["tensor=4", "expert=2,tensor=2"])
+def test_sums_over_a_mesh_do_not_round_the_residual_stream(mesh: str) -> None:
+    """On one device XLA keeps it in float32 between ops of many tokens; so it must where they are summed over devices.
+
+    `add_residual` converts to bfloat16 itself, outside of any op, and XLA leaves those conversions out.
+    """
+    layers = ("sliding_attention", "full_attention")
+    config = dataclasses.replace(ModelConfig(), num_hidden_layers=len(layers), layer_types=layers)
+    partition = partition_for(config, mesh, None, parse_topology("h100:1x1x4").devices())
+    assert partition.mesh is not None
+    with jax.set_mesh(partition.mesh):
+        structure, weights = abstract_model(config, partition, jnp.bfloat16)
+        tokens = jax.ShapeDtypeStruct((8, 32), jnp.int32, sharding=NamedSharding(partition.mesh, PartitionSpec()))
+        text = jax.jit(lambda weights, x: structure.model(weights)(x)).lower(weights, tokens).compile().as_text()
+    rounded = [
+        line for line in (text or "").splitlines() if re.search(rf"= bf16\[\S*,{HIDDEN}\]\S* convert\(", line)
+    ]
+    assert any("jit(_compiled)/convert_element_type" in line for line in rounded)
+    assert not [line for line in rounded if "shard_map/convert_element_type" in line]
