@@ -15,10 +15,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 from pallas_kernels.mxfp4_matmul import PackedExperts
+from sharding import put
 
 Weight = jax.Array | PackedExperts
 
@@ -100,33 +102,43 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
     shard.
     """
     # One program for all layers: their weights differ in the key only.
-    programs: dict[tuple[WeightSpec, jax.sharding.Sharding | None], Callable[[jax.Array], Weight]] = {}
+    programs: dict[tuple[WeightSpec, jax.sharding.Sharding | None], Callable[[jax.Array, np.uint32], Weight]] = {}
     anywhere = not _is_hardware(key)
 
+    @functools.cache
+    def everywhere(place: jax.sharding.Sharding | None) -> jax.Array:
+        """The key on every device of a mesh, from the host, so that no weight's has to be copied among them."""
+        if place is None:
+            return key
+        data = put(np.asarray(jax.random.key_data(key)), place)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
     def create(spec: WeightSpec) -> Weight:
-        own_key = jax.random.fold_in(key, _stable_hash(spec.name))
-        place = sharding(spec) if sharding else None
+        place, name = sharding(spec) if sharding else None, np.uint32(_stable_hash(spec.name))
         if place is None and math.prod(spec.shape) < LARGE:
-            return _padded(_random(own_key, spec.stored, dtype), spec)
+            return _padded(_random(jax.random.fold_in(key, name), spec.stored, dtype), spec)
         kind = (dataclasses.replace(spec, name=""), place)
         if kind not in programs:
-            whole = None if anywhere or place is None else _replicated(place)
+            whole = None if anywhere else _replicated(place)
             programs[kind] = jax.jit(
                 functools.partial(_draw, spec=spec, dtype=dtype, whole=whole), out_shardings=place
             )
-        return programs[kind](own_key)
+        return programs[kind](everywhere(_replicated(place)), name)
 
     return create
 
 
-def _draw(key: jax.Array, spec: WeightSpec, dtype: DTypeLike, whole: jax.sharding.Sharding | None) -> Weight:
-    weight = _random(key, spec.stored, dtype)
+def _draw(
+    key: jax.Array, name: jax.Array, spec: WeightSpec, dtype: DTypeLike, whole: jax.sharding.Sharding | None
+) -> Weight:
+    weight = _random(jax.random.fold_in(key, name), spec.stored, dtype)
     if whole is not None:
         weight = jax.lax.with_sharding_constraint(weight, whole)
     return _padded(weight, spec)
 
 
-def _replicated(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
+def _replicated(place: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
+    """On all devices of the place, whole."""
     if isinstance(place, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
     return place
