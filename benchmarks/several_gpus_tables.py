@@ -50,14 +50,14 @@ def table(cells: list[list[str]], head: Sequence[str] = ("model", "mesh", "strat
 def logits(rows: list[Row], _: int) -> list[str]:
     head = (
         *("model", "mesh", "strategy", "one device from float32", "mesh from float32"),
-        *("mesh from one device", "within", "medians over tokens"),
+        *("mesh from one device", "bound", "within", "medians over tokens"),
         *("float32: mesh from one device", "median", "tokens unlike"),
     )
 
     def cells(row: Row) -> list[str]:
         within = "yes" if row["within"] else "NO"
         errors = ("one_from_float32", "from_float32", "from_one")
-        figures = [*(_small(row.get(name)) for name in errors), within]
+        figures = [*(_small(row.get(name)) for name in (*errors, "bound")), within]
         medians = [_small(row.get(f"median_{name}")) for name in errors]
         float32 = [_small(row.get(name)) for name in ("float32_from_one", "median_float32_from_one")]
         unlike = f"{row['unlike']} of {row['compared']}" if "unlike" in row else ""
@@ -66,10 +66,10 @@ def logits(rows: list[Row], _: int) -> list[str]:
     notes = [
         "",
         "Relative errors (norms) of logits in bfloat16; float32 is the reference on the same weights, also on the "
-        "mesh, and one device computes as many sequences at once as a device of the mesh. Within: the mesh is no "
-        "further from one device than one device from float32. Whether it computes the same is what float32 tells. "
-        "A token of it is unlike where a near-tie in routing went to another expert. Random embeddings are scaled up "
-        "(LOUDNESS in on_a_mesh.py).",
+        "mesh, and one device computes as many sequences at once as a device of the mesh. Bound: the furthest that one "
+        "device is from float32, however many it computes at once. Whether the mesh computes the same is what float32 "
+        "tells. A token of it is unlike where a near-tie in routing went to another expert. Random embeddings are "
+        "scaled up (LOUDNESS in on_a_mesh.py).",
     ]
     return table([cells(row) for row in rows], head) + notes
 
