@@ -15,13 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.placement import partition_for
+from gptoss_jax.placement import _preparation, partition_for, place
 from gptoss_jax.planner.steps import abstract_model, decode_step
 from gptoss_jax.planner.work import held_bytes
+from gptoss_jax.weights import WeightSpec, abstract_creator
 from pallas_kernels import backend
 from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.linear import linear
-from pallas_kernels.mxfp4_matmul import expert_mlp
+from pallas_kernels.mxfp4_matmul import current_layout, expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
 from pallas_kernels.rotary import rotate_and_keep
 from pallas_kernels.routing import route
@@ -230,3 +231,17 @@ def test_sums_over_a_mesh_do_not_round_the_residual_stream(mesh: str) -> None:
     ]
     assert any("jit(_compiled)/convert_element_type" in line for line in rounded)
     assert not [line for line in rounded if "shard_map/convert_element_type" in line]
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "tensor=4"])
+def test_preparing_experts_leaves_no_copy_to_another_stream(mesh: str) -> None:
+    partition = partition_for(ModelConfig(), mesh, None, parse_topology("h100:1x1x4").devices())
+    axes = ("experts", "expert_gate_up", "hidden")
+    spec = place(WeightSpec("experts", (32, 2 * HIDDEN, HIDDEN), axes, packed=True, parts=2), partition)
+    packed = abstract_creator(sharding=lambda spec: partition.sharding(spec.axes, spec.name))(spec)
+    with partition.on_its_devices():
+        layout = current_layout()
+        assert layout is not None
+        text = _preparation(partition, layout, spec.parts, spec.axes).lower(packed).compile().as_text()
+    assert "while(" in text
+    assert "fusion-start(" not in text
