@@ -15,7 +15,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import expect
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 from gptoss_jax.weights import Weight, WeightSpec
-from pallas_kernels import current_platform
+from gptoss_jax.xla_options import copies_in_turn
 from pallas_kernels.mxfp4_matmul import Layout, PackedExperts, current_layout
 from sharding import Partition, ShardingRules, make_mesh, on_shards, put
 
@@ -25,15 +25,6 @@ GRANULARITY = (("experts", 1), ("expert_gate_up", 2 * GROUP), ("expert_intermedi
 """Axes that may be padded with zeros: an expert never chosen, and rows and columns that meet only zeros.
 
 The intermediate dimension is packed in groups, which are never cut; its rows of gate and up come in pairs.
-"""
-
-COPIES_IN_TURN: dict[str, str | bool | int | float] = {
-    "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper"
-}
-"""How XLA compiles the preparation of experts on NVIDIA GPUs: the copies of its loop are not left to another stream.
-
-Weights on four H100s that several processes shared were not the same in all of them (benchmarks/RESULTS.md). That these
-copies, of an expert's scales, are overtaken by the next expert's is suspected: nothing else there was left to chance.
 """
 
 
@@ -131,7 +122,7 @@ def _preparation(
     def shard(packed: MXFP4Tensor) -> PackedExperts:
         return jax.lax.map(one, packed)
 
-    @functools.partial(jax.jit, compiler_options=COPIES_IN_TURN if current_platform() == "cuda" else None)
+    @functools.partial(jax.jit, compiler_options=copies_in_turn())
     def run(packed: MXFP4Tensor) -> tuple[PackedExperts, jax.Array]:
         own = jax.tree.map(partition.shard_of, packed, packed.axes(axes))
         out_axes = jax.eval_shape(shard, own).axes(axes)

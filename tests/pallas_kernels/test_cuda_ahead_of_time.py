@@ -239,7 +239,8 @@ def test_preparing_experts_leaves_no_copy_to_another_stream(mesh: str) -> None:
     axes = ("experts", "expert_gate_up", "hidden")
     spec = place(WeightSpec("experts", (32, 2 * HIDDEN, HIDDEN), axes, packed=True, parts=2), partition)
     packed = abstract_creator(sharding=lambda spec: partition.sharding(spec.axes, spec.name))(spec)
-    with partition.on_its_devices():
+    assert partition.mesh is not None
+    with jax.set_mesh(partition.mesh):
         layout = current_layout()
         assert layout is not None
         text = _preparation(partition, layout, spec.parts, spec.axes).lower(packed).compile().as_text()
