@@ -279,7 +279,8 @@ def logits(job: Job, model: GptOss) -> Row:
         with kept_whole(kept) as path:
             np.savez(path, **logits_of(model, drawn, loudness, possible))  # type: ignore[arg-type]
         return {"part": "logits"}
-    parts = model.partition.degree("batch")
+    degree = model.partition.degree("batch")
+    parts = degree if SEQUENCES % degree == 0 else 1
     found = logits_of(model, drawn, loudness, (1,))
     with np.load(found_by_one(kept)) as one:
         alone, exact = one[f"in {parts}"], one["exact"]
@@ -332,18 +333,20 @@ def logits_of(
         with use_backend(backend), jax.default_matmul_precision(precision):
             return run.lower(weights, some).compile()
 
-    exact = to_float32(weights)
-    with ThreadPoolExecutor() as pool:
-        # GPUs would round float32 products' operands to 11 bits.
-        exact_program = pool.submit(compiled, exact, "reference", "highest", drawn)
-        programs = {n: pool.submit(compiled, weights, "auto", None, drawn[: len(drawn) // n]) for n in parts}
-    found = {"exact": np.asarray(exact_program.result()(exact, drawn))}
-    for n, program in programs.items():
-        pieces = [np.asarray(program.result()(weights, some)) for some in np.split(drawn, n)]
-        found[f"in {n}"] = np.concatenate(pieces)
-    # Only now: the weights above are the model's own variables.
-    model.embed_tokens[...] = table
-    return found
+    try:
+        exact = to_float32(weights)
+        with ThreadPoolExecutor() as pool:
+            # GPUs would round float32 products' operands to 11 bits.
+            exact_program = pool.submit(compiled, exact, "reference", "highest", drawn)
+            programs = {n: pool.submit(compiled, weights, "auto", None, drawn[: len(drawn) // n]) for n in parts}
+        found = {"exact": np.asarray(exact_program.result()(exact, drawn))}
+        for n, program in programs.items():
+            pieces = [np.asarray(program.result()(weights, some)) for some in np.split(drawn, n)]
+            found[f"in {n}"] = np.concatenate(pieces)
+        return found
+    finally:
+        # Only now: the weights above are the model's own variables.
+        model.embed_tokens[...] = table
 
 
 def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:

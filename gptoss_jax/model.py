@@ -150,7 +150,6 @@ class Attention(nnx.Module):
             over="heads",
             once=("bias_D",),
             residual="residual_BTD",
-            dtype=x_BTD.dtype,
         )
         return y_BTD, kv
 

@@ -102,22 +102,22 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
     other generators' numbers would depend on the sharding, so every device draws the whole weight and keeps its
     shard.
     """
-    # One program for all layers: their weights differ in the key only.
+    # One program for all layers: their weights differ in the name only.
     programs: dict[tuple[WeightSpec, jax.sharding.Sharding | None], Callable[[jax.Array, np.uint32], Weight]] = {}
     anywhere = not _is_hardware(key)
 
     @functools.cache
     def everywhere(place: jax.sharding.Sharding | None) -> jax.Array:
-        """The key on every device of a mesh, from the host, so that no weight's has to be copied among them."""
+        """The key on every device of a mesh, put there by the host, so that drawing copies nothing between devices."""
         if place is None:
             return key
         data = put(np.asarray(jax.random.key_data(key)), place)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
     def create(spec: WeightSpec) -> Weight:
-        place, name = sharding(spec) if sharding else None, np.uint32(_stable_hash(spec.name))
+        place, name_hash = sharding(spec) if sharding else None, np.uint32(_stable_hash(spec.name))
         if place is None and math.prod(spec.shape) < LARGE:
-            return _padded(_random(jax.random.fold_in(key, name), spec.stored, dtype), spec)
+            return _padded(_random(jax.random.fold_in(key, name_hash), spec.stored, dtype), spec)
         kind = (dataclasses.replace(spec, name=""), place)
         if kind not in programs:
             whole = None if anywhere else _replicated(place)
@@ -126,15 +126,15 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
                 out_shardings=place,
                 compiler_options=copies_in_turn(),
             )
-        return programs[kind](everywhere(_replicated(place)), name)
+        return programs[kind](everywhere(_replicated(place)), name_hash)
 
     return create
 
 
 def _draw(
-    key: jax.Array, name: jax.Array, spec: WeightSpec, dtype: DTypeLike, whole: jax.sharding.Sharding | None
+    key: jax.Array, name_hash: jax.Array, spec: WeightSpec, dtype: DTypeLike, whole: jax.sharding.Sharding | None
 ) -> Weight:
-    weight = _random(jax.random.fold_in(key, name), spec.stored, dtype)
+    weight = _random(jax.random.fold_in(key, name_hash), spec.stored, dtype)
     if whole is not None:
         weight = jax.lax.with_sharding_constraint(weight, whole)
     return _padded(weight, spec)

@@ -1,4 +1,4 @@
-"""What XLA is told wherever this project compiles programs with loops."""
+"""What XLA is told where weights are drawn and prepared, and where the engine's steps are compiled."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pallas_kernels import current_platform
 
 
 def copies_in_turn() -> dict[str, str | bool] | None:
-    """Options that keep copies of a loop's slices on the stream of all else; None where XLA does that anyway.
+    """Options that keep copies of a loop's slices on the stream of all else, for NVIDIA GPUs; None for others.
 
-    On NVIDIA GPUs it would leave them to another stream. Random weights made so on four H100s, which several processes
+    XLA would leave them to another stream there. Random weights made so on four H100s, which several processes
     shared, were not the same in all of them (benchmarks/RESULTS.md): these copies are one of the two things there whose
     order was left to streams.
     """

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from sharding.errors import ShardingError
 from sharding.heads import HeadLayout
@@ -161,20 +160,19 @@ def sum_over_shards(
     over: str,
     once: Collection[str],
     residual: str,
-    dtype: DTypeLike,
 ) -> jax.Array:
     """`on_shards` where the results on the devices that split the axis `over` are terms of a sum, and are added up.
 
-    `function` is also given the `out_dtype` of its result: `dtype` where there is one term, else float32, in which
-    they are added. The arguments named in `once` are terms themselves: all devices but the first get zeros. So is the
-    one that `residual` names, which goes to a function of all there is to add, and else is added to the sum.
+    The argument named `residual` is added once, and the result has its dtype: `function` adds it where there is one
+    term, else it is added to the sum. `function` is also given the `out_dtype` of its result: that one, or float32 for
+    the terms of a sum. The arguments named in `once` are terms themselves: all devices but the first get zeros.
     """
     partition = current()
     terms = partition.degree(over)
 
     def term(**own: Any) -> jax.Array:
         if terms == 1:
-            return function(**own, out_dtype=dtype)
+            return function(**own, out_dtype=own[residual].dtype)
         rest = own.pop(residual)
         own |= {name: jnp.where(partition.index(over) == 0, own[name], 0) for name in once}
         y = function(**own, out_dtype=jnp.float32)
@@ -186,9 +184,9 @@ def sum_over_shards(
 def add_residual(y_ND: jax.Array, residual: jax.Array) -> jax.Array:
     """The sum of N rows and a residual of as many, [..., D], in the residual's shape and dtype.
 
-    As if added in bfloat16, but that XLA may leave out roundings between its own operations, and does where no reshape
-    is in between, hence the rows: the residual stream is then as exact as on one device, where the op that makes `y`
-    adds it.
+    Added in float32 and rounded once. Between its own operations XLA leaves that rounding out, but only with no reshape
+    in between, hence the rows: the residual stream is then as exact as on one device, where the op that makes `y` adds
+    it.
     """
     sum_ND = y_ND.astype(jnp.float32) + residual.reshape(y_ND.shape).astype(jnp.float32)
     return sum_ND.astype(residual.dtype).reshape(residual.shape)

@@ -32,7 +32,7 @@ def compiler_options(*, collectives: bool = False) -> dict[str, str | bool] | No
 
     With `collectives` they are put there instead of loops, since CUDA refuses a graph of loops with collectives inside:
     for programs that are launched again and again (prompts, whose steps come once, are read slower so), and whose loops
-    have lengths that the host knows. They are NCCL's: with XLA's own four H100s decode up to 8 % slower.
+    have lengths that the host knows. They are NCCL's: with XLA's own, four H100s decode up to 8 % slower.
     """
     options = copies_in_turn() or {}
     if current_platform() == "cuda":
