@@ -118,15 +118,14 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
         place, name_hash = sharding(spec) if sharding else None, np.uint32(_stable_hash(spec.name))
         if place is None and math.prod(spec.shape) < LARGE:
             return _padded(_random(jax.random.fold_in(key, name_hash), spec.stored, dtype), spec)
-        kind = (dataclasses.replace(spec, name=""), place)
+        kind, whole = (dataclasses.replace(spec, name=""), place), _replicated(place)
         if kind not in programs:
-            whole = None if anywhere else _replicated(place)
             programs[kind] = jax.jit(
-                functools.partial(_draw, spec=spec, dtype=dtype, whole=whole),
+                functools.partial(_draw, spec=spec, dtype=dtype, whole=None if anywhere else whole),
                 out_shardings=place,
                 compiler_options=copies_in_turn(),
             )
-        return programs[kind](everywhere(_replicated(place)), name_hash)
+        return programs[kind](everywhere(whole), name_hash)
 
     return create
 
