@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import expect
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 from gptoss_jax.weights import Weight, WeightSpec
-from gptoss_jax.xla_options import copies_in_turn
 from pallas_kernels.mxfp4_matmul import Layout, PackedExperts, current_layout
 from sharding import Partition, ShardingRules, make_mesh, on_shards, put
 
@@ -72,13 +72,17 @@ def place(spec: WeightSpec, partition: Partition) -> WeightSpec:
 
 
 def place_heads(weight: jax.Array, spec: WeightSpec, partition: Partition) -> jax.Array:
-    """Put a weight that is whole in memory on the mesh, its heads as the `sources` of `spec`, from `place`, say."""
+    """Put a weight that is whole in memory on the mesh, its heads as the `sources` of `spec`, from `place`, say.
+
+    By the host, as `put` explains.
+    """
+    host = np.asarray(weight)
     for dim, sources in enumerate(spec.sources):
         if sources is not None:
-            heads = jnp.split(weight, weight.shape[dim] // (spec.shape[dim] // len(sources)), axis=dim)
-            zeros = jnp.zeros_like(heads[0])
-            weight = jnp.concatenate([zeros if i < 0 else heads[i] for i in sources], axis=dim)
-    return put(weight, partition.sharding(spec.axes, spec.name))
+            heads = np.split(host, host.shape[dim] // (spec.shape[dim] // len(sources)), axis=dim)
+            zeros = np.zeros_like(heads[0])
+            host = np.concatenate([zeros if i < 0 else heads[i] for i in sources], axis=dim)
+    return put(host, partition.sharding(spec.axes, spec.name))
 
 
 def preparer(partition: Partition) -> Callable[[Weight, WeightSpec], Weight]:
@@ -122,7 +126,7 @@ def _preparation(
     def shard(packed: MXFP4Tensor) -> PackedExperts:
         return jax.lax.map(one, packed)
 
-    @functools.partial(jax.jit, compiler_options=copies_in_turn())
+    @jax.jit
     def run(packed: MXFP4Tensor) -> tuple[PackedExperts, jax.Array]:
         own = jax.tree.map(partition.shard_of, packed, packed.axes(axes))
         out_axes = jax.eval_shape(shard, own).axes(axes)

@@ -19,7 +19,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
-from gptoss_jax.xla_options import copies_in_turn
 from pallas_kernels.mxfp4_matmul import PackedExperts
 from sharding import put
 
@@ -123,7 +122,6 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
             programs[kind] = jax.jit(
                 functools.partial(_draw, spec=spec, dtype=dtype, whole=None if anywhere else whole),
                 out_shardings=place,
-                compiler_options=copies_in_turn(),
             )
         return programs[kind](everywhere(whole), name_hash)
 

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sharding.arrays import least, put, replicate
+    from sharding.arrays import least, put, replicate, zeros
     from sharding.errors import ClusterError, ShardingError
     from sharding.experts import run_experts
     from sharding.mesh import AXES, make_mesh, parse_mesh
@@ -18,6 +18,7 @@ _HOMES = {
     "put": "arrays",
     "least": "arrays",
     "replicate": "arrays",
+    "zeros": "arrays",
     "ClusterError": "errors",
     "ShardingError": "errors",
     "run_experts": "experts",
@@ -52,6 +53,7 @@ __all__ = [
     "replicate",
     "run_experts",
     "sum_over_shards",
+    "zeros",
 ]
 
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def put(x: jax.typing.ArrayLike, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """An array that every process holds whole, laid out over the devices of all of them."""
+    """An array that every process holds whole, laid out over the devices of all of them.
+
+    Give it memory of the host, not of a device: copies from one GPU to others, started while they were computing, have
+    changed what was being computed there (benchmarks/RESULTS.md), and copies from the host have not.
+    """
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     # jax.device_put would first send the whole array around to compare it.
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def zeros(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    """Zeros that each device makes for itself; `jnp.zeros` would copy the first device's to the others."""
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
 
 
 def replicate(tree: Any) -> Any:

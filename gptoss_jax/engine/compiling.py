@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from gptoss_jax.xla_options import copies_in_turn
 from pallas_kernels import current_platform
 
 GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "CONDITIONAL")
@@ -34,9 +33,9 @@ def compiler_options(*, collectives: bool = False) -> dict[str, str | bool] | No
     for programs that are launched again and again (prompts, whose steps come once, are read slower so), and whose loops
     have lengths that the host knows. They are NCCL's: with XLA's own, four H100s decode up to 8 % slower.
     """
-    options = copies_in_turn() or {}
+    options: dict[str, str | bool] = {}
     if current_platform() == "cuda":
-        options |= {
+        options = {
             "xla_gpu_enable_command_buffer": ",".join((*GRAPHED, "COLLECTIVES" if collectives else "WHILE")),
             "xla_gpu_experimental_enable_fusion_autotuner": False,
         }

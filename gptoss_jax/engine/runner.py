@@ -39,7 +39,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
 from pallas_kernels import use_backend
-from sharding import Partition, replicate
+from sharding import Partition, replicate, zeros
 
 SNAPSHOTS_A_CHUNK = 2
 BIASES = 64
@@ -98,7 +98,7 @@ class Runner:
         self._programs: dict[tuple[Callable[..., Any], StepKind], Callable[..., Any]] = {}
         self._copy_rings = jax.jit(partial(_copy_rings, model), donate_argnums=0)
         self._set_counts = jax.jit(_set_counts, donate_argnums=0)
-        last = jnp.zeros((self.parts, shape.slots), jnp.int32, device=self._partition.sharding(("batch", None)))
+        last = zeros((self.parts, shape.slots), jnp.int32, self._partition.sharding(("batch", None)))
         self._state = DeviceState(KVCache.empty(model.config, shape, dtype, self._partition), last)
 
     def launch(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint], rounds: int = 1) -> Launched:
@@ -204,10 +204,8 @@ class Runner:
         if self._state.counts is None:
             shape = (self.parts, self._shape.slots, self._config.vocab_size)
             where = self._partition.sharding(("batch", None, None))
-            counts = jnp.zeros(shape, jnp.int32, device=where)
-            self._state = dataclasses.replace(
-                self._state, counts=counts, in_prompt=jnp.zeros(shape, bool, device=where)
-            )
+            counts = zeros(shape, jnp.int32, where)
+            self._state = dataclasses.replace(self._state, counts=counts, in_prompt=zeros(shape, jnp.bool_, where))
         for part, plan in enumerate(plans):
             for chunk in plan.chunks:
                 sequence = chunk.sequence

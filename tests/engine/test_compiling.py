@@ -27,13 +27,6 @@ def test_graphs_have_loops_or_collectives() -> None:
     assert compiler_options(collectives=True) is None, "a CPU has no graphs"
 
 
-def test_steps_leave_no_copies_to_another_stream() -> None:
-    with platform("cuda"):
-        options = compiler_options()
-    assert options
-    assert options["xla_disable_hlo_passes"] == "dynamic-slice-copy-fusion-async-wrapper"
-
-
 def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:
     mesh = make_mesh("tensor=2")
     assert not graphs_collectives(mesh)

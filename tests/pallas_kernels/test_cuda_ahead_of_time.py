@@ -15,15 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.placement import _preparation, partition_for, place
+from gptoss_jax.placement import partition_for
 from gptoss_jax.planner.steps import abstract_model, decode_step
 from gptoss_jax.planner.work import held_bytes
-from gptoss_jax.weights import WeightSpec, _draw, abstract_creator
-from gptoss_jax.xla_options import copies_in_turn
 from pallas_kernels import backend
 from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.linear import linear
-from pallas_kernels.mxfp4_matmul import current_layout, expert_mlp
+from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
 from pallas_kernels.rotary import rotate_and_keep
 from pallas_kernels.routing import route
@@ -240,38 +238,3 @@ def test_sums_over_a_mesh_do_not_round_the_residual_stream(
         text = jax.jit(lambda weights, x: structure.model(weights)(x)).lower(weights, tokens).compile().as_text()
     outside = rf"= bf16\[\S*,{HIDDEN}\]\S* convert\(.*shard_map/convert_element_type"
     assert bool(re.search(outside, text or "")) == rounds
-
-
-@pytest.mark.parametrize("mesh", ["data=1", "tensor=4"])
-def test_preparing_experts_leaves_no_copy_to_another_stream(mesh: str) -> None:
-    partition = partition_for(ModelConfig(), mesh, None, parse_topology("h100:1x1x4").devices())
-    axes = ("experts", "expert_gate_up", "hidden")
-    spec = place(WeightSpec("experts", (32, 2 * HIDDEN, HIDDEN), axes, packed=True, parts=2), partition)
-    packed = abstract_creator(sharding=lambda spec: partition.sharding(spec.axes, spec.name))(spec)
-    assert partition.mesh is not None
-    with jax.set_mesh(partition.mesh):
-        layout = current_layout()
-        assert layout is not None
-        text = _preparation(partition, layout, spec.parts, spec.axes).lower(packed).compile().as_text() or ""
-    assert "while(" in text
-    assert "fusion-start(" not in text
-
-
-def test_drawing_a_vocabulary_leaves_no_copy_to_another_stream() -> None:
-    partition = partition_for(ModelConfig(), "tensor=4", None, parse_topology("h100:1x1x4").devices())
-    assert partition.mesh is not None
-    spec = WeightSpec("embed", (201088, HIDDEN), ("vocab", "hidden"))
-    whole = NamedSharding(partition.mesh, PartitionSpec())
-    # Not made: there is no device to make it on.
-    dtype = jax.eval_shape(partial(jax.random.key, impl="rbg"), 0).dtype
-    key = jax.ShapeDtypeStruct((), dtype, sharding=whole)
-    name_hash = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
-    with jax.set_mesh(partition.mesh):
-        draw = jax.jit(
-            partial(_draw, spec=spec, dtype=jnp.bfloat16, whole=whole),
-            out_shardings=partition.sharding(spec.axes, spec.name),
-            compiler_options=copies_in_turn(),
-        )
-        text = draw.lower(key, name_hash).compile().as_text() or ""
-    assert "while(" in text
-    assert "fusion-start(" not in text
