@@ -44,7 +44,7 @@ def random_weights(implementation: str) -> None:
         for spec in [spec for spec in weight_specs(CONFIG) if re.search(r"layers\.0\.mlp|embed", spec.name)]:
             for wanted in {spec, padded(spec)}:
                 # One device's key would have to be copied to the others for each weight.
-                with jax.transfer_guard_device_to_device("disallow"):
+                with jax.transfer_guard_device_to_device("disallow_explicit"):
                     found = sharded(wanted)
                 assert_padded(found, whole(spec))
                 assert_padded(whole(wanted), whole(spec))

@@ -140,6 +140,16 @@ def test_a_mesh_gives_the_same_tokens(mesh: str) -> None:
     assert run(engine(mesh=mesh), requests) == run(engine(), requests)
 
 
+@pytest.mark.parametrize("mesh", ["tensor=4", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)])
+def test_devices_exchange_nothing_but_in_programs(mesh: str) -> None:
+    """Neither to make weights (`tensor=4` has an order of heads of its own) nor to serve. `sharding.put` says why."""
+    params = SamplingParams(max_tokens=3, temperature=1.0, repetition_penalty=1.2, logprobs=2, seed=1)
+    with jax.transfer_guard_device_to_device("disallow_explicit"):
+        served = Engine(random_model(TINY, mesh, dtype="float32"), OPTIONS)
+        found = run(served, {"a": ([3, 1, 4], params), "b": ([1, 5, 9], params)})
+    assert [len(tokens) for tokens in found.values()] == [3, 3]
+
+
 def test_a_seed_repeats_whatever_else_runs() -> None:
     [prompt, *others] = prompts(2, 5)
     params = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=11)
