@@ -16,10 +16,13 @@ import pytest
 
 from benchmarks.several_gpus import PROCESSES, cases_of, compared, default_meshes, run, together
 from benchmarks.several_gpus_tables import size_of, tables
+from benchmarks.weights_alike import sums, unlike
 from gptoss_jax.benching import collectives
 from gptoss_jax.benching.collectives import OPERATIONS, _program, alone_seconds
+from gptoss_jax.loading import random_model
 from sharding import make_mesh
 from sharding.program import Collectives, read_collectives
+from tests.engine.schedules import TINY
 
 ROOT = Path(__file__).parent.parent
 
@@ -225,3 +228,24 @@ assert sorted(read_collectives(text, mesh.shape), key=str) == sorted(some, key=s
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_weights_that_differ_are_told() -> None:
+    first, second = sums(random_model(TINY, "tensor=2")), sums(random_model(TINY, "tensor=2"))
+    assert not list(unlike([[first], [second, first]]))
+    name = "layers.1.self_attn.q_proj.weight on device 1"
+    other = sums(random_model(TINY, "tensor=2", seed=1))
+    with_other = first | {name: (*first[name][:9], *other[name][9:12], *first[name][12:])}
+    told = list(unlike([[first], [second, with_other]]))
+    assert told == [f"process 2, load 2: {name}: 3 of 64 blocks, from 9 to 11"]
+
+
+@pytest.mark.slow
+def test_processes_load_the_same_weights(tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY.to_dict()))
+    command = [sys.executable, "-m", "benchmarks.weights_alike", "--model", str(tmp_path / "tiny.json")]
+    command += ["--mesh", "tensor=4", "--processes", "2", "--loads", "2"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("4 loads by 2 processes, ")
+    assert ended.stdout.endswith(": 0 differed\n")
