@@ -240,7 +240,6 @@ def test_weights_that_differ_are_told() -> None:
     assert told == [f"process 2, load 2: {name}: 3 of 64 blocks, from 9 to 11"]
 
 
-@pytest.mark.slow
 def test_processes_load_the_same_weights(tmp_path: Path) -> None:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY.to_dict()))
     command = [sys.executable, "-m", "benchmarks.weights_alike", "--model", str(tmp_path / "tiny.json")]
