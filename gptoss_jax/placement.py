@@ -16,6 +16,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import expect
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
 from gptoss_jax.weights import Weight, WeightSpec
+from gptoss_jax.xla_options import in_order
 from pallas_kernels.mxfp4_matmul import Layout, PackedExperts, current_layout
 from sharding import Partition, ShardingRules, make_mesh, on_shards, put
 
@@ -126,7 +127,7 @@ def _preparation(
     def shard(packed: MXFP4Tensor) -> PackedExperts:
         return jax.lax.map(one, packed)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=in_order())
     def run(packed: MXFP4Tensor) -> tuple[PackedExperts, jax.Array]:
         own = jax.tree.map(partition.shard_of, packed, packed.axes(axes))
         out_axes = jax.eval_shape(shard, own).axes(axes)

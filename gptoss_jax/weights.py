@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
+from gptoss_jax.xla_options import in_order
 from pallas_kernels.mxfp4_matmul import PackedExperts
 from sharding import put
 
@@ -115,13 +116,16 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
 
     def create(spec: WeightSpec) -> Weight:
         place, name_hash = sharding(spec) if sharding else None, np.uint32(_stable_hash(spec.name))
-        if place is None and math.prod(spec.shape) < LARGE:
+        options = in_order()
+        # Without a program of its own, if that needs no options.
+        if place is None and options is None and math.prod(spec.shape) < LARGE:
             return _padded(_random(jax.random.fold_in(key, name_hash), spec.stored, dtype), spec)
         kind, whole = (dataclasses.replace(spec, name=""), place), _replicated(place)
         if kind not in programs:
             programs[kind] = jax.jit(
                 functools.partial(_draw, spec=spec, dtype=dtype, whole=None if anywhere else whole),
                 out_shardings=place,
+                compiler_options=options,
             )
         return programs[kind](everywhere(whole), name_hash)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
+from gptoss_jax.xla_options import in_order
 from pallas_kernels import current_platform
 
 GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "CONDITIONAL")
@@ -33,9 +34,9 @@ def compiler_options(*, collectives: bool = False) -> dict[str, str | bool] | No
     for programs that are launched again and again (prompts, whose steps come once, are read slower so), and whose loops
     have lengths that the host knows. They are NCCL's: with XLA's own, four H100s decode up to 8 % slower.
     """
-    options: dict[str, str | bool] = {}
+    options = in_order() or {}
     if current_platform() == "cuda":
-        options = {
+        options |= {
             "xla_gpu_enable_command_buffer": ",".join((*GRAPHED, "COLLECTIVES" if collectives else "WHILE")),
             "xla_gpu_experimental_enable_fusion_autotuner": False,
         }

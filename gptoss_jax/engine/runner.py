@@ -96,8 +96,10 @@ class Runner:
         self._filled = np.zeros((self.parts, shape.slots), np.int64)
         self._settings = _Settings.empty(self.parts, shape.slots)
         self._programs: dict[tuple[Callable[..., Any], StepKind], Callable[..., Any]] = {}
-        self._copy_rings = jax.jit(partial(_copy_rings, model), donate_argnums=0)
-        self._set_counts = jax.jit(_set_counts, donate_argnums=0)
+        self._copy_rings = jax.jit(
+            partial(_copy_rings, model), donate_argnums=0, compiler_options=compiler_options()
+        )
+        self._set_counts = jax.jit(_set_counts, donate_argnums=0, compiler_options=compiler_options())
         last = zeros((self.parts, shape.slots), jnp.int32, self._partition.sharding(("batch", None)))
         self._state = DeviceState(KVCache.empty(model.config, shape, dtype, self._partition), last)
 

@@ -27,6 +27,14 @@ def test_graphs_have_loops_or_collectives() -> None:
     assert compiler_options(collectives=True) is None, "a CPU has no graphs"
 
 
+@pytest.mark.parametrize("collectives", [False, True])
+def test_no_kernel_of_a_step_starts_early(collectives: bool) -> None:
+    with platform("cuda"):
+        options = compiler_options(collectives=collectives)
+    assert options
+    assert options["xla_gpu_enable_pdl"] is False
+
+
 def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:
     mesh = make_mesh("tensor=2")
     assert not graphs_collectives(mesh)

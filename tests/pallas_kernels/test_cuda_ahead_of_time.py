@@ -1,10 +1,14 @@
 """The kernels compiled for GPUs that are not here; needs jax-cuda13-plugin and -pjrt, and skips without them."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +35,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("jax_cuda13_plugin") is None, reason="jax-cuda13-plugin is not installed"
 )
 HIDDEN, HEADS, KV_HEADS, WIDTH = 2880, 64, 8, 64
+ROOT = Path(__file__).parents[2]
 
 
 KERNELS = ('custom_call_target="__gpu$xla.gpu.triton"', 'custom_call_target="mosaic_gpu_v2"')
@@ -238,3 +243,36 @@ def test_sums_over_a_mesh_do_not_round_the_residual_stream(
         text = jax.jit(lambda weights, x: structure.model(weights)(x)).lower(weights, tokens).compile().as_text()
     outside = rf"= bf16\[\S*,{HIDDEN}\]\S* convert\(.*shard_map/convert_element_type"
     assert bool(re.search(outside, text or "")) == rounds
+
+
+EARLY_STARTS = """
+import sys
+from functools import partial
+from sharding.topologies import parse_topology, prepare_environment
+prepare_environment()
+import jax, jax.numpy as jnp
+from gptoss_jax.weights import WeightSpec, _draw
+from gptoss_jax.xla_options import in_order
+from pallas_kernels import platform
+place = jax.sharding.SingleDeviceSharding(parse_topology("h100:1x1x1").devices()[0])
+key = jax.eval_shape(partial(jax.random.key, impl="rbg"), 0).dtype
+arguments = [jax.ShapeDtypeStruct((), dtype, sharding=place) for dtype in (key, jnp.uint32)]
+draw = partial(_draw, spec=WeightSpec("q_proj", (256, 128), (None, None)), dtype=jnp.bfloat16, whole=None)
+with platform("cuda"):
+    options = in_order() if sys.argv[1] == "in order" else None
+    jax.jit(draw, compiler_options=options).lower(*arguments).compile()
+"""
+
+
+@pytest.mark.parametrize(("order", "early"), [("in order", False), ("as XLA does", True)])
+def test_kernels_that_start_early_wait(order: str, early: bool, tmp_path: Path) -> None:
+    """What lets them start early is an instruction to wait; where that is no more, `in_order` can go, too."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=.*",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    command = [sys.executable, "-c", EARLY_STARTS, order]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=300)
+    kernels = [path.read_text() for path in tmp_path.glob("*.ptx")]
+    assert len(kernels) > 2
+    assert ["griddepcontrol.wait" in kernel for kernel in kernels] == [early] * len(kernels)
