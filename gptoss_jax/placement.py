@@ -75,7 +75,7 @@ def place(spec: WeightSpec, partition: Partition) -> WeightSpec:
 def place_heads(weight: jax.Array, spec: WeightSpec, partition: Partition) -> jax.Array:
     """Put a weight that is whole in memory on the mesh, its heads as the `sources` of `spec`, from `place`, say.
 
-    By the host, as `put` explains.
+    By the host: the first device would hold it twice, and pass it on to the others.
     """
     host = np.asarray(weight)
     for dim, sources in enumerate(spec.sources):

@@ -12,11 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def put(x: jax.typing.ArrayLike, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """An array that every process holds whole, laid out over the devices of all of them.
-
-    Give it memory of the host, not of a device: copies from one GPU to others, started while they were computing, have
-    changed what was being computed there (benchmarks/RESULTS.md), and copies from the host have not.
-    """
+    """An array that every process holds whole, laid out over the devices of all of them."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     # jax.device_put would first send the whole array around to compare it.

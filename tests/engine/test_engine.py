@@ -142,7 +142,7 @@ def test_a_mesh_gives_the_same_tokens(mesh: str) -> None:
 
 @pytest.mark.parametrize("mesh", ["tensor=4", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)])
 def test_devices_exchange_nothing_but_in_programs(mesh: str) -> None:
-    """Neither to make weights (`tensor=4` has an order of heads of its own) nor to serve. `sharding.put` says why."""
+    """Neither to make weights (`tensor=4` has an order of heads of its own) nor to serve does one feed the others."""
     params = SamplingParams(max_tokens=3, temperature=1.0, repetition_penalty=1.2, logprobs=2, seed=1)
     with jax.transfer_guard_device_to_device("disallow_explicit"):
         served = Engine(random_model(TINY, mesh, dtype="float32"), OPTIONS)
