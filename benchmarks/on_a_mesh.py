@@ -319,6 +319,7 @@ def logits_of(
     from flax import nnx
 
     from benchmarks.errors import to_float32
+    from gptoss_jax.xla_options import in_order
     from pallas_kernels import use_backend
 
     table = model.embed_tokens[...]
@@ -331,7 +332,7 @@ def logits_of(
         # Made for the thread: who names the backend and the precision does so in it.
         run = jax.jit(lambda weights, drawn: nnx.merge(graph, weights)(drawn))
         with use_backend(backend), jax.default_matmul_precision(precision):
-            return run.lower(weights, some).compile()
+            return run.lower(weights, some).compile(in_order())
 
     try:
         exact = to_float32(weights)

@@ -38,6 +38,7 @@ from gptoss_jax.engine.step import (
 from gptoss_jax.errors import UsageError
 from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.model import GptOss
+from gptoss_jax.xla_options import in_order
 from pallas_kernels import use_backend
 from sharding import Partition, replicate, zeros
 
@@ -96,10 +97,8 @@ class Runner:
         self._filled = np.zeros((self.parts, shape.slots), np.int64)
         self._settings = _Settings.empty(self.parts, shape.slots)
         self._programs: dict[tuple[Callable[..., Any], StepKind], Callable[..., Any]] = {}
-        self._copy_rings = jax.jit(
-            partial(_copy_rings, model), donate_argnums=0, compiler_options=compiler_options()
-        )
-        self._set_counts = jax.jit(_set_counts, donate_argnums=0, compiler_options=compiler_options())
+        self._copy_rings = jax.jit(partial(_copy_rings, model), donate_argnums=0, compiler_options=in_order())
+        self._set_counts = jax.jit(_set_counts, donate_argnums=0, compiler_options=in_order())
         last = zeros((self.parts, shape.slots), jnp.int32, self._partition.sharding(("batch", None)))
         self._state = DeviceState(KVCache.empty(model.config, shape, dtype, self._partition), last)
 
