@@ -40,13 +40,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="configs/gpt_oss_20b.json", help="a checkpoint or a config.json")
     parser.add_argument("--mesh", metavar="MESH", help="such as tensor=4 (default: one device)")
-    parser.add_argument("--processes", type=int, default=7, metavar="N", help="at once (default: 7)")
+    parser.add_argument("--processes", type=int, default=4, metavar="N", help="at once (default: 4)")
     parser.add_argument("--loads", type=int, default=4, metavar="N", help="of each process (default: 4)")
     options = parser.parse_args()
-    if min(options.processes, options.loads) < 1:
-        parser.error("--processes and --loads are from 1")
+    if min(options.processes, options.loads) < 1 or options.processes * options.loads < 2:
+        parser.error("--processes and --loads are from 1, and together two loads at least")
     os.environ.update(NO_MULTICAST)
     share = USABLE / options.processes - CONTEXT
+    if share <= 0:
+        parser.error(f"--processes: {options.processes} leave no memory for each")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         running = [
@@ -95,7 +97,7 @@ def sums(model: GptOss) -> Sums:
 
 
 def _sums_of_blocks(x: jax.Array) -> jax.Array:
-    """[BLOCKS] uint32, in which no two bits that are swapped make up for each other: each place has its odd factor."""
+    """[BLOCKS] uint32, in which each place has its odd factor: hardly any change leaves the sums as they are."""
     import jax
     import jax.numpy as jnp
 

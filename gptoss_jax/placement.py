@@ -64,8 +64,8 @@ def place(spec: WeightSpec, partition: Partition) -> WeightSpec:
         if axis is not None and axis in heads:
             unit = size // counts[axis]
             shape.append(unit * len(heads[axis]))
-            in_order = heads[axis] == tuple(range(counts[axis]))
-            sources.append(None if in_order else heads[axis])
+            as_stored = heads[axis] == tuple(range(counts[axis]))
+            sources.append(None if as_stored else heads[axis])
         else:
             shape.append(partition.padded_size(axis, size, spec.name))
             sources.append(None)

@@ -26,7 +26,7 @@ from sharding import put
 Weight = jax.Array | PackedExperts
 
 LARGE = 1 << 24
-"""Elements from which a random weight is drawn in one program, which holds no copies in between."""
+"""Elements from which a random weight is always drawn in one program, which holds no copies in between."""
 
 Sharding = Callable[["WeightSpec"], jax.sharding.Sharding | None]
 """Tells where a weight goes: of packed ones, blocks and scales alike; None is the default device."""

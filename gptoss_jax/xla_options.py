@@ -1,4 +1,4 @@
-"""What XLA is told of every program for GPUs."""
+"""What XLA is told of programs for NVIDIA GPUs, whatever they do."""
 
 from __future__ import annotations
 

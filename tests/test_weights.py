@@ -4,14 +4,19 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.model import weight_specs
+from gptoss_jax.placement import _preparation, partition_for
 from gptoss_jax.weights import WeightSpec, abstract_creator, random_creator
+from pallas_kernels import platform
+from pallas_kernels.mxfp4_matmul import current_layout
 from tests.checkpoints import CONFIG, assert_padded, padded, sharding_of
 
 
@@ -54,6 +59,26 @@ def random_weights(implementation: str) -> None:
                     assert array.sharding.is_equivalent_to(declared.sharding, array.ndim)
                     assert array.sharding.is_equivalent_to(place(wanted), array.ndim)
     print("same")
+
+
+def test_programs_that_make_weights_run_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small weights, too, and of one device."""
+    asked = []
+
+    def jit(*args: Any, compiler_options: Any = None, **options: Any) -> Any:
+        asked.append(compiler_options)
+        return compile_lazily(*args, **options)
+
+    compile_lazily = jax.jit
+    partition = partition_for(ModelConfig())
+    with platform("cuda"):
+        layout = current_layout()
+        assert layout is not None
+        creator = random_creator(jax.random.key(0, impl="rbg"))
+        monkeypatch.setattr(jax, "jit", jit)
+        creator(WeightSpec("w", (8, 4), (None, None)))
+        _preparation(partition, layout, 1, ("experts", "hidden", "expert_intermediate"))
+    assert asked == 2 * [{"xla_gpu_enable_pdl": False}]
 
 
 if __name__ == "__main__":
