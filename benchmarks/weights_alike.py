@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
-from benchmarks.several_gpus import NO_MULTICAST, progress
+from benchmarks.several_gpus import MEMORY_SHARE, NO_MULTICAST, progress
 
 if TYPE_CHECKING:
     import jax
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 BLOCKS = 64
 """A weight's part on a device is summed up in this many blocks: whether all are wrong or some tells of the cause."""
 
-USABLE, CONTEXT = 0.95, 0.027
-"""Shares of a device's memory: what processes may take together, and what each takes beside JAX's."""
+CONTEXT = 0.027
+"""The share of a device's memory that a process takes beside JAX's."""
 
 Sums = dict[str, tuple[int, ...]]
 """Of each weight on each device, by name, such as `layers.0.self_attn.q_proj.weight on device 1`."""
@@ -46,7 +46,7 @@ def main() -> int:
     if min(options.processes, options.loads) < 1 or options.processes * options.loads < 2:
         parser.error("--processes and --loads are from 1, and together two loads at least")
     os.environ.update(NO_MULTICAST)
-    share = USABLE / options.processes - CONTEXT
+    share = float(MEMORY_SHARE) / options.processes - CONTEXT
     if share <= 0:
         parser.error(f"--processes: {options.processes} leave no memory for each")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
