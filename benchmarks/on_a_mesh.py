@@ -332,7 +332,7 @@ def logits_of(
         # Made for the thread: who names the backend and the precision does so in it.
         run = jax.jit(lambda weights, drawn: nnx.merge(graph, weights)(drawn))
         with use_backend(backend), jax.default_matmul_precision(precision):
-            return run.lower(weights, some).compile(in_order())
+            return run.lower(weights, some).compile(in_order(model.partition.mesh))
 
     try:
         exact = to_float32(weights)

@@ -129,7 +129,7 @@ def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dic
     else:
         step = prefill_step(config, partition, options.batch, options.context, options.chunk)
     graphed = options.step == "decode" and graphs_collectives(partition.mesh)
-    compiled = step.lower().compile(compiler_options(collectives=graphed))
+    compiled = step.lower().compile(compiler_options(partition.mesh, collectives=graphed))
     _, weights = Structure.of(model)
     shape = cache_shape(partition, options.batch, options.context)
     cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)

@@ -87,7 +87,7 @@ def sums(model: GptOss) -> Sums:
 
     from gptoss_jax.xla_options import in_order
 
-    summed = jax.jit(_sums_of_blocks, compiler_options=in_order())
+    summed = jax.jit(_sums_of_blocks, compiler_options=in_order(model.partition.mesh))
     found: dict[str, jax.Array] = {}
     for path, weight in jax.tree.leaves_with_path(nnx.state(model)):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

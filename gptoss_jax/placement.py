@@ -127,7 +127,7 @@ def _preparation(
     def shard(packed: MXFP4Tensor) -> PackedExperts:
         return jax.lax.map(one, packed)
 
-    @functools.partial(jax.jit, compiler_options=in_order())
+    @functools.partial(jax.jit, compiler_options=in_order(partition.mesh))
     def run(packed: MXFP4Tensor) -> tuple[PackedExperts, jax.Array]:
         own = jax.tree.map(partition.shard_of, packed, packed.axes(axes))
         out_axes = jax.eval_shape(shard, own).axes(axes)

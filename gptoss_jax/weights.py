@@ -116,7 +116,7 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
 
     def create(spec: WeightSpec) -> Weight:
         place, name_hash = sharding(spec) if sharding else None, np.uint32(_stable_hash(spec.name))
-        options = in_order()
+        options = in_order(place.mesh if isinstance(place, jax.sharding.NamedSharding) else None)
         # Without a program of its own, if that needs no options.
         if place is None and options is None and math.prod(spec.shape) < LARGE:
             return _padded(_random(jax.random.fold_in(key, name_hash), spec.stored, dtype), spec)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from jax.sharding import AbstractMesh, Mesh
+
 from pallas_kernels import current_platform
 
 
-def in_order() -> dict[str, str | bool] | None:
+def in_order(mesh: Mesh | AbstractMesh | None) -> dict[str, str | bool] | None:
     """Options for NVIDIA GPUs with which no kernel starts before the one before it has ended; None for others.
+
+    Of a program on a mesh, or on the default device.
 
     XLA lets kernels start early and wait before they read (programmatic dependent launch). But ptxas moves reads of
     what it takes to be constant, as XLA says all arguments are, to before the wait: kernels then read what was there
     before. Seen as random weights that were wrong on some of four GPUs which several processes shared
     (benchmarks/RESULTS.md).
     """
-    return {"xla_gpu_enable_pdl": False} if current_platform() == "cuda" else None
+    return {"xla_gpu_enable_pdl": False} if current_platform(mesh) == "cuda" else None

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
@@ -88,12 +89,12 @@ def forced_backend() -> str:
     return _forced_backend.get()
 
 
-def current_platform() -> str:
-    """The platform that ops are traced for."""
+def current_platform(mesh: Mesh | AbstractMesh | None = None) -> str:
+    """The platform that ops are traced for; with a mesh, on its devices."""
     forced = _forced_platform.get()
     if forced is not None:
         return forced
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = (jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh).abstract_device
     if device is not None and device.platform != "gpu":
         return device.platform
     if device is not None:

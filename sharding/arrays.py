@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -27,14 +28,18 @@ def zeros(
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
 
 
-def replicate(tree: Any) -> Any:
-    """The arrays of a pytree, so laid out that every process can read them; every process must ask for the same."""
+def replicate(tree: Any, compiler_options: Mapping[str, str | bool] | None = None) -> Any:
+    """The arrays of a pytree, so laid out that every process can read them; every process must ask for the same.
+
+    `compiler_options` are XLA's, for the programs that do it.
+    """
+    options = tuple((compiler_options or {}).items())
 
     def whole(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return x
         assert isinstance(x.sharding, NamedSharding)
-        return _replicate(x.sharding.mesh)(x)
+        return _replicate(x.sharding.mesh, options)(x)
 
     return jax.tree.map(whole, tree)
 
@@ -49,5 +54,6 @@ def least(value: int) -> int:
 
 
 @cache
-def _replicate(mesh: Mesh) -> Any:
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def _replicate(mesh: Mesh, options: tuple[tuple[str, str | bool], ...]) -> Any:
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=whole, compiler_options=dict(options) or None)

@@ -41,7 +41,7 @@ def alone_seconds(
         arrays = [jnp.ones(_elements(c, mesh) * mesh.size, jnp.float32, device=everywhere) for c in taken]
 
         def compiled(talking: bool) -> jax.stages.Compiled:
-            return _program(mesh, taken, talking).lower(*arrays).compile(compiler_options=compiler_options())
+            return _program(mesh, taken, talking).lower(*arrays).compile(compiler_options=compiler_options(mesh))
 
         with ThreadPoolExecutor() as pool:
             programs = list(pool.map(compiled, (True, False)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gptoss_jax.xla_options import in_order
 from pallas_kernels import current_platform
@@ -20,11 +20,13 @@ def also_compile_with(options: dict[str, str | bool]) -> None:
 
 def graphs_collectives(mesh: Mesh | None) -> bool:
     """Whether collectives on the mesh can be in device graphs: on the NVIDIA GPUs of one process."""
-    return mesh is not None and mesh.size > 1 and current_platform() == "cuda" and not mesh.is_multi_process
+    return mesh is not None and mesh.size > 1 and current_platform(mesh) == "cuda" and not mesh.is_multi_process
 
 
-def compiler_options(*, collectives: bool = False) -> dict[str, str | bool] | None:
-    """What XLA is told beyond its defaults, None for nothing.
+def compiler_options(
+    mesh: Mesh | AbstractMesh | None, *, collectives: bool = False
+) -> dict[str, str | bool] | None:
+    """What XLA is told beyond its defaults of a program on a mesh, or on the default device; None for nothing.
 
     On NVIDIA GPUs, to put loops and branches into device graphs too. Else the host waits for each one's condition,
     0.7 ms a step on an H100, and cannot run ahead. And not to try a second code generator for each of its own kernels:
@@ -34,8 +36,8 @@ def compiler_options(*, collectives: bool = False) -> dict[str, str | bool] | No
     for programs that are launched again and again (prompts, whose steps come once, are read slower so), and whose loops
     have lengths that the host knows. They are NCCL's: with XLA's own, four H100s decode up to 8 % slower.
     """
-    options = in_order() or {}
-    if current_platform() == "cuda":
+    options = in_order(mesh) or {}
+    if current_platform(mesh) == "cuda":
         options |= {
             "xla_gpu_enable_command_buffer": ",".join((*GRAPHED, "COLLECTIVES" if collectives else "WHILE")),
             "xla_gpu_experimental_enable_fusion_autotuner": False,

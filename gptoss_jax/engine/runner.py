@@ -97,8 +97,9 @@ class Runner:
         self._filled = np.zeros((self.parts, shape.slots), np.int64)
         self._settings = _Settings.empty(self.parts, shape.slots)
         self._programs: dict[tuple[Callable[..., Any], StepKind], Callable[..., Any]] = {}
-        self._copy_rings = jax.jit(partial(_copy_rings, model), donate_argnums=0, compiler_options=in_order())
-        self._set_counts = jax.jit(_set_counts, donate_argnums=0, compiler_options=in_order())
+        self._in_order = in_order(self._partition.mesh)
+        self._copy_rings = jax.jit(partial(_copy_rings, model), donate_argnums=0, compiler_options=self._in_order)
+        self._set_counts = jax.jit(_set_counts, donate_argnums=0, compiler_options=self._in_order)
         last = zeros((self.parts, shape.slots), jnp.int32, self._partition.sharding(("batch", None)))
         self._state = DeviceState(KVCache.empty(model.config, shape, dtype, self._partition), last)
 
@@ -131,7 +132,7 @@ class Runner:
         self._restore(plans)
         self._prepare_counts(plans, kind)
         self._start(launched)
-        _send(launched)
+        _send(launched, self._in_order)
         return launched
 
     @contextlib.contextmanager
@@ -151,7 +152,7 @@ class Runner:
         allowed: Any = self._allowed(launched, constraints)
         launched.adjustments = dataclasses.replace(launched.adjustments, allowed=allowed)
         self._resume(launched)
-        _send(launched)
+        _send(launched, self._in_order)
 
     def _start(self, step: Launched) -> None:
         """Start a step, or the pass of a masked one."""
@@ -349,7 +350,7 @@ class Runner:
             if does and not graphed and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
             traced = _computed_by(self._kernels, partial(run, of, kind))
-            options = compiler_options(collectives=graphed)
+            options = compiler_options(self._partition.mesh, collectives=graphed)
             self._programs[run, kind] = jax.jit(traced, donate_argnums=1, compiler_options=options)
         return self._programs[run, kind]
 
@@ -421,9 +422,9 @@ class Runner:
         return f"{_text(self._pass(kind), *arguments)}\n{choice}", 1
 
 
-def _send(step: Launched) -> None:
+def _send(step: Launched, compiler_options: dict[str, str | bool] | None) -> None:
     """Have a step's outputs come to the host when they are there."""
-    step.outputs = replicate(step.outputs)
+    step.outputs = replicate(step.outputs, compiler_options)
     for output in jax.tree.leaves(step.outputs):
         output.copy_to_host_async()
 

@@ -1,11 +1,13 @@
 """What XLA is told for GPUs, where no test can run."""
 
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.step import StepKind
 from gptoss_jax.loading import random_model
+from gptoss_jax.xla_options import in_order
 from pallas_kernels import platform
 from sharding import make_mesh
 from tests.engine.schedules import TINY
@@ -13,7 +15,7 @@ from tests.engine.schedules import TINY
 
 def graphed(*, collectives: bool) -> set[str]:
     with platform("cuda"):
-        options = compiler_options(collectives=collectives)
+        options = compiler_options(None, collectives=collectives)
     assert options
     found = options["xla_gpu_enable_command_buffer"]
     assert isinstance(found, str)
@@ -24,15 +26,25 @@ def test_graphs_have_loops_or_collectives() -> None:
     alone, talking = graphed(collectives=False), graphed(collectives=True)
     assert alone - talking == {"WHILE"}
     assert talking - alone == {"COLLECTIVES"}
-    assert compiler_options(collectives=True) is None, "a CPU has no graphs"
+    assert compiler_options(None, collectives=True) is None, "a CPU has no graphs"
 
 
 @pytest.mark.parametrize("collectives", [False, True])
 def test_no_kernel_of_a_step_starts_early(collectives: bool) -> None:
     with platform("cuda"):
-        options = compiler_options(collectives=collectives)
+        options = compiler_options(None, collectives=collectives)
     assert options
     assert options["xla_gpu_enable_pdl"] is False
+
+
+def test_options_are_those_of_the_mesh_and_not_of_the_default_device() -> None:
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    gpus = AbstractMesh((2,), ("tensor",), abstract_device=device)
+    assert in_order(None) is None
+    assert in_order(gpus) == {"xla_gpu_enable_pdl": False}
+    options = compiler_options(gpus, collectives=True)
+    assert options
+    assert options["xla_gpu_experimental_use_collective_kernels"] == ""
 
 
 def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:

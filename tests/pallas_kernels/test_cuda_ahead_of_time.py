@@ -259,7 +259,7 @@ key = jax.eval_shape(partial(jax.random.key, impl="rbg"), 0).dtype
 arguments = [jax.ShapeDtypeStruct((), dtype, sharding=place) for dtype in (key, jnp.uint32)]
 draw = partial(_draw, spec=WeightSpec("q_proj", (256, 128), (None, None)), dtype=jnp.bfloat16, whole=None)
 with platform("cuda"):
-    options = in_order() if sys.argv[1] == "in order" else None
+    options = in_order(None) if sys.argv[1] == "in order" else None
     jax.jit(draw, compiler_options=options).lower(*arguments).compile()
 """
 
