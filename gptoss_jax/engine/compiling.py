@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
+
 from jax.sharding import AbstractMesh, Mesh
 
 from gptoss_jax.xla_options import in_order
@@ -16,6 +20,24 @@ _others: dict[str, str | bool] = {}
 def also_compile_with(options: dict[str, str | bool]) -> None:
     """Compile from now on with these options of XLA, too, which precede the project's: to measure what they change."""
     _others.update(options)
+
+
+@contextlib.contextmanager
+def collected_once() -> Iterator[None]:
+    """Python's collector waits until the block ends, and walks all objects then.
+
+    Tracing steps makes hundreds of thousands of objects that stay: to walk them again and again, for nothing, takes a
+    fifth of the time. Those that are left to it would be walked while requests run, which then stand still for as long
+    as tens of steps take.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()
 
 
 def graphs_collectives(mesh: Mesh | None) -> bool:

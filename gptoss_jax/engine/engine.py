@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptoss_jax.engine.compiling import collected_once
 from gptoss_jax.engine.constraints import ConstraintMaker, Scope, TokenConstraint
 from gptoss_jax.engine.drafts import Drafter, PromptLookup
 from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
@@ -451,6 +452,7 @@ class Engine:
         # Several processes compile in one order, since their compilers may wait for each other.
         workers = min(COMPILERS, os.cpu_count() or 1) if jax.process_count() == 1 else 1
         with (
+            collected_once(),
             tqdm(
                 total=len(kinds), desc="Compiling", file=sys.stderr, mininterval=often, disable=progress is False
             ) as bar,

@@ -1,9 +1,12 @@
-"""What XLA is told for GPUs, where no test can run."""
+"""What XLA is told for GPUs, where no test can run; what Python's collector does meanwhile."""
+
+import gc
+import weakref
 
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
+from gptoss_jax.engine.compiling import collected_once, compiler_options, graphs_collectives
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.step import StepKind
 from gptoss_jax.loading import random_model
@@ -70,3 +73,38 @@ def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
     chunk = StepKind(decodes=1, prefills=1, chunk=16, pages=4, sampling="greedy")
     with platform("cuda"):
         assert not engine._runner._graphs_collectives(chunk)
+
+
+class Cycle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_garbage_is_collected_once_all_is_compiled() -> None:
+    with collected_once():
+        left = weakref.ref(Cycle())
+        for _ in range(100_000):
+            Cycle()
+        assert left(), "collected meanwhile"
+    assert left() is None
+    assert gc.isenabled()
+
+
+def test_who_had_no_collector_has_none_afterwards() -> None:
+    gc.disable()
+    try:
+        with pytest.raises(KeyError), collected_once():
+            raise KeyError
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_engines_compile_without_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, collecting = Engine(random_model(TINY), EngineOptions(max_batch=2, kv_cache_memory=1 << 22)), []
+    monkeypatch.setattr(engine._runner, "compile", lambda kind: collecting.append(gc.isenabled()))
+    assert engine.warm_up(progress=False) == len(collecting) > 0
+    assert not any(collecting)
+    assert gc.isenabled()
