@@ -10,7 +10,7 @@ from pallas_kernels import current_platform
 def in_order(mesh: Mesh | AbstractMesh | None) -> dict[str, str | bool] | None:
     """Options for NVIDIA GPUs with which no kernel starts before the one before it has ended; None for others.
 
-    Of a program on a mesh, or on the default device.
+    Without a mesh they are those of the mesh in context, else of the default device.
 
     XLA lets kernels start early and wait before they read (programmatic dependent launch). But ptxas moves reads of
     what it takes to be constant, as XLA says all arguments are, to before the wait: kernels then read what was there

@@ -100,10 +100,10 @@ def current_platform(mesh: Mesh | AbstractMesh | None = None) -> str:
     if device is not None:
         return "rocm" if device.device_kind.startswith("AMD") else "cuda"
     default = jax.config.jax_default_device
-    if default is None:
-        default = jax.local_devices()[0]
-    if isinstance(default, str) or default.platform != "gpu":
-        return getattr(default, "platform", default)
+    if default is None or isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
+    if default.platform != "gpu":
+        return default.platform
     return "rocm" if "rocm" in default.client.platform_version else "cuda"
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from gptoss_jax.xla_options import in_order
@@ -17,6 +20,14 @@ GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLIC
 _others: dict[str, str | bool] = {}
 
 
+class _Collector:
+    """How many blocks keep Python's collector off, and whether it is to be on after the last."""
+
+    lock = threading.Lock()
+    blocks = 0
+    enabled = False
+
+
 def also_compile_with(options: dict[str, str | bool]) -> None:
     """Compile from now on with these options of XLA, too, which precede the project's: to measure what they change."""
     _others.update(options)
@@ -24,20 +35,40 @@ def also_compile_with(options: dict[str, str | bool]) -> None:
 
 @contextlib.contextmanager
 def collected_once() -> Iterator[None]:
-    """Python's collector waits until the block ends, and walks all objects then.
+    """Python's collector waits until the block ends, in whatever thread the last one does, and walks all objects then.
 
     Tracing steps makes hundreds of thousands of objects that stay: to walk them again and again, for nothing, takes a
-    fifth of the time. Those that are left to it would be walked while requests run, which then stand still for as long
-    as tens of steps take.
+    fifth of tracing's time. Those that are left to it would be walked while requests run, which then stand still for as
+    long as tens of steps take.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    with _Collector.lock:
+        if not _Collector.blocks:
+            _Collector.enabled = gc.isenabled()
+            gc.disable()
+        _Collector.blocks += 1
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
-        gc.collect()
+        with _Collector.lock:
+            _Collector.blocks -= 1
+            last = not _Collector.blocks
+            if last and _Collector.enabled:
+                gc.enable()
+        if last:
+            gc.collect()
+
+
+def as_in_this_thread[Argument](function: Callable[[Argument], object]) -> Callable[[Argument], object]:
+    """The function for other threads, with the platform, the backend and the default device that hold in this one."""
+    device = jax.config.jax_default_device
+    context = copy_context()
+
+    def run(argument: Argument) -> object:
+        with jax.default_device(device):
+            # A context cannot be entered twice at a time.
+            return context.copy().run(function, argument)
+
+    return run
 
 
 def graphs_collectives(mesh: Mesh | None) -> bool:
@@ -48,7 +79,7 @@ def graphs_collectives(mesh: Mesh | None) -> bool:
 def compiler_options(
     mesh: Mesh | AbstractMesh | None, *, collectives: bool = False
 ) -> dict[str, str | bool] | None:
-    """What XLA is told beyond its defaults of a program on a mesh, or on the default device; None for nothing.
+    """What XLA is told beyond its defaults of a program on a mesh (as `in_order`); None for nothing.
 
     On NVIDIA GPUs, to put loops and branches into device graphs too. Else the host waits for each one's condition,
     0.7 ms a step on an H100, and cannot run ahead. And not to try a second code generator for each of its own kernels:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptoss_jax.engine.compiling import collected_once
+from gptoss_jax.engine.compiling import as_in_this_thread, collected_once
 from gptoss_jax.engine.constraints import ConstraintMaker, Scope, TokenConstraint
 from gptoss_jax.engine.drafts import Drafter, PromptLookup
 from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
@@ -458,10 +458,10 @@ class Engine:
             ) as bar,
             ThreadPoolExecutor(workers) as pool,
         ):
-            for _ in pool.map(self._runner.compile, kinds):
+            for _ in pool.map(as_in_this_thread(self._runner.compile), kinds):
                 bar.update()
-        if self.options.prefix_cache:
-            self._runner.compile_restores()
+            if self.options.prefix_cache:
+                self._runner.compile_restores()
         return len(kinds)
 
     def _rehearsed(self, rehearse: Callable[[], object]) -> list[StepKind]:

@@ -422,9 +422,9 @@ class Runner:
         return f"{_text(self._pass(kind), *arguments)}\n{choice}", 1
 
 
-def _send(step: Launched, compiler_options: dict[str, str | bool] | None) -> None:
-    """Have a step's outputs come to the host when they are there."""
-    step.outputs = replicate(step.outputs, compiler_options)
+def _send(step: Launched, options: dict[str, str | bool] | None) -> None:
+    """Have a step's outputs come to the host when they are there; XLA is told `options`."""
+    step.outputs = replicate(step.outputs, options)
     for output in jax.tree.leaves(step.outputs):
         output.copy_to_host_async()
 

@@ -2,17 +2,28 @@
 
 import gc
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
+import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from gptoss_jax import xla_options
+from gptoss_jax.engine import compiling, runner
 from gptoss_jax.engine.compiling import collected_once, compiler_options, graphs_collectives
 from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.step import StepKind
 from gptoss_jax.loading import random_model
+from gptoss_jax.placement import _preparation
 from gptoss_jax.xla_options import in_order
-from pallas_kernels import platform
-from sharding import make_mesh
+from pallas_kernels import current_platform, platform, use_backend
+from pallas_kernels.backend import forced_backend
+from pallas_kernels.mxfp4_matmul import current_layout
+from sharding import arrays, make_mesh
 from tests.engine.schedules import TINY
 
 
@@ -75,6 +86,62 @@ def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
         assert not engine._runner._graphs_collectives(chunk)
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What XLA is told of each function that is compiled, as if the devices of meshes were NVIDIA GPUs."""
+    told: dict[str, Any] = {}
+
+    def jit(function: Callable[..., Any], compiler_options: Any = None, **options: Any) -> Any:
+        named = function.func if isinstance(function, partial) else function
+        told[named.__name__] = compiler_options
+        return compile_lazily(function, **options)
+
+    def send(tree: Any, options: Any) -> Any:
+        told["outputs"] = options
+        return tree
+
+    compile_lazily = jax.jit
+    monkeypatch.setattr(jax, "jit", jit)
+    monkeypatch.setattr(runner, "replicate", send)
+    for module in (xla_options, compiling):
+        monkeypatch.setattr(module, "current_platform", lambda mesh=None: "cuda" if mesh else "cpu")
+    return told
+
+
+def test_all_programs_of_a_mesh_are_compiled_for_its_devices(told: dict[str, Any]) -> None:
+    mesh, order = make_mesh("tensor=2"), {"xla_gpu_enable_pdl": False}
+    engine = Engine(random_model(TINY, mesh), EngineOptions(max_batch=2, kv_cache_memory=1 << 22, decode_rounds=1))
+    engine.add("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
+    while engine.unfinished:
+        engine.step()
+    in_order = {name for name, options in told.items() if options == order}
+    assert in_order == {"_draw", "_copy_rings", "_set_counts", "outputs"}
+    assert told["traced"] == compiling.compiler_options(mesh, collectives=True)
+    assert told["traced"] != compiling.compiler_options(None, collectives=True)
+    with platform("cuda"):
+        layout = current_layout()
+    assert layout is not None
+    _preparation(engine._runner._partition, layout, 2, ("experts", "hidden", "expert_intermediate"))
+    assert told["run"] == order
+    arrays._replicate(mesh, tuple(order.items()))
+    assert told["<lambda>"] == order
+
+
+def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(_: object) -> None:
+        seen.append((current_platform(), forced_backend(), jax.config.jax_default_device))
+
+    seen: list[tuple[Any, ...]] = []
+    engine, device = (
+        Engine(random_model(TINY), EngineOptions(max_batch=2, kv_cache_memory=1 << 22)),
+        jax.devices()[1],
+    )
+    monkeypatch.setattr(engine._runner, "compile", found)
+    with platform("rocm"), use_backend("reference"), jax.default_device(device):
+        engine.warm_up(progress=False)
+    assert set(seen) == {("rocm", "reference", device)}
+
+
 class Cycle:
     """Garbage that only the collector finds."""
 
@@ -83,8 +150,12 @@ class Cycle:
 
 
 def test_garbage_is_collected_once_all_is_compiled() -> None:
+    cycle = Cycle()
+    # Only a walk of all objects finds what has outlived one.
+    gc.collect()
     with collected_once():
-        left = weakref.ref(Cycle())
+        left = weakref.ref(cycle)
+        del cycle
         for _ in range(100_000):
             Cycle()
         assert left(), "collected meanwhile"
@@ -92,14 +163,28 @@ def test_garbage_is_collected_once_all_is_compiled() -> None:
     assert gc.isenabled()
 
 
-def test_who_had_no_collector_has_none_afterwards() -> None:
+def test_the_collector_is_as_it_was_afterwards() -> None:
+    with pytest.raises(KeyError), collected_once():
+        raise KeyError
+    assert gc.isenabled()
     gc.disable()
     try:
-        with pytest.raises(KeyError), collected_once():
-            raise KeyError
+        with collected_once():
+            pass
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_the_collector_waits_for_the_last_of_several_threads() -> None:
+    first, second = collected_once(), collected_once()
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert not gc.isenabled()
+        other.submit(second.__exit__, None, None, None).result()
+    assert gc.isenabled()
 
 
 def test_engines_compile_without_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
