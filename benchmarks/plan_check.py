@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from gptoss_jax import cli
+
 GIB = 2**30
 
 ALONE, TIMED = 2, 8
@@ -87,7 +89,11 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def output(command: list[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
+        # It has said why.
+        sys.exit(ended.returncode)
+    return ended.stdout
 
 
 def run(
@@ -207,4 +213,4 @@ def stats() -> int | None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

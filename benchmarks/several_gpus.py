@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.several_gpus_tables import tables
+from gptoss_jax import cli
+from gptoss_jax.errors import expect, named
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("logits", "tokens", "speed", "memory")
@@ -137,7 +139,10 @@ def flags() -> argparse.ArgumentParser:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(sorted(int(part) for part in text.split(",")))
+    try:
+        return tuple(sorted(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between, found {text!r}") from None
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -148,18 +153,11 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = flags()
-    options = parser.parse_args()
-    if (
-        min(options.batch) < 1
-        or min(options.prompt_tokens, options.repeats, options.together) < 1
-        or options.output_tokens < 8
-    ):
-        parser.error("--batch, --prompt-tokens, --repeats and --together are from 1, --output-tokens from 8")
+    options = flags().parse_args()
     if options.show:
-        saved = [json.loads(line) for path in options.show for line in path.read_text().splitlines()]
-        print(tables(saved))
+        print(tables([row for path in options.show for row in saved(path)]))
         return
+    check(options)
     os.environ.update(NO_MULTICAST)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
     if options.together > 1:
@@ -177,6 +175,37 @@ def main() -> None:
     except KeyboardInterrupt:
         progress("interrupted: tables of what is known")
     print(tables(rows))
+
+
+def saved(path: Path) -> list[Row]:
+    """The rows of a file. Raises UsageError."""
+    lines = enumerate(cli.read_text(path, "--show").splitlines(), 1)
+    return [cli.parse_json(line, f"--show: {path}: line {number}", dict) for number, line in lines]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Before anything runs. Raises GptOssError or ShardingError."""
+    least = {"prompt_tokens": 1, "output_tokens": 8, "repeats": 1, "context": 1, "together": 1}
+    for name, value in least.items():
+        found = getattr(options, name)
+        expect(found >= value, f"--{name.replace('_', '-')}", f"a number from {value}", found)
+    expect(min(options.batch) >= 1, "--batch", "numbers from 1", min(options.batch))
+    expect(options.limit > 0, "--limit", "seconds above 0", options.limit)
+    expect(isinstance(options.compiler_options, dict), "--compiler-options", "an object", options.compiler_options)
+    if options.json:
+        cli.check_writable(options.json, "--json")
+    from gptoss_jax.config import ModelConfig
+    from sharding import parse_mesh
+    from sharding.topologies import families
+
+    known = families()
+    name = options.topology
+    expect(name is None or name in known, "--topology", f"one of {', '.join(known)}", name)
+    for mesh in options.meshes or ():
+        parse_mesh(mesh)
+    if options.model != "embedded":
+        with named("--model"):
+            ModelConfig.from_file(Path(options.model))
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
@@ -355,4 +384,4 @@ def progress(message: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,8 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from benchmarks.several_gpus import MEMORY_SHARE, NO_MULTICAST, progress
+from gptoss_jax import cli
+from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
     import jax
@@ -38,17 +39,19 @@ Sums = dict[str, tuple[int, ...]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="configs/gpt_oss_20b.json", help="a checkpoint or a config.json")
+    parser.add_argument(
+        "--model", default="configs/gpt_oss_20b.json", help='a checkpoint, a config.json, or "embedded"'
+    )
     parser.add_argument("--mesh", metavar="MESH", help="such as tensor=4 (default: one device)")
     parser.add_argument("--processes", type=int, default=4, metavar="N", help="at once (default: 4)")
     parser.add_argument("--loads", type=int, default=4, metavar="N", help="of each process (default: 4)")
     options = parser.parse_args()
     if min(options.processes, options.loads) < 1 or options.processes * options.loads < 2:
-        parser.error("--processes and --loads are from 1, and together two loads at least")
+        raise UsageError("--processes, --loads: expected numbers from 1, and two loads at least")
     os.environ.update(NO_MULTICAST)
     share = float(MEMORY_SHARE) / options.processes - CONTEXT
     if share <= 0:
-        parser.error(f"--processes: {options.processes} leave no memory for each")
+        raise UsageError(f"--processes: {options.processes} leave no memory for each")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         running = [
@@ -74,8 +77,9 @@ def sums_of_loads(number: int, model: str, mesh: str | None, loads: int) -> list
     from gptoss_jax.benching import workload
 
     start, found = time.monotonic(), []
+    name = None if model == "embedded" else model
     for load in range(1, loads + 1):
-        found.append(sums(jax.block_until_ready(workload.load(model, mesh, "bfloat16", 0))))
+        found.append(sums(jax.block_until_ready(workload.load(name, mesh, "bfloat16", 0))))
         progress(f"process {number}, load {load}: after {time.monotonic() - start:.0f} s")
     return found
 
@@ -122,4 +126,4 @@ def unlike(found: Sequence[Sequence[Sums]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -14,13 +14,24 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks.several_gpus import PROCESSES, cases_of, compared, default_meshes, run, together
+from benchmarks.several_gpus import (
+    PROCESSES,
+    cases_of,
+    check,
+    compared,
+    default_meshes,
+    flags,
+    run,
+    saved,
+    together,
+)
 from benchmarks.several_gpus_tables import size_of, tables
 from benchmarks.weights_alike import sums, unlike
 from gptoss_jax.benching import collectives
 from gptoss_jax.benching.collectives import OPERATIONS, _program, alone_seconds
+from gptoss_jax.errors import GptOssError, UsageError
 from gptoss_jax.loading import random_model
-from sharding import make_mesh
+from sharding import ShardingError, make_mesh
 from sharding.program import Collectives, read_collectives
 from tests.engine.schedules import TINY
 
@@ -216,7 +227,7 @@ import jax
 from gptoss_jax.benching import collectives
 from gptoss_jax.benching.collectives import OPERATIONS, _program
 from jax.sharding import NamedSharding, PartitionSpec
-from sharding import make_mesh
+from sharding import ShardingError, make_mesh
 from sharding.program import Collectives, read_collectives
 
 mesh = make_mesh("expert=2,tensor=2", parse_topology("h100:1x1x4").devices())
@@ -238,6 +249,41 @@ def test_weights_that_differ_are_told() -> None:
     with_other = first | {name: (*first[name][:9], *other[name][9:12], *first[name][12:])}
     told = list(unlike([[first], [second, with_other]]))
     assert told == [f"process 2, load 2: {name}: 3 of 64 blocks, from 9 to 11"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--model", "/nope"), "/nope: no such file"),
+        (("--meshes", "tensor=2", "expert=0"), "expert: expected a size of 1 or more"),
+        (("--context", "0"), "--context: expected a number from 1, found 0"),
+        (("--batch", "4,0"), "--batch: expected numbers from 1, found 0"),
+        (("--output-tokens", "7"), "--output-tokens: expected a number from 8, found 7"),
+        (("--topology", "h101"), "--topology: expected one of .*h100.*, found 'h101'"),
+        (("--limit", "0"), "--limit: expected seconds above 0"),
+        (("--compiler-options", "[1]"), "--compiler-options: expected an object"),
+        (("--json", "/nope/rows.jsonl"), "--json: /nope/rows.jsonl: "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(arguments: tuple[str, ...], told: str) -> None:
+    with pytest.raises((GptOssError, ShardingError), match=told):
+        check(flags().parse_args(["--model", "embedded", *arguments]))
+
+
+def test_rows_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"part": "weights"}\n[1]\n')
+    with pytest.raises(UsageError, match=r"rows\.jsonl: line 2: expected a JSON object"):
+        saved(file)
+    with pytest.raises(UsageError, match=r"other\.jsonl: No such file"):
+        saved(tmp_path / "other.jsonl")
+
+
+def test_weights_that_cannot_be_made_are_no_difference() -> None:
+    command = [sys.executable, "-m", "benchmarks.weights_alike", "--model", "embedded", "--mesh", "tensor=x"]
+    ended = subprocess.run([*command, "--processes", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: mesh: tensor: expected a size of 1 or more, found 'x'\n"
 
 
 def test_processes_load_the_same_weights(tmp_path: Path) -> None:
