@@ -89,6 +89,7 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def output(command: list[str]) -> str:
+    """What a command prints; if it fails, this one ends with its exit code."""
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
         # It has said why.

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.plan_check import output
 
 GIB = 2**30
 MODELS = ("20b", "120b")
@@ -76,7 +77,7 @@ def planned(model: str, topology: str, batch: int, context: int) -> dict[str, An
     path = Path(__file__).parent.parent / "configs" / f"gpt_oss_{model}.json"
     command = [sys.executable, "-m", "gptoss_jax.plan", "--model", str(path), "--topology", topology, "--json"]
     command += ["--batch", str(batch), "--context", str(context)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return json.loads(output(command))
 
 
 def cell(plan: dict[str, Any]) -> str:

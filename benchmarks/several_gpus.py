@@ -139,10 +139,7 @@ def flags() -> argparse.ArgumentParser:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted(int(part) for part in text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between, found {text!r}") from None
+    return tuple(sorted(cli.sizes(text)))
 
 
 def _parts(text: str) -> tuple[str, ...]:

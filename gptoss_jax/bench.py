@@ -29,7 +29,7 @@ def flags() -> argparse.ArgumentParser:
     parser = cli.parser("bench", "Measure how fast a model runs here; a subcommand's --help lists its flags.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="latency|throughput|start")
     latency = _add(commands, "latency", "Time to first token and time a step of alike requests that run together.")
-    latency.add_argument("--batch", type=_sizes, default=[1], metavar="N,...", help="requests (default: 1)")
+    latency.add_argument("--batch", type=cli.sizes, default=[1], metavar="N,...", help="requests (default: 1)")
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
     latency.add_argument(
         "--sampling",
@@ -59,7 +59,7 @@ def flags() -> argparse.ArgumentParser:
 def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
     lengths = name == "latency"
-    kind, help_ = (_sizes, " (several: each in turn)") if lengths else (int, "")
+    kind, help_ = (cli.sizes, " (several: each in turn)") if lengths else (int, "")
     default: Any = [512] if lengths else 512
     parser.add_argument(
         "--prompt-tokens", type=kind, default=default, metavar="N", help=f"of random tokens; default: 512{help_}"
@@ -78,15 +78,6 @@ def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     output.add_argument("--plot", type=Path, metavar="FILE.png|svg|pdf", help="draw it (extra: plot)")
     return parser
-
-
-def _sizes(text: str) -> list[int]:
-    """The type of a flag that takes sizes with commas between."""
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected sizes such as 1,8,32, found {text!r:.60}") from None
-    return sizes
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -61,6 +61,14 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
+def sizes(text: str) -> list[int]:
+    """The type of a flag that takes sizes with commas between."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes such as 1,8,32, found {text!r:.60}") from None
+
+
 def _not_empty(text: str) -> str:
     """The type of a flag whose value says something: an empty one comes of a variable that is not set."""
     if not text:

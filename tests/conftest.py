@@ -2,6 +2,9 @@ import io
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 # Before jax is imported: tests run on the CPU, whatever else the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +18,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Where an image's environment forbids to keep bytecode, each of the many commands that tests start compiles jax anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -30,6 +34,21 @@ settings.load_profile("default")
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Commands keep compiled programs in the user's cache directory; tests share one of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What XLA is told of the functions that a test compiles, by their names; XLA itself is not told."""
+    told: dict[str, Any] = {}
+
+    def jit(function: Callable[..., Any], compiler_options: Any = None, **options: Any) -> Any:
+        named = function.func if isinstance(function, partial) else function
+        told[named.__name__] = compiler_options
+        return compile_lazily(function, **options)
+
+    compile_lazily = jax.jit
+    monkeypatch.setattr(jax, "jit", jit)
+    return told
 
 
 @pytest.fixture

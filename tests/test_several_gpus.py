@@ -227,7 +227,7 @@ import jax
 from gptoss_jax.benching import collectives
 from gptoss_jax.benching.collectives import OPERATIONS, _program
 from jax.sharding import NamedSharding, PartitionSpec
-from sharding import ShardingError, make_mesh
+from sharding import make_mesh
 from sharding.program import Collectives, read_collectives
 
 mesh = make_mesh("expert=2,tensor=2", parse_topology("h100:1x1x4").devices())

@@ -2,9 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
@@ -87,28 +85,21 @@ def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What XLA is told of each function that is compiled, as if the devices of meshes were NVIDIA GPUs."""
-    told: dict[str, Any] = {}
-
-    def jit(function: Callable[..., Any], compiler_options: Any = None, **options: Any) -> Any:
-        named = function.func if isinstance(function, partial) else function
-        told[named.__name__] = compiler_options
-        return compile_lazily(function, **options)
+def nvidia_mesh(told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What XLA is told as if the devices of meshes were NVIDIA GPUs; of outputs, too."""
 
     def send(tree: Any, options: Any) -> Any:
         told["outputs"] = options
         return tree
 
-    compile_lazily = jax.jit
-    monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(runner, "replicate", send)
     for module in (xla_options, compiling):
         monkeypatch.setattr(module, "current_platform", lambda mesh=None: "cuda" if mesh else "cpu")
     return told
 
 
-def test_all_programs_of_a_mesh_are_compiled_for_its_devices(told: dict[str, Any]) -> None:
+def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[str, Any]) -> None:
+    told = nvidia_mesh
     mesh, order = make_mesh("tensor=2"), {"xla_gpu_enable_pdl": False}
     engine = Engine(random_model(TINY, mesh), EngineOptions(max_batch=2, kv_cache_memory=1 << 22, decode_rounds=1))
     engine.add("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
@@ -132,10 +123,8 @@ def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.Monkey
         seen.append((current_platform(), forced_backend(), jax.config.jax_default_device))
 
     seen: list[tuple[Any, ...]] = []
-    engine, device = (
-        Engine(random_model(TINY), EngineOptions(max_batch=2, kv_cache_memory=1 << 22)),
-        jax.devices()[1],
-    )
+    engine = Engine(random_model(TINY), EngineOptions(max_batch=2, kv_cache_memory=1 << 22))
+    device = jax.devices()[1]
     monkeypatch.setattr(engine._runner, "compile", found)
     with platform("rocm"), use_backend("reference"), jax.default_device(device):
         engine.warm_up(progress=False)
