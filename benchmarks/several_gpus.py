@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.several_gpus_tables import tables
-from gptoss_jax import cli
+from gptoss_jax.commands import cli
 from gptoss_jax.errors import expect, named
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
 of a shared host may not have them, and a program that fails so can take the host's GPUs from others, too."""
 
 MEMORY_SHARE = ".95"
-"""XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set: what sharding/devices.json calls usable."""
+"""XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set: what sharding/compiled/devices.json calls usable."""
 
 ENDED = "ended"
 """The file in a job's folder that is there once nothing more of one device is to come."""
@@ -191,9 +191,9 @@ def check(options: argparse.Namespace) -> None:
     expect(isinstance(options.compiler_options, dict), "--compiler-options", "an object", options.compiler_options)
     if options.json:
         cli.check_writable(options.json, "--json")
-    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.model.config import ModelConfig
     from sharding import parse_mesh
-    from sharding.topologies import families
+    from sharding.compiled.topologies import families
 
     known = families()
     name = options.topology

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 if TYPE_CHECKING:
-    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.checkpoints.loading import load_model, random_model
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
     from gptoss_jax.errors import CheckpointError, GptOssError, UsageError
-    from gptoss_jax.llm import LLM
-    from gptoss_jax.loading import load_model, random_model
+    from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.serving.client import LLM
+    from gptoss_jax.types import SamplingParams, StructuredOutputsParams
 
 _HOMES = {
-    "LLM": "llm",
+    "LLM": "serving.client",
     "EngineOptions": "engine.engine",
-    "SamplingParams": "engine.params",
-    "StructuredOutputsParams": "engine.params",
-    "ModelConfig": "config",
-    "load_model": "loading",
-    "random_model": "loading",
+    "SamplingParams": "types",
+    "StructuredOutputsParams": "types",
+    "ModelConfig": "model.config",
+    "load_model": "checkpoints.loading",
+    "random_model": "checkpoints.loading",
     "CheckpointError": "errors",
     "GptOssError": "errors",
     "UsageError": "errors",

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax import cli
+from gptoss_jax.commands import cli
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.params import SamplingParams
-    from gptoss_jax.model import GptOss
+    from gptoss_jax.model.gpt_oss import GptOss
+    from gptoss_jax.types import SamplingParams
 
 
 ALIKE = {"requests": 64, "prompt_tokens": 512, "output_tokens": 128}
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags().parse_args(arguments)
     _check(options)
     if options.plot:
-        from gptoss_jax import plotting
+        from gptoss_jax.commands import plotting
 
         plotting.check(options.plot)
     with cli.by_flag(options):
@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams]:
     """The engine's and the sampling flags. Raises UsageError."""
-    from gptoss_jax.compile_cache import enable_compile_cache
+    from gptoss_jax.runtime.compile_cache import enable_compile_cache
 
     enable_compile_cache()
     options.max_new_tokens, options.min_p, options.stop = None, 0.0, []

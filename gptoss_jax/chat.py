@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax import cli
+from gptoss_jax.commands import cli
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from gptoss_jax.engine.params import SamplingParams
-    from gptoss_jax.llm import LLM
+    from gptoss_jax.serving.client import LLM
+    from gptoss_jax.types import SamplingParams
 
 HELP = """\
 /reset                   forget the conversation

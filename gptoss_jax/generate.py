@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax import cli
+from gptoss_jax.commands import cli
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from gptoss_jax.engine.params import CompletionOutput, RequestOutput
-    from gptoss_jax.llm import LLM, Progress, Request
+    from gptoss_jax.serving.client import LLM, Progress, Request
+    from gptoss_jax.types import CompletionOutput, RequestOutput
 
 
 def flags() -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
         return follow()
     params = dataclasses.replace(params, structured_outputs=cli.structured_outputs(options))
     if options.batch:
-        from gptoss_jax.batch import run_batch
+        from gptoss_jax.commands.batch import run_batch
 
         return run_batch(options, params)
     prompt = _prompt(options)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_jax import cli
+from gptoss_jax.commands import cli
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from gptoss_jax.config import ModelConfig
-    from sharding.topologies import parse_topology, prepare_environment
+    from gptoss_jax.model.config import ModelConfig
+    from sharding.compiled.topologies import parse_topology, prepare_environment
 
     config = ModelConfig.from_file(options.model)
     topology = parse_topology(options.topology)
@@ -112,7 +112,7 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UsageError(f"--{name}: expected {least} or more, found {value}")
     if options.plot:
-        from gptoss_jax import plotting
+        from gptoss_jax.commands import plotting
 
         plotting.check(options.plot)
 

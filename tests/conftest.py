@@ -22,7 +22,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-from gptoss_jax import cli
+from gptoss_jax.commands import cli
 
 settings.register_profile(
     "default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True

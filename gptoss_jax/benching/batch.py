@@ -11,7 +11,7 @@ import numpy as np
 
 from gptoss_jax.benching.workload import random_prompt
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.types import SamplingParams
 
 TRACED_STEPS = 16
 REPLAYED_STEPS = 32

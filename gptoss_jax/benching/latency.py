@@ -17,10 +17,10 @@ from gptoss_jax.benching.launches import counted
 from gptoss_jax.benching.sampling import every_other, sampling_seconds
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.memory import kv_dtype
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.planner.work import Load, Work, work_of
-from sharding.program import Collectives, count_kernels, read_collectives
+from gptoss_jax.types import SamplingParams
+from sharding.compiled.program import Collectives, count_kernels, read_collectives
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_jax.benching.start import PHASES, Start
-from gptoss_jax.plotting import pyplot, save
+from gptoss_jax.commands.plotting import pyplot, save
 
 if TYPE_CHECKING:
     from gptoss_jax.benching.ceilings import Ceilings

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptoss_jax import cli
+from gptoss_jax.commands import cli
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from gptoss_jax.model import GptOss
+    from gptoss_jax.model.gpt_oss import GptOss
     from sharding import ShardingRules
 
 
@@ -59,8 +59,8 @@ def load(
     model: Path | str | None, mesh: str | None, dtype: str, seed: int, rules: ShardingRules | None = None
 ) -> GptOss:
     """A checkpoint's model, or one of a config.json's shape with random weights. Raises CheckpointError."""
-    from gptoss_jax.config import ModelConfig
-    from gptoss_jax.loading import EMBEDDED, load_model, random_model
+    from gptoss_jax.checkpoints.loading import EMBEDDED, load_model, random_model
+    from gptoss_jax.model.config import ModelConfig
 
     if model is not None and str(model).endswith(".json"):
         return random_model(ModelConfig.from_file(Path(model)), mesh, dtype, rules=rules, seed=seed)

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from gptoss_jax.engine.params import StructuredOutputsParams
+from gptoss_jax.types import StructuredOutputsParams
 
 Scope = Literal["text", "final", "final or call"]
 """Where a form applies: to all of a completion, or to harmony's final channel; with calls of tools instead, or not."""

@@ -17,8 +17,8 @@ from typing import Any
 
 from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine, TokenEvent
-from gptoss_jax.engine.params import SamplingParams
-from sharding.multihost import Cluster
+from gptoss_jax.types import SamplingParams
+from sharding.processes.multihost import Cluster
 
 
 class LeadingEngine:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UsageError, expect
-from gptoss_jax.kv_cache import CacheShape, page_bytes, ring_bytes
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.kv_cache import CacheShape, page_bytes, ring_bytes
 from sharding import Partition, least
 
 SHARE_OF_FREE = 0.85

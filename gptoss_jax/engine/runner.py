@@ -20,7 +20,6 @@ from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
 from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.packing import Packed
-from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.sampling import Means, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence, buckets
 from gptoss_jax.engine.step import (
@@ -36,9 +35,10 @@ from gptoss_jax.engine.step import (
     seed_key,
 )
 from gptoss_jax.errors import UsageError
-from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
-from gptoss_jax.model import GptOss
-from gptoss_jax.xla_options import in_order
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.model.kv_cache import CacheShape, KVCache, Segments
+from gptoss_jax.runtime.xla_options import in_order
+from gptoss_jax.types import SamplingParams
 from pallas_kernels import use_backend
 from sharding import Partition, replicate, zeros
 

@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np
 
 from gptoss_jax.engine.pages import Prefixes, block_keys
-from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.types import SamplingParams
 
 CHEAP_TOKENS = 512
 """A step with fewer is bound by the weights that it reads, not by its tokens."""

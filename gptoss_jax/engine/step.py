@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 
 from gptoss_jax.engine.adjusting import Adjustments, adjust
 from gptoss_jax.engine.sampling import Means, SamplingState, logprobs_of, sample
-from gptoss_jax.kv_cache import KVCache, Segments, StepCache
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.model.kv_cache import KVCache, Segments, StepCache
 from sharding import Partition, constrain, on_shards
 
 TOP_LOGPROBS = 20

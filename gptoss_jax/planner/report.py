@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.plotting import pyplot, save
+from gptoss_jax.commands.plotting import pyplot, save
 
 if TYPE_CHECKING:
     from gptoss_jax.planner.plans import MeshPlan, Request, StepPlan

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import EngineOptions
 from gptoss_jax.engine.runner import SNAPSHOTS_A_CHUNK
 from gptoss_jax.engine.sampling import SamplingState
 from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, Structure, run_step
-from gptoss_jax.kv_cache import STORE, CacheShape, KVCache, Segments
-from gptoss_jax.model import GptOss
-from gptoss_jax.placement import place, preparer
-from gptoss_jax.weights import Weight, WeightSpec, abstract_creator
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.model.kv_cache import STORE, CacheShape, KVCache, Segments
+from gptoss_jax.model.placement import place, preparer
+from gptoss_jax.model.weights import Weight, WeightSpec, abstract_creator
 from sharding import Partition
 
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from gptoss_jax import cli
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.checkpoints.loading import random_model
+from gptoss_jax.commands import cli
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.leading import LeadingEngine, follow
 from gptoss_jax.engine.pages import Prefixes
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.loading import random_model
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.types import SamplingParams
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -167,8 +167,8 @@ def assert_empty(engine: Engine) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """One of several processes, that play one schedule over a mesh of all their devices."""
-    from sharding.membership import membership
-    from sharding.multihost import start
+    from sharding.processes.membership import membership
+    from sharding.processes.multihost import start
 
     parser = argparse.ArgumentParser()
     cli.add_cluster_flags(parser)

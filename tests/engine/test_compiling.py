@@ -9,15 +9,15 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from gptoss_jax import xla_options
+from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.engine import compiling, runner
 from gptoss_jax.engine.compiling import collected_once, compiler_options, graphs_collectives
 from gptoss_jax.engine.engine import Engine, EngineOptions
-from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.step import StepKind
-from gptoss_jax.loading import random_model
-from gptoss_jax.placement import _preparation
-from gptoss_jax.xla_options import in_order
+from gptoss_jax.model.placement import _preparation
+from gptoss_jax.runtime import xla_options
+from gptoss_jax.runtime.xla_options import in_order
+from gptoss_jax.types import SamplingParams
 from pallas_kernels import current_platform, platform, use_backend
 from pallas_kernels.backend import forced_backend
 from pallas_kernels.mxfp4_matmul import current_layout

@@ -12,12 +12,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
-from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.errors import UsageError
-from gptoss_jax.loading import random_model
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.types import SamplingParams
 from pallas_kernels.rotary import as_kept
 from tests.engine import schedules
 from tests.engine.schedules import TINY, assert_as_alone, assert_empty, greedy_requests, play, prompts, tiny

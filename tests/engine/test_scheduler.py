@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_jax.engine.pages import Prefixes
-from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.scheduler import Limits, Scheduler, Sequence
+from gptoss_jax.types import SamplingParams
 
 
 @given(

@@ -9,12 +9,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptoss_jax.checkpoints.loading import load_model
 from gptoss_jax.engine.engine import Engine, EngineOptions
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.harmony.messages import Message
-from gptoss_jax.loading import load_model
-from gptoss_jax.model import GptOss
-from gptoss_jax.tokenizer import Tokenizer
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.text.harmony.messages import Message
+from gptoss_jax.text.tokenizer import Tokenizer
+from gptoss_jax.types import SamplingParams
 from tools.train_embedded import arithmetic, conversations
 from tools.train_embedded.arithmetic import Problem
 from tools.train_embedded.tokens import encode, encode_prompt

@@ -1,0 +1,194 @@
+"""A command over several processes: they must agree on what they run, process 0 decides, the others follow."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import math
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax.checkpoints.hub import resolve
+from gptoss_jax.commands import cli
+from gptoss_jax.errors import CheckpointError
+from gptoss_jax.model.config import ModelConfig
+from sharding.processes.membership import membership
+from sharding.processes.multihost import Cluster, start
+
+if TYPE_CHECKING:
+    from gptoss_jax.serving.client import LLM
+
+PACKAGES = ("gptoss-jax", "jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda13-plugin", "jax-rocm7-plugin")
+SOURCES = ("gptoss_jax", "sharding", "pallas_kernels")
+ENVIRONMENT = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_ENABLE_X64",
+    "JAX_PLATFORMS",
+    "LIBTPU_INIT_ARGS",
+    "XLA_FLAGS",
+)
+
+OWN = {
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "model",
+    "prompt",
+    "prompt_file",
+    "prompt_tokens",
+    "batch",
+    "output",
+    "tools",
+    "json_schema",
+    "regex",
+    "grammar",
+    "json",
+    "show_analysis",
+    "hide_analysis",
+}
+"""Flags that may differ: who a process is, where it finds the model, and what only process 0 reads or writes."""
+
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "model.safetensors.index.json",
+    "_METADATA",
+    "manifest.ocdbt",
+)
+"""Of a checkpoint, besides the weights: what decides how it is read. The last two are Orbax's."""
+
+SAMPLES, SAMPLE_BYTES = 16, 4096
+
+
+def join(command: str, options: argparse.Namespace) -> Cluster | None:
+    """The processes that run this command together; None for one alone.
+
+    Raises ClusterError where they cannot, CheckpointError for a checkpoint that none of them can read.
+    """
+    member = membership(options.coordinator_address, options.num_processes, options.process_id)
+    if member is None:
+        return None
+    cluster = start(member)
+    cluster.agree(_versions() | _flags(command, options))
+    if not cluster.is_leader:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    _agree_on_checkpoint(cluster, options)
+    cluster.initialize_jax()
+    import jax
+
+    device = jax.local_devices()[0]
+    cluster.agree({"device": f"{device.platform}: {device.device_kind}"})
+    return cluster
+
+
+def _versions() -> dict[str, Any]:
+    facts: dict[str, Any] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = None
+    facts["gptoss-jax source"] = _source_digest()
+    return facts | {name: os.environ.get(name) for name in ENVIRONMENT}
+
+
+def _source_digest() -> str:
+    """Two copies of one version need not be the same."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(path for package in SOURCES for path in (root / package).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _flags(command: str, options: argparse.Namespace) -> dict[str, Any]:
+    facts = {
+        f"--{name.replace('_', '-')}": value if value is None or isinstance(value, int | list) else str(value)
+        for name, value in vars(options).items()
+        if name not in OWN
+    }
+    return {"command": command} | facts
+
+
+def _agree_on_checkpoint(cluster: Cluster, options: argparse.Namespace) -> None:
+    from gptoss_jax.checkpoints.loading import EMBEDDED
+
+    error: CheckpointError | None = None
+    try:
+        facts = checkpoint_facts(resolve(options.model or EMBEDDED))
+    except CheckpointError as problem:
+        error, facts = problem, {"checkpoint": f"({problem})"}
+    cluster.agree(facts)
+    if error is not None:
+        raise error
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """What tells a checkpoint from another: each file's size and a digest of samples of it. Raises CheckpointError."""
+    try:
+        files = sorted(_checkpoint_files(path))
+        return {f"checkpoint {file.relative_to(path)}": _fingerprint(file) for file in files}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}") from None
+
+
+def _checkpoint_files(path: Path) -> Iterable[Path]:
+    for pattern in ("*.safetensors", *FILES):
+        yield from path.glob(pattern)
+
+
+def _fingerprint(file: Path) -> str:
+    """Size and digest: of all of a small file; of a large one's head and of samples all over it."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as stream:
+        if size <= SAMPLES * SAMPLE_BYTES or file.suffix == ".json":
+            digest.update(stream.read())
+        else:
+            header = stream.read(8)
+            digest.update(stream.read(min(int.from_bytes(header, "little"), size)))
+            for i in range(SAMPLES):
+                stream.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return f"{size} bytes, digest {digest.hexdigest()[:12]}"
+
+
+def default_mesh(config: ModelConfig, devices: int) -> str:
+    """The mesh of all devices where none is asked for: experts over as many as divide, `tensor` over the rest."""
+    expert = math.gcd(config.num_local_experts, devices)
+    return f"expert={expert},tensor={devices // expert}"
+
+
+def lead(cluster: Cluster, options: argparse.Namespace, more: dict[str, Any]) -> LLM:
+    """Load the model in all processes, from process 0: what its engine is told, the others do as well."""
+    from gptoss_jax.engine.leading import LeadingEngine
+
+    cluster.broadcast({"load": more})
+    llm = _load(options, more)
+    llm.engine = LeadingEngine(llm.engine, cluster)  # type: ignore[assignment]
+    return llm
+
+
+def follow(cluster: Cluster, options: argparse.Namespace) -> int:
+    """What the other processes do, until process 0 ends; returns its exit code."""
+    from gptoss_jax.engine import leading
+
+    if (message := cluster.broadcast()) is not None:
+        leading.follow(_load(options, message["load"], progress=False).engine, cluster)
+    return cluster.exit_code
+
+
+def _load(options: argparse.Namespace, more: dict[str, Any], progress: bool | None = None) -> LLM:
+    import jax
+
+    from gptoss_jax.checkpoints.loading import EMBEDDED
+    from gptoss_jax.serving.client import LLM
+
+    path = resolve(options.model or EMBEDDED)
+    mesh = options.mesh or default_mesh(ModelConfig.from_file(path / "config.json"), jax.device_count())
+    engine = cli.engine_options(options, **more)
+    return LLM(path, mesh, options.dtype, engine=engine, warm_up=options.warm_up, progress=progress)

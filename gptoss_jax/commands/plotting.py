@@ -1,0 +1,43 @@
+"""What the commands' `--plot` needs of matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gptoss_jax.commands.cli import check_writable
+from gptoss_jax.errors import UsageError, expect
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check(path: Path) -> None:
+    """Before the work that a picture is of: raises UsageError where the picture could not be drawn or written."""
+    expect(
+        path.suffix.lower() in FORMATS, f"--plot: {path}", f"a name that ends in {', '.join(FORMATS)}", path.suffix
+    )
+    check_writable(path, "--plot")
+    pyplot()
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, for files. Raises UsageError where it is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UsageError("--plot: matplotlib is missing: pip install 'gptoss-jax[plot]'") from None
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure in the format that the file's name tells, and close it. Raises UsageError."""
+    figure.tight_layout()
+    try:
+        figure.savefig(path, format=path.suffix[1:].lower(), dpi=130)
+    except OSError as error:
+        raise UsageError(f"--plot: {path}: {error.strerror}") from None
+    finally:
+        pyplot().close(figure)
