@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.commands import cli
+from gptoss_jax.commands import cli, plotting
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,8 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags().parse_args(arguments)
     _check(options)
     if options.plot:
-        from gptoss_jax.commands import plotting
-
         plotting.check(options.plot)
     with cli.by_flag(options):
         if options.command == "start":
@@ -163,7 +161,7 @@ def _latency(options: argparse.Namespace) -> int:
             )
             found.append(one)
     if options.plot:
-        report.plot_latency(found, options.plot)
+        plotting.save(report.latency_figure(found), options.plot)
     rows = {"ceilings": dataclasses.asdict(ceilings), "rows": [dataclasses.asdict(one) for one in found]}
     _show(options, rows, report.latency_tables(found, ceilings))
     return 0
@@ -173,7 +171,7 @@ def _throughput(options: argparse.Namespace) -> int:
     engine_options, params = _prepare(options)
     from gptoss_jax.benching import report
     from gptoss_jax.benching.throughput import alike, measure, rehearse, repeated
-    from gptoss_jax.benching.workload import read_trace
+    from gptoss_jax.commands.traces import read_trace
     from gptoss_jax.engine.engine import Engine
 
     if options.trace:
@@ -189,7 +187,7 @@ def _throughput(options: argparse.Namespace) -> int:
     _progress(f"{len(arrivals)} requests, run until nothing is left to compile; {options.repeats} such runs count")
     one = repeated([measure(engine, params, arrivals, options.seed + i) for i in range(options.repeats)])
     if options.plot:
-        report.plot_throughput(one, options.plot)
+        plotting.save(report.throughput_figure(one), options.plot)
     _show(options, dataclasses.asdict(one), report.throughput_table(one))
     return 0
 
@@ -201,7 +199,7 @@ def _start(options: argparse.Namespace, arguments: list[str]) -> int:
 
     found = start.measure(arguments)
     if options.plot:
-        report.plot_start(found, options.plot)
+        plotting.save(report.start_figure(found), options.plot)
     _show(options, {"starts": [dataclasses.asdict(one) for one in found]}, report.start_table(found))
     return 0
 

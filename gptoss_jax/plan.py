@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_jax.commands import cli
+from gptoss_jax.commands import cli, plotting
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(report.table(request, found))
     if options.plot:
-        report.plot(request, found, options.plot)
+        plotting.save(report.figure(request, found), options.plot)
     return 0
 
 
@@ -112,8 +112,6 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UsageError(f"--{name}: expected {least} or more, found {value}")
     if options.plot:
-        from gptoss_jax.commands import plotting
-
         plotting.check(options.plot)
 
 

@@ -6,9 +6,12 @@ import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gptoss_jax.errors import UsageError, expect
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -216,3 +219,27 @@ class RequestOutput:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+
+
+Scope = Literal["text", "final", "final or call"]
+"""Where a form applies: to all of a completion, or to harmony's final channel; with calls of tools instead, or not."""
+
+
+class TokenConstraint(Protocol):
+    """What a sequence's next token may be."""
+
+    def fill(self, words: np.ndarray) -> None:
+        """Set the bits of the tokens that may come next in uint32 words, which are all ones."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that came."""
+        ...
+
+
+class ConstraintMaker(Protocol):
+    """Makes the constraint of a completion. Raises UsageError for a form that cannot be used."""
+
+    def __call__(self, form: StructuredOutputsParams, scope: Scope) -> TokenConstraint:
+        """One constraint for one completion."""
+        ...

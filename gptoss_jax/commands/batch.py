@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gptoss_jax.commands import cli
+from gptoss_jax.commands.results import result
 from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.types import SamplingParams
 
@@ -65,8 +66,6 @@ def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
 
 def _write_results(llm: LLM, requests: list[Request], ids: list[Any], path: Path) -> None:
     from tqdm import tqdm
-
-    from gptoss_jax.generate import result
 
     names = {request.request_id: name for request, name in zip(requests, ids, strict=True)}
     with _open_output(path) as output, tqdm(total=len(requests), unit="request", file=sys.stderr) as bar:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gptoss_jax.commands.cli import check_writable
 from gptoss_jax.errors import UsageError, expect
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -17,27 +20,16 @@ def check(path: Path) -> None:
         path.suffix.lower() in FORMATS, f"--plot: {path}", f"a name that ends in {', '.join(FORMATS)}", path.suffix
     )
     check_writable(path, "--plot")
-    pyplot()
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, for files. Raises UsageError where it is missing."""
     try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
+        import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError("--plot: matplotlib is missing: pip install 'gptoss-jax[plot]'") from None
-    return plt
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure in the format that the file's name tells, and close it. Raises UsageError."""
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the file's name says. Raises UsageError."""
     figure.tight_layout()
     try:
         figure.savefig(path, format=path.suffix[1:].lower(), dpi=130)
     except OSError as error:
         raise UsageError(f"--plot: {path}: {error.strerror}") from None
-    finally:
-        pyplot().close(figure)

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from gptoss_jax.engine.compiling import as_in_this_thread, collected_once
-from gptoss_jax.engine.constraints import ConstraintMaker, Scope, TokenConstraint
 from gptoss_jax.engine.drafts import Drafter, PromptLookup
 from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
 from gptoss_jax.engine.pace import Pace
@@ -24,7 +23,15 @@ from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
 from gptoss_jax.engine.step import Logprobs, StepKind
 from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.model.gpt_oss import GptOss
-from gptoss_jax.types import FinishReason, SamplingParams, TokenLogprobs, is_int
+from gptoss_jax.types import (
+    ConstraintMaker,
+    FinishReason,
+    SamplingParams,
+    Scope,
+    TokenConstraint,
+    TokenLogprobs,
+    is_int,
+)
 from pallas_kernels import backend_names, backend_platforms, current_platform
 
 COMPILERS = 8

@@ -15,9 +15,8 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine, TokenEvent
-from gptoss_jax.types import SamplingParams
+from gptoss_jax.types import SamplingParams, Scope
 from sharding.processes.multihost import Cluster
 
 

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 
 from gptoss_jax.engine.adjusting import Adjustments, Penalties
 from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
-from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.packing import Packed
 from gptoss_jax.engine.sampling import Means, SamplingState
@@ -38,7 +37,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.model.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.runtime.xla_options import in_order
-from gptoss_jax.types import SamplingParams
+from gptoss_jax.types import SamplingParams, TokenConstraint
 from pallas_kernels import use_backend
 from sharding import Partition, replicate, zeros
 

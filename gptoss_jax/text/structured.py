@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptoss_jax.engine.constraints import Scope, TokenConstraint
 from gptoss_jax.errors import UsageError
 from gptoss_jax.text.harmony import MessageEnd, MessageStart, StreamParser
 from gptoss_jax.text.tokenizer import Tokenizer
-from gptoss_jax.types import StructuredOutputsParams
+from gptoss_jax.types import Scope, StructuredOutputsParams, TokenConstraint
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

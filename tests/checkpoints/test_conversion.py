@@ -31,12 +31,12 @@ from gptoss_jax.checkpoints.loading import load_model
 from gptoss_jax.checkpoints.reader import open_checkpoint
 from gptoss_jax.checkpoints.writer import save_weights
 from gptoss_jax.commands.cli import run
+from gptoss_jax.convert import main
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import weight_specs
 from gptoss_jax.model.weights import WeightSpec, random_creator
 from tests.checkpoints.files import CONFIG, PLAIN_CONFIG, write_openai
-from gptoss_jax.convert import main
 
 
 def write(directory: Path, config: ModelConfig) -> Path:

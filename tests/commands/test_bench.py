@@ -10,8 +10,9 @@ import pytest
 from gptoss_jax import bench
 from gptoss_jax.benching.launches import Launches, counted
 from gptoss_jax.benching.sampling import WAYS
-from gptoss_jax.benching.workload import Arrival, read_trace
+from gptoss_jax.benching.workload import Arrival
 from gptoss_jax.checkpoints.loading import EMBEDDED
+from gptoss_jax.commands.traces import read_trace
 from sharding.compiled.program import count_kernels
 
 FAST = ("--prompt-tokens", "20", "--output-tokens", "8", "--json")

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.checkpoints.loading import random_model
-from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.runner import Launched
 from gptoss_jax.model.gpt_oss import GptOss
-from gptoss_jax.types import SamplingParams, StructuredOutputsParams
+from gptoss_jax.types import SamplingParams, Scope, StructuredOutputsParams
 from tests.engine.schedules import TINY, Requests, assert_empty, play, prompts
 from tests.engine.test_engine import logits_before
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gptoss_jax.harmony import main
 
 from gptoss_jax.commands import cli
+from gptoss_jax.harmony import main
 
 GOLDEN = Path(__file__).parent / "golden"
 
