@@ -8,7 +8,6 @@ names in its errors, hence this reader.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,7 +16,7 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -308,64 +307,3 @@ def _assign(target: np.ndarray, values: np.ndarray) -> None:
         target.view(bits)[...] = values.view(bits)
     else:
         target[...] = values
-
-
-def write_safetensors(
-    shards: Mapping[Path, Sequence[TensorInfo]], arrays: Iterable[tuple[str, np.ndarray]]
-) -> None:
-    """Write files whose tensors are known ahead, as the arrays come in, in any order, one at a time.
-
-    Raises ValueError if an array is not one of the tensors announced, or one does not come.
-    """
-    with contextlib.ExitStack() as stack:
-        places: dict[str, tuple[int, int, TensorInfo]] = {}
-        files = []
-        for path, tensors in shards.items():
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            stack.callback(os.close, fd)
-            files.append(fd)
-            for entry in _write_header(fd, tensors):
-                if entry.name in places:
-                    raise ValueError(f"{entry.name}: announced twice")
-                places[entry.name] = (fd, entry.offset, entry)
-        for name, array in arrays:
-            if name not in places:
-                raise ValueError(f"{name}: not announced, or written already")
-            fd, offset, info = places.pop(name)
-            if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
-                raise ValueError(
-                    f"{name}: announced as {info.dtype} {info.shape}, came as {array.dtype} {array.shape}"
-                )
-            _pwrite(fd, _bytes_of(np.ascontiguousarray(array)), offset)
-            # Not beside the next one.
-            del array
-        if places:
-            raise ValueError(f"{next(iter(places))}: announced, but not written")
-        for fd in files:
-            os.fsync(fd)
-
-
-def _write_header(fd: int, tensors: Sequence[TensorInfo]) -> list[TensorEntry]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets, end = {}, 0
-    # Wide elements first, so that every tensor is aligned to its own.
-    for info in sorted(tensors, key=lambda info: -DTYPES[info.dtype].itemsize):
-        offsets[info.name] = end
-        header[info.name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [end, end + info.nbytes],
-        }
-        end += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    _pwrite(fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
-    start = 8 + len(text)
-    os.truncate(fd, start + end)
-    return [TensorEntry(i.name, i.dtype, i.shape, start + offsets[i.name]) for i in tensors]
-
-
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

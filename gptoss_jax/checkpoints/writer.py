@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from gptoss_jax.checkpoints.layouts import (
     FLOAT_DTYPES,
@@ -18,11 +21,7 @@ from gptoss_jax.checkpoints.layouts import (
     stored_shape,
 )
 from gptoss_jax.checkpoints.new_directory import new_directory
-from gptoss_jax.checkpoints.safetensors_file import (
-    DTYPES,
-    TensorInfo,
-    write_safetensors,
-)
+from gptoss_jax.checkpoints.safetensors_file import DTYPES, TensorInfo
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.mxfp4 import GROUP, MXFP4Tensor
 from gptoss_jax.model.weights import Creator, WeightSpec
@@ -75,9 +74,9 @@ def save_safetensors(
 ) -> None:
     """Write Hugging Face's layout: config.json and one model.safetensors, or shards with an index.
 
-    `tensors` tells ahead what `arrays` then yields, in any order; one array is in memory at a time. `directory`
-    must not exist or be empty, and appears only when all of it is written. Raises CheckpointError if it cannot,
-    ValueError if `arrays` yields something else than announced.
+    `tensors` announces what `arrays` then yields, in any order; see `write_safetensors` for what is in memory.
+    `directory` must not exist or be empty, and appears only when all of it is written. Raises CheckpointError if it
+    cannot be written, ValueError if `arrays` yields something else than announced.
     """
     with new_directory(directory) as partial:
         write_hugging_face(partial, tensors, arrays, max_shard_bytes)
@@ -108,6 +107,49 @@ def _shards(tensors: Sequence[TensorInfo], max_bytes: int) -> dict[str, list[Ten
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_safetensors(
+    shards: Mapping[Path, Sequence[TensorInfo]], arrays: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Write files whose tensors are announced, as the arrays come in, in any order.
+
+    A file is written when the last of its tensors has come; until then its arrays are in memory, so arrays that come
+    file by file need as much memory as the largest file. Raises ValueError if an array was not announced or does not
+    come, OSError if a file cannot be written.
+    """
+    missing: dict[str, tuple[Path, TensorInfo]] = {}
+    for path, tensors in shards.items():
+        for info in tensors:
+            if info.name in missing:
+                raise ValueError(f"{info.name}: announced twice")
+            missing[info.name] = path, info
+    held: dict[Path, dict[str, np.ndarray]] = {path: {} for path in shards}
+    for name, array in arrays:
+        if name not in missing:
+            raise ValueError(f"{name}: not announced, or written already")
+        path, info = missing.pop(name)
+        if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
+            raise ValueError(
+                f"{name}: announced as {info.dtype} {info.shape}, came as {array.dtype} {array.shape}"
+            )
+        held[path][name] = np.asarray(array, order="C")
+        # The generator's next array is not made beside this one.
+        del array
+        if len(held[path]) == len(shards[path]):
+            _write_file(path, held.pop(path))
+    if missing:
+        raise ValueError(f"{next(iter(missing))}: announced, but not written")
+
+
+def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        # The format's metadata is what transformers asks for before it reads a file.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
