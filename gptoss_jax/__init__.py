@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 # Read when jax first meets a GPU, of which it would take three quarters: too little for 120b on one of 80 GB.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from gptoss_jax.checkpoints.loading import load_model, random_model
     from gptoss_jax.engine.engine import EngineOptions
@@ -39,6 +41,7 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputsParams",
     "UsageError",
+    "__version__",
     "load_model",
     "random_model",
 ]

@@ -27,7 +27,7 @@ def flags() -> argparse.ArgumentParser:
         "take on each device, what they communicate, and the least and the expected time they take.",
     )
     parser.add_argument(
-        "--model", type=Path, metavar="PATH", required=True, help="a config.json, or its directory"
+        "--model", type=Path, metavar="PATH", required=True, help="a config.json, its directory, gpt-oss-20b or gpt-oss-120b"
     )
     parser.add_argument(
         "--topology",
@@ -74,9 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.model.shapes import shape_file
     from sharding.compiled.topologies import parse_topology, prepare_environment
 
-    config = ModelConfig.from_file(options.model)
+    config = ModelConfig.from_file(shape_file(options.model) or options.model)
     topology = parse_topology(options.topology)
     longest = config.max_position_embeddings
     context = options.context or min(CONTEXT, longest)

@@ -30,10 +30,11 @@ def random_prompt(rng: np.random.Generator, vocab: int, length: int) -> list[int
 def load(
     model: Path | str | None, mesh: str | None, dtype: str, seed: int, rules: ShardingRules | None = None
 ) -> GptOss:
-    """A checkpoint's model, or one of a config.json's shape with random weights. Raises CheckpointError."""
+    """A checkpoint's model, or random weights of the shape that `shape_file` finds. Raises CheckpointError."""
     from gptoss_jax.checkpoints.loading import EMBEDDED, load_model, random_model
     from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.model.shapes import shape_file
 
-    if model is not None and str(model).endswith(".json"):
-        return random_model(ModelConfig.from_file(Path(model)), mesh, dtype, rules=rules, seed=seed)
+    if model is not None and (shape := shape_file(model)):
+        return random_model(ModelConfig.from_file(shape), mesh, dtype, rules=rules, seed=seed)
     return load_model(model or EMBEDDED, mesh, dtype, rules=rules)
