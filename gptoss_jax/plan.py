@@ -27,7 +27,11 @@ def flags() -> argparse.ArgumentParser:
         "take on each device, what they communicate, and the least and the expected time they take.",
     )
     parser.add_argument(
-        "--model", type=Path, metavar="PATH", required=True, help="a config.json, its directory, gpt-oss-20b or gpt-oss-120b"
+        "--model",
+        type=Path,
+        metavar="PATH",
+        required=True,
+        help="a config.json, its directory, gpt-oss-20b or gpt-oss-120b",
     )
     parser.add_argument(
         "--topology",

@@ -18,6 +18,7 @@ import numpy as np
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.text.harmony import MessageEnd, MessageStart, StreamParser
+from gptoss_jax.text.harmony.tools import BUILTIN_TOOLS
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import Scope, StructuredOutputsParams, TokenConstraint
 
@@ -28,7 +29,10 @@ CACHED = 64
 """Compiled grammars that are kept."""
 
 JSON_DEFAULTS = {"whitespace_pattern": r" |\n[ \t]{0,40}"}
-"""A schema's `x-guidance` has precedence. Without a bound on whitespace a model at a loss writes nothing else."""
+"""A schema's `x-guidance` has precedence. Without a bound on whitespace a model at a loss writes nothing else.
+
+Keywords that llguidance cannot keep to are refused, except a `format` that it does not know: that is no constraint.
+"""
 
 # What may follow <|start|>assistant. A call names its recipient before or after the channel, and may say what it is in.
 # <|constrain|> of a final answer is left out: openai-harmony reads its type as a recipient.
@@ -38,9 +42,13 @@ header: final | other
 final: <|channel|> "final" <|message|>
 other: {other}
 CHANNEL: /analysis|commentary/
-TO: / to=[!-;=-~]+/
+TO: / to=([0-9A-Za-z_.\\-]|[^\\x00-\\x7f\\s\\p{{Cc}}])+/ & ~/ to=({nobody})/
 TYPE: /[a-z_]+/
 """
+
+# Recipients that are no tool: who else messages go to, and a namespace without a name in it. Other than these the
+# recipient can be any name that harmony.tools accepts, in whichever script.
+_NOBODY = ["all", "user", "assistant", "functions", *(rf"{name}\." for name in ["functions", *BUILTIN_TOOLS])]
 
 _MESSAGE = "<|channel|> CHANNEL <|message|>"
 _CALL = '(TO <|channel|> CHANNEL | <|channel|> CHANNEL TO) (" code" | " "? <|constrain|> TYPE)? <|message|>'
@@ -99,8 +107,8 @@ class Grammars:
     def header(self, first: bool, calls: bool) -> LLMatcher:
         """What a message begins with; the prompt has the `<|start|>assistant` of the first one."""
         start, other = "" if first else '<|start|> "assistant" ', f"{_MESSAGE} | {_CALL}" if calls else _MESSAGE
-        grammar = _llguidance().grammar_from("lark", _HEADER.format(start=start, other=other))
-        return self._matcher(grammar).deep_copy()
+        source = _HEADER.format(start=start, other=other, nobody="|".join(_NOBODY))
+        return self._matcher(_llguidance().grammar_from("lark", source)).deep_copy()
 
     def _make_answer(self, name: str, kind: str, text: str) -> LLMatcher:
         return self._make_matcher(_compile(name, kind, text, self._vocabulary))
@@ -213,12 +221,45 @@ def _source(form: StructuredOutputsParams) -> tuple[str, str, str]:
 def _schema(schema: str | Mapping[str, Any]) -> str:
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(value)
+        text = json.dumps(_without_unknown_formats(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"structured_outputs.json: not valid JSON: {_one_line(str(error))}") from None
     if not isinstance(value, Mapping):
         raise UsageError(f"structured_outputs.json: expected a JSON schema object, found {type(value).__name__}")
     return text
+
+
+_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions")
+
+
+def _without_unknown_formats(schema: Any) -> Any:
+    """A schema without the formats that llguidance does not know, which JSON Schema makes annotations.
+
+    llguidance would refuse them, or in its lenient mode take any other keyword that it cannot keep to as well. A
+    reference may lead anywhere in a schema, so all of it is searched except the values of `const` and `enum`.
+    """
+    if isinstance(schema, list | tuple):
+        return [_without_unknown_formats(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept: dict[Any, Any] = {}
+    for key, value in schema.items():
+        if key == "const" or (key == "enum" and not isinstance(value, Mapping)):
+            kept[key] = value
+        elif key in _BY_NAME and isinstance(value, Mapping):
+            kept[key] = {name: _without_unknown_formats(item) for name, item in value.items()}
+        elif not (key == "format" and isinstance(value, str) and not _knows_format(value)):
+            kept[key] = _without_unknown_formats(value)
+    return kept
+
+
+@functools.lru_cache(1024)
+def _knows_format(name: str) -> bool:
+    """Whether llguidance constrains a string to a format. Versions differ, so it is asked."""
+    llguidance = _llguidance()
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "format": name}))
+    failed, _ = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, None)
+    return not failed
 
 
 def _llguidance() -> Any:

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax import LLM, SamplingParams, StructuredOutputsParams
@@ -17,9 +17,10 @@ from gptoss_jax.engine.engine import Engine, EngineOptions, Load
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss
-from gptoss_jax.text.harmony import parse, to_openai
+from gptoss_jax.text.harmony import function_tools, parse, to_openai
 from gptoss_jax.text.structured import Grammars, check
 from gptoss_jax.text.tokenizer import Tokenizer
+from gptoss_jax.types import TokenConstraint
 
 SCHEMA = {
     "type": "object",
@@ -127,7 +128,8 @@ def test_a_model_cannot_answer_in_another_form(name: str, scope: str, seed: int)
     last = result.messages[-1]
     if last.stop == "<|call|>":
         assert scope == "final or call"
-        assert last.recipient
+        [call] = to_openai([last])["tool_calls"]
+        assert call["function"]["name"]
         return
     assert last.channel == "final"
     assert last.stop == "<|return|>"
@@ -141,6 +143,72 @@ def test_text_has_the_form_from_its_first_token(name: str, seed: int) -> None:
     form, fits = FORMS[name]
     tokens, ended = babble(form, "text", seed)
     assert not ended or fits(tokenizer().decode(tokens[:-1]))
+
+
+def masked(text: str) -> str:
+    """What follows from the first token on that the mask of a chat with tools rules out; marks are special tokens."""
+    parts = re.split(r"(<\|[a-z_]+\|>)", text)
+    marks = tokenizer().special_tokens
+    tokens = [token for part in parts for token in ([marks[part]] if part in marks else tokenizer().encode(part))]
+    constraint = grammars()(StructuredOutputsParams(json_object=True), "final or call")
+    return tokenizer().decode(tokens[allowed(constraint, tokens) :])
+
+
+def allowed(constraint: TokenConstraint, tokens: list[int]) -> int:
+    """How many of these tokens the masks let come, one after another."""
+    for index, token in enumerate(tokens):
+        words = np.full(-(-VOCABULARY // 32), 0xFFFFFFFF, np.uint32)
+        constraint.fill(words)
+        if not words[token // 32] >> (token % 32) & 1:
+            return index
+        constraint.accept(token)
+    return len(tokens)
+
+
+@given(st.from_regex(r"[\w.-]+", fullmatch=True))
+@example("größe")
+@example("天気")
+@example("𝒙½")
+@example(".")
+@example("functions.")
+def test_any_name_of_a_tool_can_be_called(name: str) -> None:
+    function_tools([{"name": name}])
+    for header in (
+        f" to=functions.{name}<|channel|>commentary <|constrain|>json",
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json",
+        f"<|channel|>analysis to=functions.{name} code",
+    ):
+        assert masked(f"{header}<|message|>{{}}<|call|>") == ""
+
+
+@pytest.mark.parametrize("name", ["browser.search", "browser.open", "browser.find", "python"])
+def test_built_in_tools_can_be_called(name: str) -> None:
+    assert masked(f"<|channel|>analysis to={name} code<|message|>1<|call|>") == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "functions",
+        "functions.",
+        "browser.",
+        "python.",
+        "all",
+        "user",
+        "assistant",
+        "f(",
+        "functions.a/b",
+        "a\x00",
+        "a\x85b",
+        "a\u3000b",
+    ],
+)
+def test_what_names_no_tool_cannot_be_called(name: str) -> None:
+    assert masked(f" to={name}<|channel|>commentary<|message|>{{}}<|call|>").endswith("{}<|call|>")
+    assert masked(f"<|channel|>commentary to={name} <|constrain|>json<|message|>{{}}<|call|>").endswith(
+        "{}<|call|>"
+    )
 
 
 @pytest.mark.slow
@@ -209,6 +277,120 @@ def test_a_form_that_cannot_be_is_refused_in_one_line(form: dict, named: str) ->
     with pytest.raises(UsageError, match=re.escape(named)) as caught:
         check(StructuredOutputsParams(**form))
     assert "\n" not in str(caught.value)
+
+
+# What pydantic 2.14 writes, the formats of JSON Schema that llguidance lacks, OpenAPI's, and made-up ones.
+ANNOTATIONS = [
+    "password",
+    "path",
+    "file-path",
+    "directory-path",
+    "json-string",
+    "uuid1",
+    "uuid4",
+    "binary",
+    "base64",
+    "base64url",
+    "ipvanyaddress",
+    "ipvanynetwork",
+    "ipv4network",
+    "ipv6network",
+    "ipv4interface",
+    "ipv6interface",
+    "multi-host-uri",
+    "name-email",
+    "regex",
+    "iri",
+    "iri-reference",
+    "uri-reference",
+    "uri-template",
+    "idn-email",
+    "idn-hostname",
+    "json-pointer",
+    "relative-json-pointer",
+    "byte",
+    "int32",
+    "int64",
+    "float",
+    "double",
+    "x-ours",
+    "",
+    "Straße",
+    'a"b',
+]
+PASSWORD = {"type": "string", "format": "password"}
+PLACES = {
+    "properties": {"type": "object", "properties": {"a": PASSWORD, "format": PASSWORD, "enum": PASSWORD}},
+    "items": {"type": "array", "items": PASSWORD},
+    "prefixItems": {"type": "array", "prefixItems": [PASSWORD], "items": False},
+    "items and additionalItems": {"type": "array", "items": [PASSWORD], "additionalItems": PASSWORD},
+    "additionalProperties": {"type": "object", "additionalProperties": PASSWORD},
+    "patternProperties": {"type": "object", "patternProperties": {"^a$": PASSWORD}},
+    "anyOf": {"anyOf": [PASSWORD, {"type": "null"}]},
+    "oneOf": {"oneOf": [PASSWORD, {"type": "null"}]},
+    "allOf": {"allOf": [PASSWORD, {"minLength": 2}]},
+    "types": {"type": ["string", "null"], "format": "password"},
+    "no type": {"format": "password"},
+    "another type": {"type": "integer", "format": "int32"},
+    "enum": {"type": "string", "enum": ["a", "b"], "format": "password"},
+    "$defs": {"$ref": "#/$defs/format", "$defs": {"format": PASSWORD}},
+    "definitions": {"$ref": "#/definitions/const", "definitions": {"const": PASSWORD}},
+    "anywhere": {"$ref": "#/components/schemas/enum", "components": {"schemas": {"enum": PASSWORD}}},
+    "a list": {"$ref": "#/ours/0", "ours": [PASSWORD]},
+    "default": {"type": "object", "default": {"format": "password"}, "examples": [{"format": "password"}]},
+}
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_a_format_that_is_not_known_is_no_constraint(name: str) -> None:
+    schema = {"type": "string", "format": name, "maxLength": 9}
+    check(StructuredOutputsParams(json=schema))
+    assert fits(schema, '"any text"')
+    assert not fits(schema, '"more than nine"')
+    assert fits({"type": "integer", "format": name}, "12")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_format_is_no_constraint_wherever_a_schema_can_be(place: str) -> None:
+    check(StructuredOutputsParams(json=PLACES[place]))
+    check(StructuredOutputsParams(json=json.dumps(PLACES[place])))
+    check(StructuredOutputsParams(json=PLACES[place] | {"x-guidance": {"whitespace_flexible": False}}))
+    with pytest.raises(UsageError, match="not"):
+        # Other keywords that cannot be kept to remain an error.
+        check(StructuredOutputsParams(json=PLACES[place] | {"not": {"minLength": 3}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("date", "2024-02-29", "2024-13-01"),
+        ("ipv4", "127.0.0.1", "127.0.0.256"),
+        ("uuid", "123e4567-e89b-12d3-a456-426614174000", "123e4567"),
+        ("email", "a@example.org", "a"),
+    ],
+)
+def test_a_format_that_is_known_is_a_constraint(name: str, good: str, bad: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"format": {"type": "string", "format": name}},
+        "required": ["format"],
+    }
+    for wrapped in (schema, {"anyOf": [schema]}, {"$ref": "#/$defs/a", "$defs": {"a": schema}}):
+        assert fits(wrapped, f'{{"format": "{good}"}}')
+        assert not fits(wrapped, f'{{"format": "{bad}"}}')
+
+
+def test_values_that_look_like_a_format_are_values() -> None:
+    value = {"format": "password"}
+    for schema in ({"const": value}, {"enum": [value]}, {"type": "object", "properties": {"a": {"const": value}}}):
+        text = json.dumps(value if "properties" not in schema else {"a": value})
+        assert fits(schema, text)
+        assert not fits(schema, text.replace(json.dumps(value), "{}"))
+
+
+def fits(schema: dict, text: str) -> bool:
+    tokens = [*tokenizer().encode(text), tokenizer().encode_special("<|return|>")]
+    return allowed(grammars()(StructuredOutputsParams(json=schema), "text"), tokens) == len(tokens)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
@@ -122,10 +123,20 @@ def _nullable(schema: Any, indent: str) -> str:
 def _default(schema: Mapping[str, Any], quote_enums: bool = False) -> str:
     value = schema["default"]
     if not isinstance(value, str):
-        return f"default: {to_json(value)}"
+        return f"default: {to_json(_in_64_bits(value))}"
     if isinstance(schema.get("enum"), list) and schema["enum"]:
         return f"default: {to_json(value) if quote_enums else value}"
     return f'default: "{value}"'
+
+
+def _in_64_bits(value: Any) -> Any:
+    """A value with integers beyond 64 bits as floats, which serde_json makes of them as it reads."""
+    if isinstance(value, Mapping):
+        return {key: _in_64_bits(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_64_bits(item) for item in value]
+    beyond = isinstance(value, int) and not -(2**63) <= value < 2**64
+    return float(value) if beyond and abs(value) <= sys.float_info.max else value
 
 
 def _text(schema: Any, key: str) -> str | None:

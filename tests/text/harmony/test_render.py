@@ -170,6 +170,95 @@ def test_agrees_with_openai_harmony(
     assert tokens == expected["tokens"]
 
 
+BEYOND_64_BITS = st.sampled_from([2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 10**20, -(10**22), 2**80])
+
+
+def loose_schemas() -> st.SearchStrategy[Any]:
+    """Schemas of any draft: booleans, nulls for what is absent, and values that other drafts or nobody would give."""
+    scalars = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), BEYOND_64_BITS, FLOATS, texts)
+    anything = st.recursive(
+        scalars,
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=2)),
+        max_leaves=3,
+    )
+    kinds = st.sampled_from(["string", "number", "integer", "boolean", "array", "object", "null", "any", "file"])
+    annotations = {
+        key: st.one_of(strategy, st.none(), anything)
+        for key, strategy in {
+            "description": texts,
+            "title": texts,
+            "default": scalars,
+            "nullable": st.booleans(),
+            "examples": st.lists(texts, max_size=2),
+            "enum": st.lists(texts, max_size=3),
+            "format": texts,
+        }.items()
+    }
+
+    def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        several, named = st.lists(inner, max_size=3), st.dictionaries(names, inner, max_size=3)
+        required = st.one_of(st.none(), st.booleans(), st.lists(st.one_of(names, anything), max_size=3))
+        shapes = {
+            "properties": st.one_of(named, st.none()),
+            "items": st.one_of(inner, several),
+            "oneOf": st.one_of(several, st.none()),
+        }
+        others = {"anyOf": several, "allOf": several, "not": inner, "prefixItems": several, "$defs": named}
+        optional = annotations | others | {"required": required, "additionalProperties": inner}
+        return st.one_of(
+            *(
+                st.fixed_dictionaries({"type": kind, key: shapes[key]}, optional=optional)
+                for key, kind in (("properties", "object"), ("items", "array"), ("oneOf", "string"))
+                for kind in (st.just(kind), st.one_of(st.none(), anything))
+            ),
+            st.fixed_dictionaries({}, optional=optional | shapes | {"type": st.one_of(kinds, anything)}),
+        )
+
+    leaf = st.fixed_dictionaries({"type": st.one_of(kinds, st.lists(kinds, max_size=3))}, optional=annotations)
+    return st.recursive(st.one_of(st.booleans(), st.none(), leaf, leaf), deeper, max_leaves=6)
+
+
+@given(parameters=loose_schemas())
+@settings(max_examples=400)
+def test_a_schema_of_any_draft_is_shown_as_openai_harmony_shows_it(
+    parameters: Any, o200k: Tokenizer, oracle: openai_harmony.HarmonyEncoding
+) -> None:
+    assert shown(parameters, o200k) == shown_by_oracle(parameters, oracle)
+
+
+def conversation_with(parameters: Any) -> list[dict]:
+    tools = {
+        "functions": {"name": "functions", "tools": [{"name": "f", "description": "", "parameters": parameters}]}
+    }
+    return [{"role": "developer", "content": [{"type": "developer_content", "tools": tools}]}]
+
+
+def shown(parameters: Any, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(harmony.render_conversation(read_messages(conversation_with(parameters)), tokenizer))
+
+
+def shown_by_oracle(parameters: Any, oracle: openai_harmony.HarmonyEncoding) -> str:
+    case = {"harmony_json": {"messages": conversation_with(parameters)}}
+    return render_case(case | {"next_role": "assistant", "auto_drop_analysis": True}, oracle)["text"]
+
+
+@pytest.mark.parametrize(
+    ("level", "deepest"),
+    [
+        (lambda inner: {"type": "array", "items": inner}, 117),
+        (lambda inner: {"type": "object", "properties": {"a": inner}, "required": ["a"]}, 58),
+        (lambda inner: {"oneOf": [inner, {"type": "number"}]}, 58),
+    ],
+)
+def test_a_schema_is_as_deep_as_openai_harmony_reads(
+    level: Any, deepest: int, o200k: Tokenizer, oracle: openai_harmony.HarmonyEncoding
+) -> None:
+    schema: Any = {"type": "string"}
+    for _ in range(deepest):
+        schema = level(schema)
+    assert shown(schema, o200k) == shown_by_oracle(schema, oracle)
+
+
 @pytest.mark.parametrize(
     ("message", "field"),
     [
