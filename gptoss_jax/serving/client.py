@@ -18,9 +18,10 @@ from gptoss_jax.checkpoints.loading import EMBEDDED, load_model
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.errors import CheckpointError, UsageError, expect
 from gptoss_jax.runtime.compile_cache import enable_compile_cache
+from gptoss_jax.text import harmony
 from gptoss_jax.text.structured import Grammars
 from gptoss_jax.text.tokenizer import Tokenizer
-from gptoss_jax.text.transcripts import ChatTranscript, RawTranscript, TextDelta, harmony
+from gptoss_jax.text.transcripts import ChatTranscript, RawTranscript, TextDelta
 from gptoss_jax.types import CompletionOutput, RequestOutput, SamplingParams, Scope, TokenLogprobs
 from sharding import ShardingRules
 
