@@ -1,15 +1,19 @@
 """Tokens to messages, one token at a time, for any tokens at all: what is malformed is told, never raised."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gptoss_jax.harmony.header import Header, read_header, shorten
+from gptoss_jax.harmony.meaning import irregularities, meaning
 from gptoss_jax.harmony.messages import ParsedCompletion, ParsedMessage, Role
 from gptoss_jax.tokenizer import Tokenizer
 
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
 _SHOWN = 64  # tokens of a stray run that are kept to be shown
 _BACKLOG = 64  # bytes that may wait behind invalid ones
+# What begins as a header of the assistant's does, and no answer.
+_HEADER_BEGUN = re.compile(r"\s*(?:(?:assistant|analysis|commentary|final)\s*)*(?:to=|to?$|$)")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class StreamParser:
         )
         self._ends = {tokenizer.encode_special(name): name for name in _ENDS}
         self._special = {token: name for name, token in tokenizer.special_tokens.items()}
+        self._completes = role == "assistant"
         self._default_role: Role = role or "assistant"
         self._next_role = role
         self._header: list[int] | None = None if role is None else []
@@ -178,7 +183,7 @@ class StreamParser:
         data = self._tokenizer.decode_bytes(header)
         text = data.decode("utf-8", "replace")
         read = read_header(text, self._next_role, fields=fields)
-        for problem in read.malformed:
+        for problem in read.malformed or irregularities(read):
             self._note(f"token {self._header_start}: {problem}")
         if text.encode() != data or not all(token in self._tokenizer for token in header):
             self._note(f"token {self._header_start}: header: not valid UTF-8")
@@ -193,7 +198,7 @@ class StreamParser:
     def _end_header(self, header: list[int], stop: str | None, end: int, events: list[Event]) -> None:
         """A header that ends without `<|message|>`: its words are content, unless it was merely cut short."""
         start, role = self._header_start, self._next_role
-        cut_short = stop is None and (role is None or self._channel in header)
+        cut_short = stop is None and (role is None or self._channel in header or self._begins_header(header))
         read = None if cut_short or not header else self._read_header(header, fields=False)
         self._header, self._next_role = None, None
         if read is None:
@@ -208,12 +213,29 @@ class StreamParser:
             events.append(Delta(read.rest, read))
         self._add_message(read, read.rest, stop, (start, end), events)
 
+    def _begins_header(self, tokens: list[int]) -> bool:
+        return _HEADER_BEGUN.match(self._tokenizer.decode(tokens)) is not None
+
     def _add_message(
         self, header: Header, text: str, stop: str | None, span: tuple[int, int], events: list[Event]
     ) -> None:
         message = ParsedMessage(
-            header.role, text, header.name, header.recipient, header.channel, header.content_type, stop, span
+            header.role,
+            text,
+            header.name,
+            header.recipient,
+            header.channel,
+            header.content_type,
+            stop,
+            span,
+            header.written,
         )
+        kind = meaning(message).kind
+        if self._completes and kind == "nothing":
+            who = shorten(header.name or header.role)
+            self._note(f"token {span[0]}: a message of {who}, not of the assistant: {shorten(text)}")
+        elif self._completes and stop == "<|call|>" and kind != "call":
+            self._note(f"token {span[1] - 1}: <|call|> after a message that calls no tool")
         self.result.messages.append(message)
         events.append(MessageEnd(message))
 
