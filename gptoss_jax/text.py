@@ -123,7 +123,7 @@ class ChatTranscript:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], tools: Collection[str] | None = None) -> None:
-        self._parser = StreamParser(tokenizer)
+        self._parser = StreamParser(tokenizer, tools=tools)
         self._matcher = StopMatcher(stop)
         self._tools = tools
         self._messages: list[tuple[Kind, list[str]]] = []
@@ -149,6 +149,8 @@ class ChatTranscript:
             else:
                 # What was held back goes out with its own message.
                 deltas += self._add(self._matcher.finish(), event.message)
+                kind = meaning(event.message, self._tools).kind
+                self._messages[-1] = kind, self._messages[-1][1]
         return deltas
 
     def _add(self, text: str, source: Header | ParsedMessage) -> list[TextDelta]:

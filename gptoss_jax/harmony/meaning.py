@@ -8,7 +8,9 @@ for a tool's role. Here all words of a header are read for what they can be, whe
   neighbour, and the last one counts;
 * `to=NAME` is a recipient: `user`, `all` and `assistant` are nobody to call, and neither is an empty name;
 * any other word is a call if it names a tool that there is. Where the tools are not known, it is one in a header of the
-  commentary channel or with a content type.
+  commentary channel or with a content type;
+* a first word that is nobody's role is the tool that is called, if a content type follows or `<|call|>` ends the
+  message.
 
 A final message is a call only where its recipient is certain: a function's qualified name, or a tool that there is.
 """
@@ -20,6 +22,7 @@ from typing import Literal
 
 from gptoss_jax.harmony.header import Header, shorten
 from gptoss_jax.harmony.messages import ParsedMessage
+from gptoss_jax.harmony.tools import BUILTIN_TOOLS
 
 Kind = Literal["answer", "preamble", "reasoning", "call", "nothing"]
 
@@ -27,6 +30,7 @@ _CHANNEL = "<|channel|>"
 _CONSTRAIN = "<|constrain|>"
 _NAMESPACE = "functions."
 _NOBODY = ("user", "all", "assistant")
+_NAMELESS = ("functions", *(f"{name}." for name in ("functions", *BUILTIN_TOOLS)))
 _MARK = re.compile(r"(<\|\w+\|>)")
 _CHANNELS = re.compile(r"analysis|commentary|final", re.IGNORECASE)
 _GRAMMAR = re.compile(
@@ -74,6 +78,9 @@ def meaning(message: Header | ParsedMessage, tools: Collection[str] | None = Non
     if message.role not in ("assistant", "tool"):
         return Meaning("nothing")
     words = _read(message)
+    if words.speaker is not None and isinstance(message, ParsedMessage):
+        # What a tool says ends otherwise. Of a header alone this is not yet known.
+        words.typed |= message.stop == "<|call|>"
     if tool := _tool(words, tools):
         return Meaning("call", tool)
     if words.speaker is not None and words.channel != "final":
@@ -121,9 +128,11 @@ def _find(name: str, tools: Collection[str] | None) -> str | None:
 
 def _bare(name: str) -> str:
     """A recipient's name as OpenAI-style calls have it; empty where there is none."""
+    if name in _NAMELESS:
+        return ""
     while name.startswith(_NAMESPACE):
         name = name.removeprefix(_NAMESPACE)
-    return "" if name == _NAMESPACE[:-1] else name
+    return name
 
 
 def _read(message: Header | ParsedMessage) -> _Words:
@@ -145,6 +154,8 @@ def _read(message: Header | ParsedMessage) -> _Words:
         words.problems.append("header: more than one recipient")
     if words.recipients and not _bare(words.recipients[-1]):
         words.problems.append("header: a recipient without a name")
+    if words.others:
+        words.problems.append(f"header: unexpected {shorten(' '.join(words.others))}")
     return words
 
 

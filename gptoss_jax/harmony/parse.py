@@ -1,7 +1,7 @@
 """Tokens to messages, one token at a time, for any tokens at all: what is malformed is told, never raised."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from gptoss_jax.harmony.header import Header, read_header, shorten
@@ -56,11 +56,20 @@ class StreamParser:
     and state are those of openai-harmony's StreamableParser wherever that one does not raise, except that
     by default a `<|start|>` ends the message or header that it stands in, and that a message whose
     `<|message|>` never came is kept whatever its role. With `strict`, such tokens are header or content as
-    they are there.
+    they are there. `tools` are the names of the tools that there are, if they are known: what is said to be
+    malformed depends on them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, role: Role | None = "assistant", *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        role: Role | None = "assistant",
+        *,
+        strict: bool = False,
+        tools: Collection[str] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._tools = tools
         self._strict = strict
         self._start, self._message, self._channel = map(
             tokenizer.encode_special, ("<|start|>", "<|message|>", "<|channel|>")
@@ -114,7 +123,7 @@ class StreamParser:
         elif self._header is not None:
             self._push_header(self._header, token, events)
         else:
-            self._push_between(token)
+            self._push_between(token, events)
         self._position += 1
         return events
 
@@ -142,14 +151,14 @@ class StreamParser:
     def _note(self, problem: str) -> None:
         self.result.malformed.append(problem)
 
-    def _push_between(self, token: int) -> None:
+    def _push_between(self, token: int, events: list[Event]) -> None:
         if token == self._start:
             self._open_header(self._position, None, [])
         elif not self._strict and token in (self._channel, self._message):
             self._note(f"token {self._position}: a message without <|start|>")
             self._open_header(self._position, self._default_role, [token] if token == self._channel else [])
             if token == self._message:
-                self._begin_content([], [])
+                self._begin_content([], events)
         else:
             if self._stray_start is None:
                 self._stray_start = self._position
@@ -230,14 +239,20 @@ class StreamParser:
             span,
             header.written,
         )
-        kind = meaning(message).kind
-        if self._completes and kind == "nothing":
-            who = shorten(header.name or header.role)
-            self._note(f"token {span[0]}: a message of {who}, not of the assistant: {shorten(text)}")
-        elif self._completes and stop == "<|call|>" and kind != "call":
-            self._note(f"token {span[1] - 1}: <|call|> after a message that calls no tool")
+        if self._completes:
+            self._note_meaning(message)
         self.result.messages.append(message)
         events.append(MessageEnd(message))
+
+    def _note_meaning(self, message: ParsedMessage) -> None:
+        """Notes a message of a completion that is for nobody, and a call that is none."""
+        kind = meaning(message, self._tools).kind
+        start, end = message.span
+        if kind == "nothing":
+            who = shorten(message.name or message.role)
+            self._note(f"token {start}: a message of {who}, not of the assistant: {shorten(message.text)}")
+        elif message.stop == "<|call|>" and kind != "call":
+            self._note(f"token {end - 1}: <|call|> after a message that calls no tool")
 
     def _push_content(self, content: _Content, token: int, events: list[Event]) -> None:
         if token in self._ends:
