@@ -34,7 +34,7 @@ _NAMELESS = ("functions", *(f"{name}." for name in ("functions", *BUILTIN_TOOLS)
 _MARK = re.compile(r"(<\|\w+\|>)")
 _CHANNELS = re.compile(r"analysis|commentary|final", re.IGNORECASE)
 _GRAMMAR = re.compile(
-    r"(?:assistant)*(?P<channels>(?:analysis|commentary|final)*)"
+    r"(?P<words>(?:assistant|analysis|commentary|final)*)"
     r"(?:(?P<to>(?:to=)+)(?P<recipient>.*)|(?P<type>json|code|text|response))?",
     re.IGNORECASE,
 )
@@ -55,15 +55,20 @@ class Meaning:
 
 @dataclass
 class _Words:
-    """A header's words by what they can be; `speaker` is the first one, where that is no word of an assistant's."""
+    """A header's words by what they can be.
+
+    `speaker` is the first one, where that is no word of an assistant's, `marked` the number of words after a
+    `<|channel|>`, and `glued` are words that are several at once.
+    """
 
     speaker: str | None = None
+    marked: int = 0
     channels: list[str] = field(default_factory=list)
     recipients: list[str] = field(default_factory=list)
     typed: bool = False
     unknown_channels: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    glued: list[str] = field(default_factory=list)
 
     @property
     def channel(self) -> str | None:
@@ -92,18 +97,45 @@ def meaning(message: Header | ParsedMessage, tools: Collection[str] | None = Non
 
 def irregularities(header: Header) -> list[str]:
     """What a header has in another place, number or spelling than the format."""
-    return _read(header).problems if header.role in ("assistant", "tool") else []
+    if header.role not in ("assistant", "tool"):
+        return []
+    words = _read(header)
+    problems = []
+    if words.glued:
+        problems.append(f"no space or mark within {shorten(words.glued[0])}")
+    if len(words.channels) + len(words.unknown_channels) > 1 or words.marked > 1:
+        problems.append("more than one channel")
+    elif len(words.channels) > words.marked:
+        problems.append(f"channel {words.channels[0]!r} without <|channel|>")
+    if words.unknown_channels:
+        problems.append(f"unknown channel {shorten(words.unknown_channels[0])}")
+    if len(words.recipients) > 1:
+        problems.append("more than one recipient")
+    if not all(map(_bare, words.recipients)):
+        problems.append("a recipient without a name")
+    if words.others:
+        problems.append(f"unexpected {shorten(' '.join(words.others))}")
+    return [f"header: {problem}" for problem in problems]
 
 
 def _tool(words: _Words, tools: Collection[str] | None) -> str | None:
     """The tool that a message with these words calls."""
-    if words.recipients:
-        name = words.recipients[-1]
-        known = _find(name, tools)
-        if name in _NOBODY or not _bare(name):
-            return None
-        unsure = words.channel == "final" or words.speaker is not None
-        return None if unsure and not known and not name.startswith(_NAMESPACE) else known or _bare(name)
+    return _recipient(words, tools) if words.recipients else _lone_word(words, tools)
+
+
+def _recipient(words: _Words, tools: Collection[str] | None) -> str | None:
+    called = [name for name in words.recipients if name not in _NOBODY and _bare(name)]
+    if not called:
+        return None
+    name = called[-1]
+    known = _find(name, tools)
+    is_certain = known is not None or name.startswith(_NAMESPACE)
+    if not is_certain and (words.channel == "final" or words.speaker is not None):
+        return None
+    return known or _bare(name)
+
+
+def _lone_word(words: _Words, tools: Collection[str] | None) -> str | None:
     if words.channel == "final":
         return None
     candidates = [*words.others, *words.unknown_channels]
@@ -112,8 +144,8 @@ def _tool(words: _Words, tools: Collection[str] | None) -> str | None:
     for name in candidates:
         if known := _find(name, tools):
             return known
-    qualified = [name for name in candidates if name.startswith(_NAMESPACE)]
-    guessed = candidates if tools is None and (words.typed or words.channel == "commentary") else qualified
+    may_guess = tools is None and (words.typed or words.channel == "commentary")
+    guessed = candidates if may_guess else [name for name in candidates if name.startswith(_NAMESPACE)]
     return next((bare for name in guessed if (bare := _bare(name))), None)
 
 
@@ -137,44 +169,30 @@ def _bare(name: str) -> str:
 
 def _read(message: Header | ParsedMessage) -> _Words:
     words = _Words()
-    marked = 0
     for index, (mark, word) in enumerate(_split(_written(message))):
-        marked += mark == _CHANNEL
+        words.marked += mark == _CHANNEL
         if mark == _CONSTRAIN:
             words.typed = True
-        elif not _take(words, word, marked):
+        elif not _take(words, word):
             _keep(words, mark, word, first=message.role == "tool" and not (index or mark))
-    if len(words.channels) + len(words.unknown_channels) > 1 or marked > 1:
-        words.problems.append("header: more than one channel")
-    elif len(words.channels) > marked:
-        words.problems.append(f"header: channel {words.channels[0]!r} without <|channel|>")
-    if words.unknown_channels:
-        words.problems.append(f"header: unknown channel {shorten(words.unknown_channels[0])}")
-    if len(words.recipients) > 1:
-        words.problems.append("header: more than one recipient")
-    if words.recipients and not _bare(words.recipients[-1]):
-        words.problems.append("header: a recipient without a name")
-    if words.others:
-        words.problems.append(f"header: unexpected {shorten(' '.join(words.others))}")
     return words
 
 
-def _take(words: _Words, word: str, marked: int) -> bool:
+def _take(words: _Words, word: str) -> bool:
     """Whether the format has such a word, which is then taken; so are several that are glued together."""
     found = _GRAMMAR.match(word)
     if found is None or found.end() < len(word):
         return False
-    words.channels += _CHANNELS.findall(found["channels"].lower())
+    channels = _CHANNELS.findall(found["words"].lower())
+    words.channels += channels
     words.typed |= found["type"] is not None
     if found["to"]:
         if _CHANNELS.fullmatch(found["recipient"]):
             words.channels.append(found["recipient"].lower())
         else:
             words.recipients.append(found["recipient"])
-        if found.start("to"):
-            words.problems.append(f"header: {shorten(word)} without a space or mark before to=")
-    elif found["channels"] and len(found[0]) > len(words.channels[-1]):
-        words.problems.append(f"header: {shorten(word)} without a space or mark between its words")
+    if found.start("to") > 0 or (channels and not found["to"] and channels != [word.lower()]):
+        words.glued.append(word)
     return True
 
 
@@ -185,7 +203,7 @@ def _keep(words: _Words, mark: str, word: str, first: bool) -> None:
         words.unknown_channels.append(word)
     elif words.recipients and not mark and (not words.recipients[-1] or words.recipients[-1].endswith(".")):
         words.recipients[-1] += word
-        words.problems.append("header: a space in the recipient")
+        words.others.append(word)
     elif word.partition(":")[0] != "assistant":
         words.others.append(word)
 

@@ -84,6 +84,7 @@ def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: 
         (["assistantcommentaryto=functions.get", "assistant<|channel|>commentaryto=functions.get"], "call get"),
         (["assistantfinal", "assistantfinaljson", "assistantassistantfinal", "assistantcommentary"], "content"),
         (["assistantanalysis", "assistant<|channel|>analysiscode"], "thinking"),
+        (["assistant<|channel|>analysisassistant<|channel|>final", "assistantanalysisassistantfinal"], "content"),
         # Content types alone.
         (["assistant<|channel|>commentary <|constrain|>json", "assistant<|channel|>commentary code"], "content"),
         (["assistant<|channel|>commentary<|constrain|>response", "assistant<|constrain|>json"], "content"),
@@ -99,6 +100,11 @@ def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: 
         (["assistant<|channel|>analysis to=user", "assistant<|channel|>analysis to=assistant"], "thinking"),
         (["assistant<|channel|>commentary to=functions.", "assistant<|channel|>commentary to= json"], "content"),
         (["assistant<|channel|>commentary to=functions <|constrain|>json", "assistant to="], "content"),
+        # To two.
+        (
+            ["assistant to=functions.bash<|channel|>commentary to=functions.get", "assistant to=user to=get"],
+            "call get",
+        ),
         # Spaces where there should be none.
         (["assistant<|channel|>commentary to= functions.get json"], "call get"),
         (["assistant<|channel|>commentary to=functions. get <|constrain|>json"], "call get"),

@@ -191,7 +191,9 @@ def test_user_name_in_header(small: Tokenizer) -> None:
     assert completion.malformed == []
 
 
-@pytest.mark.parametrize("unit", ["x ", "<|channel|>", "<|constrain|>", " to=", "<|start|>", "<", "\n", ":"])
+@pytest.mark.parametrize(
+    "unit", ["x ", ". ", "assistantfinal ", "<|channel|>", "<|constrain|>", " to=", "<|start|>", "<", "\n", ":"]
+)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_huge_header_takes_linear_time(unit: str, strict: bool, small: Tokenizer) -> None:
     tokens = tokens_of(small, unit) * 50_000
