@@ -14,7 +14,8 @@ from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from gptoss_jax.serving.client import LLM
-    from gptoss_jax.types import SamplingParams
+    from gptoss_jax.text.transcripts import TextDelta
+    from gptoss_jax.types import CompletionOutput, SamplingParams
 
 HELP = """\
 /reset                   forget the conversation
@@ -103,11 +104,11 @@ class Session:
         before = list(self.messages)
         self.messages.append({"role": "user", "content": line})
         try:
-            while (message := self._answer()).get("tool_calls"):
-                self.messages.append(message)
-                for call in message["tool_calls"]:
-                    self.messages.append(_tool_result(call))
-            self.messages.append(message)
+            while (completion := self._answer()).finish_reason == "tool_calls":
+                assert completion.message is not None
+                self.messages += [completion.message, *map(_tool_result, completion.message["tool_calls"])]
+            assert completion.message is not None
+            self.messages.append(completion.message)
         except (KeyboardInterrupt, UsageError) as reason:
             # A turn that did not end leaves no trace.
             self.messages = before
@@ -115,25 +116,44 @@ class Session:
                 raise
             print("\ninterrupted", file=sys.stderr)
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> CompletionOutput:
         request = self._llm.chat_request("turn", self.messages, self._params, **self._conversation)
-        channel = None
+        printer = _Printer(self._show_analysis)
         for progress in self._llm.stream([request]):
             for delta in progress.deltas:
-                if delta.recipient is not None or (delta.channel == "analysis" and not self._show_analysis):
-                    continue
-                if channel not in (None, delta.channel):
-                    print()
-                channel = delta.channel
-                text = cli.dimmed(delta.text, sys.stdout) if delta.channel == "analysis" else delta.text
-                print(text, end="", flush=True)
-        if channel is not None:
-            print()
+                printer.show(delta)
+        printer.finish()
         completion = progress.output.outputs[0]
+        for problem in completion.malformed:
+            print(f"malformed: {problem}", file=sys.stderr)
         if completion.finish_reason == "length":
             print("(cut short: --max-new-tokens)", file=sys.stderr)
-        assert completion.message is not None
-        return completion.message
+        elif completion.finish_reason != "tool_calls" and not completion.text:
+            print("(no answer)", file=sys.stderr)
+        return completion
+
+
+class _Printer:
+    """Shows a turn's text as it comes: reasoning dimmed or not at all, what is for the user as it is."""
+
+    def __init__(self, show_analysis: bool) -> None:
+        self._show_analysis = show_analysis
+        self._thinking: bool | None = None
+
+    def show(self, delta: TextDelta) -> None:
+        """More text; calls are shown when they are complete."""
+        thinking = delta.kind == "reasoning"
+        if delta.kind in ("call", "nothing") or (thinking and not self._show_analysis):
+            return
+        if self._thinking not in (None, thinking):
+            print()
+        self._thinking = thinking
+        print(cli.dimmed(delta.text, sys.stdout) if thinking else delta.text, end="", flush=True)
+
+    def finish(self) -> None:
+        """Ends the last line."""
+        if self._thinking is not None:
+            print()
 
 
 def _ask(question: str) -> str | None:

@@ -131,12 +131,11 @@ class _Printer:
 
     def show(self, progress: Progress) -> None:
         for delta in progress.deltas:
-            to_user = delta.recipient is None and delta.channel != "analysis"
-            if delta.channel in (None, "final") or to_user:
+            if delta.kind in (None, "answer", "preamble"):
                 self._close_analysis()
                 print(delta.text, end="", flush=True)
                 self._end = delta.text
-            elif delta.channel == "analysis" and self._show_analysis:
+            elif delta.kind == "reasoning" and self._show_analysis:
                 print(cli.dimmed(delta.text, sys.stderr), end="", file=sys.stderr, flush=True)
                 self._thinking = True
 

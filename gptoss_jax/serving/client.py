@@ -30,7 +30,9 @@ Message = Mapping[str, Any]
 
 @dataclasses.dataclass
 class Request:
-    """A prompt as tokens, and how to go on; `chat` reads what comes as harmony, `scope` is of structured output."""
+    """A prompt as tokens, and how to go on; `chat` reads what comes as harmony, where `tools` are the names of the
+    tools that there are, and `scope` is of structured output.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -38,6 +40,7 @@ class Request:
     chat: bool = False
     prompt: str | None = None
     scope: Scope = "text"
+    tools: frozenset[str] | None = None
 
 
 @dataclasses.dataclass
@@ -161,7 +164,9 @@ class LLM:
             raise UsageError("messages: expected at least one")
         options.setdefault("current_date", datetime.date.today().isoformat())
         scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
-        return Request(request_id, harmony.render(messages, tokenizer, **options), params, chat=True, scope=scope)
+        prompt = harmony.render(messages, tokenizer, **options)
+        tools = harmony.tool_names(options.get("tools"), options.get("builtin_tools", ()))
+        return Request(request_id, prompt, params, chat=True, scope=scope, tools=tools)
 
     def check(self, request: Request) -> None:
         """Raises UsageError for a request that can never run, as `stream` does before any has started."""
@@ -258,7 +263,7 @@ def _transcript(request: Request, tokenizer: Tokenizer | None) -> ChatTranscript
     if not request.chat:
         return RawTranscript(tokenizer, request.params.stop)
     assert tokenizer is not None
-    return ChatTranscript(tokenizer, request.params.stop)
+    return ChatTranscript(tokenizer, request.params.stop, request.tools)
 
 
 def _is_list(value: Any) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.text.harmony import MessageEnd, MessageStart, StreamParser
-from gptoss_jax.text.harmony.tools import BUILTIN_TOOLS
+from gptoss_jax.text.harmony.meaning import NAMELESS, NOBODY
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import Scope, StructuredOutputsParams, TokenConstraint
 
@@ -42,13 +43,13 @@ header: final | other
 final: <|channel|> "final" <|message|>
 other: {other}
 CHANNEL: /analysis|commentary/
-TO: / to=([0-9A-Za-z_.\\-]|[^\\x00-\\x7f\\s\\p{{Cc}}])+/ & ~/ to=({nobody})/
+TO: / to=([0-9A-Za-z_.\\-]|[^\\x00-\\x7f\\s\\p{{Cc}}])+/ & ~/ to=({no_tool})/
 TYPE: /[a-z_]+/
 """
 
-# Recipients that are no tool: who else messages go to, and a namespace without a name in it. Other than these the
-# recipient can be any name that harmony.tools accepts, in whichever script.
-_NOBODY = ["all", "user", "assistant", "functions", *(rf"{name}\." for name in ["functions", *BUILTIN_TOOLS])]
+# No tool has these names, and a channel's is read as the channel. Any other name that harmony.tools accepts can be a
+# recipient, in whichever script.
+_NO_TOOL = [re.escape(name) for name in (*NOBODY, *NAMELESS, "analysis", "commentary", "final")]
 
 _MESSAGE = "<|channel|> CHANNEL <|message|>"
 _CALL = '(TO <|channel|> CHANNEL | <|channel|> CHANNEL TO) (" code" | " "? <|constrain|> TYPE)? <|message|>'
@@ -107,7 +108,7 @@ class Grammars:
     def header(self, first: bool, calls: bool) -> LLMatcher:
         """What a message begins with; the prompt has the `<|start|>assistant` of the first one."""
         start, other = "" if first else '<|start|> "assistant" ', f"{_MESSAGE} | {_CALL}" if calls else _MESSAGE
-        source = _HEADER.format(start=start, other=other, nobody="|".join(_NOBODY))
+        source = _HEADER.format(start=start, other=other, no_tool="|".join(_NO_TOOL))
         return self._matcher(_llguidance().grammar_from("lark", source)).deep_copy()
 
     def _make_answer(self, name: str, kind: str, text: str) -> LLMatcher:

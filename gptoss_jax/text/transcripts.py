@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from gptoss_jax.text.harmony import Delta, Event, StreamParser, to_openai
+from gptoss_jax.text.harmony import (
+    SEPARATOR,
+    Delta,
+    Event,
+    Kind,
+    MessageStart,
+    ParsedMessage,
+    StreamParser,
+    join_texts,
+    meaning,
+    to_openai,
+)
+from gptoss_jax.text.harmony.header import Header
 from gptoss_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -49,11 +61,16 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TextDelta:
-    """New text; in a chat, of the message with this channel and recipient."""
+    """New text; in a chat, of a message of this kind (`harmony.meaning`), channel and recipient.
+
+    The deltas of answers and preambles together make the message's content, those of reasoning its thinking: text
+    between two messages is the second one's.
+    """
 
     text: str
     channel: str | None = None
     recipient: str | None = None
+    kind: Kind | None = None
 
 
 class RawTranscript:
@@ -95,13 +112,21 @@ class RawTranscript:
         return None if self._decoder is None else "".join(self._text)
 
 
-class ChatTranscript:
-    """A completion in harmony: its text is that of the final channel, and stop strings are looked for there."""
+_FIELDS: dict[Kind, str] = {"answer": "content", "preamble": "content", "reasoning": "thinking"}
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._parser = StreamParser(tokenizer)
+
+class ChatTranscript:
+    """A completion in harmony. Its text is that of its answers, or of its preambles where it neither answers nor calls.
+
+    Stop strings are looked for in each answer. `tools` are the names of the tools that there are
+    (`harmony.tool_names`), where they are known.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], tools: Collection[str] | None = None) -> None:
+        self._parser = StreamParser(tokenizer, tools=tools)
         self._matcher = StopMatcher(stop)
-        self._final: list[str] = []
+        self._tools = tools
+        self._messages: list[tuple[Kind, list[str]]] = []
 
     def push(self, token: int, may_stop: bool = True) -> list[TextDelta]:
         """What a token adds; stop strings are looked for in it if it `may_stop`."""
@@ -110,23 +135,41 @@ class ChatTranscript:
 
     def finish(self) -> list[TextDelta]:
         """What was held back, when no more tokens come."""
-        deltas = self._take(self._parser.finish())
-        rest = self._matcher.finish()
-        self._final.append(rest)
-        return [*deltas, TextDelta(rest, "final")] if rest else deltas
+        return self._take(self._parser.finish())
 
     def _take(self, events: Sequence[Event]) -> list[TextDelta]:
         deltas = []
         for event in events:
-            if not isinstance(event, Delta):
-                continue
-            text, header = event.text, event.header
-            if header.channel == "final":
-                text = self._matcher.push(text)
-                self._final.append(text)
-            if text:
-                deltas.append(TextDelta(text, header.channel, header.recipient))
+            if isinstance(event, MessageStart):
+                self._messages.append((meaning(event.header, self._tools).kind, []))
+            elif isinstance(event, Delta):
+                is_answer = self._messages[-1][0] == "answer"
+                text = self._matcher.push(event.text) if is_answer else event.text
+                deltas += self._add(text, event.header)
+            else:
+                # What was held back goes out with its own message.
+                deltas += self._add(self._matcher.finish(), event.message)
+                kind = meaning(event.message, self._tools).kind
+                self._messages[-1] = kind, self._messages[-1][1]
         return deltas
+
+    def _add(self, text: str, source: Header | ParsedMessage) -> list[TextDelta]:
+        if not text:
+            return []
+        kind, texts = self._messages[-1]
+        before = "" if texts or not self._has_earlier(kind) else SEPARATOR
+        texts.append(text)
+        return [TextDelta(before + text, source.channel, source.recipient, kind)]
+
+    def _has_earlier(self, kind: Kind) -> bool:
+        """Whether an earlier message has text for the same field as one of this kind."""
+        same = _FIELDS.get(kind)
+        return same is not None and any(
+            texts and _FIELDS.get(earlier) == same for earlier, texts in self._messages[:-1]
+        )
+
+    def _joined(self, *kinds: Kind) -> str:
+        return join_texts("".join(texts) for kind, texts in self._messages if kind in kinds)
 
     @property
     def stopped(self) -> bool:
@@ -135,15 +178,16 @@ class ChatTranscript:
 
     @property
     def text(self) -> str:
-        """The text of the final channel so far."""
-        return "".join(self._final)
+        """The text of the answers so far."""
+        calls = any(kind == "call" for kind, _ in self._messages)
+        return self._joined("answer") or ("" if calls else self._joined("preamble"))
 
     @property
     def message(self) -> dict[str, Any]:
         """The completion as an OpenAI-style assistant message."""
-        message = to_openai(self._parser.result.messages)
+        message = to_openai(self._parser.result.messages, tools=self._tools)
         if self.stopped:
-            message["content"] = self.text
+            message["content"] = self._joined("answer", "preamble")
         return message
 
     @property

@@ -5,6 +5,7 @@
 >>> to_openai(completion.messages), completion.malformed
 """
 
+from gptoss_jax.text.harmony.meaning import Kind, Meaning, meaning
 from gptoss_jax.text.harmony.messages import (
     STOP_TOKENS,
     DeveloperContent,
@@ -16,18 +17,29 @@ from gptoss_jax.text.harmony.messages import (
     SystemContent,
     ToolNamespace,
 )
-from gptoss_jax.text.harmony.openai import is_tool_call, render, to_messages, to_openai
+from gptoss_jax.text.harmony.openai import (
+    SEPARATOR,
+    is_tool_call,
+    join_texts,
+    render,
+    to_messages,
+    to_openai,
+    tool_names,
+)
 from gptoss_jax.text.harmony.parse import Delta, Event, MessageEnd, MessageStart, StreamParser, parse
 from gptoss_jax.text.harmony.render import render_conversation
 from gptoss_jax.text.harmony.tools import from_function, function_tools
 from gptoss_jax.text.tokenizer import Tokenizer
 
 __all__ = [
+    "SEPARATOR",
     "STOP_TOKENS",
     "Delta",
     "DeveloperContent",
     "Event",
     "FunctionTool",
+    "Kind",
+    "Meaning",
     "Message",
     "MessageEnd",
     "MessageStart",
@@ -40,12 +52,15 @@ __all__ = [
     "from_function",
     "function_tools",
     "is_tool_call",
+    "join_texts",
+    "meaning",
     "parse",
     "render",
     "render_conversation",
     "stop_token_ids",
     "to_messages",
     "to_openai",
+    "tool_names",
 ]
 
 

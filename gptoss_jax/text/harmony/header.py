@@ -16,7 +16,10 @@ _WORD = re.compile(r"[^\t\n\x0c\r ]+")  # what lies between ASCII whitespace
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says, what was wrong with it, and the words that are no part of a header."""
+    """What a header says, what was wrong with it, and the words that are no part of a header.
+
+    `written` is its text, where all of that is header.
+    """
 
     role: Role
     name: str | None = None
@@ -25,6 +28,7 @@ class Header:
     content_type: str | None = None
     rest: str = ""
     malformed: tuple[str, ...] = ()
+    written: str | None = None
 
 
 def read_header(text: str, role: Role | None, *, fields: bool = True) -> Header:
@@ -34,6 +38,7 @@ def read_header(text: str, role: Role | None, *, fields: bool = True) -> Header:
     after role and channel are content, as in a message whose `<|message|>` never came.
     """
     malformed: list[str] = []
+    written = text if fields else None
     channel, text = _take_channel(text, malformed)
     text = text.replace(_CONSTRAIN, f" {_CONSTRAIN}")
     words = _WORD.findall(_EDGES.sub("", text))
@@ -44,7 +49,7 @@ def read_header(text: str, role: Role | None, *, fields: bool = True) -> Header:
             recipient, content_type = _take_marked(words, malformed)
         else:
             recipient, content_type = _take_fields(words, malformed)
-    return Header(role, name, recipient, channel, content_type, " ".join(words), tuple(malformed))
+    return Header(role, name, recipient, channel, content_type, " ".join(words), tuple(malformed), written)
 
 
 def _take_channel(text: str, malformed: list[str]) -> tuple[str | None, str]:

@@ -88,7 +88,8 @@ class ParsedMessage:
     """A message read from tokens.
 
     `stop` is the special token that ended it, or None where the tokens ran out. `span` holds the positions
-    of its tokens, first to one past the last, header and end included.
+    of its tokens, first to one past the last, header and end included. `written` is the header's text between the
+    role that the prompt announced, if any, and `<|message|>`, or None where there was no `<|message|>`.
     """
 
     role: Role
@@ -99,6 +100,7 @@ class ParsedMessage:
     content_type: str | None = None
     stop: str | None = None
     span: tuple[int, int] = (0, 0)
+    written: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """OpenAI-style chat messages to harmony messages, and parsed messages back."""
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gptoss_jax.errors import UsageError
+from gptoss_jax.text.harmony.meaning import meaning
 from gptoss_jax.text.harmony.messages import (
     KNOWLEDGE_CUTOFF,
     MODEL_IDENTITY,
@@ -24,6 +25,9 @@ from gptoss_jax.text.tokenizer import Tokenizer
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THINKING = ("thinking", "reasoning_content", "reasoning")
+
+SEPARATOR = "\n\n"
+"""What lies between the texts of several messages that become one."""
 
 
 def render(
@@ -199,7 +203,7 @@ class _Reader:
             if message[key]:
                 written.append(Message("assistant", (message[key],), name, None, "analysis"))
         if message.get("content") is not None or not (calls or written):
-            content = _text(where, message)
+            content = _said(where, message)
             if any(content) or not calls:
                 written.append(Message("assistant", content, name, None, "commentary" if calls else "final"))
         made = [self._call(f"{where}.tool_calls[{i}]", call, name) for i, call in enumerate(calls)]
@@ -271,6 +275,14 @@ def _text(where: str, message: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def _said(where: str, message: Mapping[str, Any]) -> tuple[str, ...]:
+    """An assistant's content, which may be null: a completion can be empty."""
+    is_empty = message.get("content") is None and any(
+        key in message for key in ("content", "tool_calls", *_THINKING)
+    )
+    return ("",) if is_empty else _text(where, message)
+
+
 def _check(holds: bool, expected: str, found: Any) -> None:
     if not holds:
         raise UsageError(f"{expected}, found {_shown(found)}")
@@ -288,35 +300,51 @@ def _new_call_id(_index: int) -> str:
 
 
 def to_openai(
-    messages: Iterable[ParsedMessage], *, call_id: Callable[[int], str] = _new_call_id
+    messages: Iterable[ParsedMessage],
+    *,
+    call_id: Callable[[int], str] = _new_call_id,
+    tools: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """One OpenAI-style assistant message out of the messages of a completion.
+    """One OpenAI-style assistant message out of the messages of a completion, each for what it means (`meaning`).
 
     Reasoning goes to "thinking", calls to "tool_calls" with ids from `call_id(index)`, and everything else
     that the assistant said, preambles included, to "content"; what there is none of is left out, and
-    "content" is then None.
+    "content" is then None. `tools` are the names of the tools that there are (`tool_names`), where they are known.
     """
     said: list[str] = []
     thought: list[str] = []
     calls: list[dict[str, Any]] = []
     for message in messages:
-        if is_tool_call(message):
-            function = {"name": (message.recipient or "").removeprefix("functions."), "arguments": message.text}
+        meant = meaning(message, tools)
+        if meant.kind == "call":
+            function = {"name": meant.tool, "arguments": message.text}
             calls.append({"id": call_id(len(calls)), "type": "function", "function": function})
-        elif message.role == "assistant":
-            (thought if message.channel == "analysis" else said).append(message.text)
-    result: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(said) if said else None}
+        elif meant.kind != "nothing":
+            (thought if meant.kind == "reasoning" else said).append(message.text)
+    result: dict[str, Any] = {"role": "assistant", "content": join_texts(said) if said else None}
     if thought:
-        result["thinking"] = "\n\n".join(thought)
+        result["thinking"] = join_texts(thought)
     if calls:
         result["tool_calls"] = calls
     return result
 
 
+def join_texts(texts: Iterable[str]) -> str:
+    """The texts of several messages as one; empty ones add nothing."""
+    return SEPARATOR.join(text for text in texts if text)
+
+
+def tool_names(tools: Sequence[Tool] | None = None, builtin_tools: Sequence[str] = ()) -> frozenset[str]:
+    """The names that calls of these tools have, arguments as for `render`. Raises UsageError."""
+    functions = [tool.name for tool in function_tools(tools or ())]
+    builtin = [
+        f"{space.name}.{tool.name}" if tool else space.name
+        for space in _builtin(builtin_tools)
+        for tool in space.functions or (None,)
+    ]
+    return frozenset([*functions, *builtin])
+
+
 def is_tool_call(message: ParsedMessage) -> bool:
-    """Whether a message is the assistant's call of a tool: it has a recipient and is no final answer."""
-    return (
-        message.role == "assistant"
-        and message.recipient not in (None, "all", "user", "assistant")
-        and message.channel != "final"
-    )
+    """Whether a message is the assistant's call of a tool."""
+    return meaning(message).kind == "call"

@@ -1,15 +1,19 @@
 """Tokens to messages, one token at a time, for any tokens at all: what is malformed is told, never raised."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from gptoss_jax.text.harmony.header import Header, read_header, shorten
+from gptoss_jax.text.harmony.meaning import irregularities, meaning
 from gptoss_jax.text.harmony.messages import ParsedCompletion, ParsedMessage, Role
 from gptoss_jax.text.tokenizer import Tokenizer
 
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
 _SHOWN = 64  # tokens of a stray run that are kept to be shown
 _BACKLOG = 64  # bytes that may wait behind invalid ones
+# What begins as a header of the assistant's does, and no answer.
+_HEADER_BEGUN = re.compile(r"\s*(?:(?:assistant|analysis|commentary|final)\s*)*(?:to=|to?$|$)")
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,27 @@ class StreamParser:
     and state are those of openai-harmony's StreamableParser wherever that one does not raise, except that
     by default a `<|start|>` ends the message or header that it stands in, and that a message whose
     `<|message|>` never came is kept whatever its role. With `strict`, such tokens are header or content as
-    they are there.
+    they are there. `tools` are the names of the tools that there are, if they are known: what is said to be
+    malformed depends on them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, role: Role | None = "assistant", *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        role: Role | None = "assistant",
+        *,
+        strict: bool = False,
+        tools: Collection[str] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._tools = tools
         self._strict = strict
         self._start, self._message, self._channel = map(
             tokenizer.encode_special, ("<|start|>", "<|message|>", "<|channel|>")
         )
         self._ends = {tokenizer.encode_special(name): name for name in _ENDS}
         self._special = {token: name for name, token in tokenizer.special_tokens.items()}
+        self._completes = role == "assistant"
         self._default_role: Role = role or "assistant"
         self._next_role = role
         self._header: list[int] | None = None if role is None else []
@@ -109,7 +123,7 @@ class StreamParser:
         elif self._header is not None:
             self._push_header(self._header, token, events)
         else:
-            self._push_between(token)
+            self._push_between(token, events)
         self._position += 1
         return events
 
@@ -137,14 +151,14 @@ class StreamParser:
     def _note(self, problem: str) -> None:
         self.result.malformed.append(problem)
 
-    def _push_between(self, token: int) -> None:
+    def _push_between(self, token: int, events: list[Event]) -> None:
         if token == self._start:
             self._open_header(self._position, None, [])
         elif not self._strict and token in (self._channel, self._message):
             self._note(f"token {self._position}: a message without <|start|>")
             self._open_header(self._position, self._default_role, [token] if token == self._channel else [])
             if token == self._message:
-                self._begin_content([], [])
+                self._begin_content([], events)
         else:
             if self._stray_start is None:
                 self._stray_start = self._position
@@ -178,7 +192,7 @@ class StreamParser:
         data = self._tokenizer.decode_bytes(header)
         text = data.decode("utf-8", "replace")
         read = read_header(text, self._next_role, fields=fields)
-        for problem in read.malformed:
+        for problem in read.malformed or irregularities(read):
             self._note(f"token {self._header_start}: {problem}")
         if text.encode() != data or not all(token in self._tokenizer for token in header):
             self._note(f"token {self._header_start}: header: not valid UTF-8")
@@ -193,7 +207,7 @@ class StreamParser:
     def _end_header(self, header: list[int], stop: str | None, end: int, events: list[Event]) -> None:
         """A header that ends without `<|message|>`: its words are content, unless it was merely cut short."""
         start, role = self._header_start, self._next_role
-        cut_short = stop is None and (role is None or self._channel in header)
+        cut_short = stop is None and (role is None or self._channel in header or self._begins_header(header))
         read = None if cut_short or not header else self._read_header(header, fields=False)
         self._header, self._next_role = None, None
         if read is None:
@@ -208,14 +222,37 @@ class StreamParser:
             events.append(Delta(read.rest, read))
         self._add_message(read, read.rest, stop, (start, end), events)
 
+    def _begins_header(self, tokens: list[int]) -> bool:
+        return _HEADER_BEGUN.match(self._tokenizer.decode(tokens)) is not None
+
     def _add_message(
         self, header: Header, text: str, stop: str | None, span: tuple[int, int], events: list[Event]
     ) -> None:
         message = ParsedMessage(
-            header.role, text, header.name, header.recipient, header.channel, header.content_type, stop, span
+            header.role,
+            text,
+            header.name,
+            header.recipient,
+            header.channel,
+            header.content_type,
+            stop,
+            span,
+            header.written,
         )
+        if self._completes:
+            self._note_meaning(message)
         self.result.messages.append(message)
         events.append(MessageEnd(message))
+
+    def _note_meaning(self, message: ParsedMessage) -> None:
+        """Notes a message of a completion that is for nobody, and a call that is none."""
+        kind = meaning(message, self._tools).kind
+        start, end = message.span
+        if kind == "nothing":
+            who = shorten(message.name or message.role)
+            self._note(f"token {start}: a message of {who}, not of the assistant: {shorten(message.text)}")
+        elif message.stop == "<|call|>" and kind != "call":
+            self._note(f"token {end - 1}: <|call|> after a message that calls no tool")
 
     def _push_content(self, content: _Content, token: int, events: list[Event]) -> None:
         if token in self._ends:

@@ -45,11 +45,16 @@ def fields(completion: harmony.ParsedCompletion) -> list[dict]:
 
 
 def check_invariants(tokens: list[int], tokenizer: Tokenizer, role: str | None, strict: bool) -> None:
-    """Deltas add up to texts, every token is in a message or stray, and what is stray is told."""
+    """Deltas add up to texts between a message's start and end, every token is in a message or stray, and what is
+    stray is told.
+    """
     parser = harmony.StreamParser(tokenizer, role, strict=strict)
     texts, text = [], ""
     events = [event for token in tokens for event in parser.push(token)] + parser.finish()
+    in_message = False
     for event in events:
+        assert in_message != isinstance(event, harmony.MessageStart)
+        in_message = not isinstance(event, harmony.MessageEnd)
         if isinstance(event, harmony.Delta):
             text += event.text
         elif isinstance(event, harmony.MessageEnd):
@@ -186,7 +191,9 @@ def test_user_name_in_header(small: Tokenizer) -> None:
     assert completion.malformed == []
 
 
-@pytest.mark.parametrize("unit", ["x ", "<|channel|>", "<|constrain|>", " to=", "<|start|>", "<", "\n", ":"])
+@pytest.mark.parametrize(
+    "unit", ["x ", ". ", "assistantfinal ", "<|channel|>", "<|constrain|>", " to=", "<|start|>", "<", "\n", ":"]
+)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_huge_header_takes_linear_time(unit: str, strict: bool, small: Tokenizer) -> None:
     tokens = tokens_of(small, unit) * 50_000
