@@ -213,7 +213,7 @@ def tokens(job: Job) -> Row:
     from gptoss_jax.serving.client import LLM
     from gptoss_jax.types import SamplingParams
 
-    engine = EngineOptions(max_batch=len(SUMS), kv_cache_memory=SMALL_CACHE)
+    engine = EngineOptions(max_num_seqs=len(SUMS), kv_cache_memory=SMALL_CACHE)
     llm = LLM(mesh=job.mesh, rules=rules_of(job), engine=engine, progress=False)
     found = llm.chat(
         [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in SUMS],
@@ -359,7 +359,7 @@ def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
 
     def one(batch: int) -> Prepared | None:
         case = Case(batch, job.prompt_tokens, job.output_tokens)
-        options = EngineOptions(prefix_cache=False, kv_cache_memory=cache_memory(model, case))
+        options = EngineOptions(enable_prefix_caching=False, kv_cache_memory=cache_memory(model, case))
         with failing(job, "speed", batch=batch):
             return latency.prepare(model, options, SamplingParams(temperature=0), case, 0, progress=False)
         return None
@@ -385,8 +385,8 @@ def cache_memory(model: GptOss, case: Case) -> int:
     slots = -(-case.batch // partition.degree("batch"))
     heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
     pace = Pace.of(jax.default_backend(), None, None, None)
-    beside = -(-case.batch * case.prompt_tokens // pace.step_tokens)
-    tokens = case.prompt_tokens + case.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.decode_rounds
+    beside = -(-case.batch * case.prompt_tokens // pace.max_num_batched_tokens)
+    tokens = case.prompt_tokens + case.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.num_decode_steps
     # A table of at least 64 pages, as in a cache that takes all that is free.
     pages = max(slots * -(-tokens // EngineOptions.page_size), 64)
     page = page_bytes(config, EngineOptions.page_size, dtype, heads)

@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     if follow := cli.join("chat", options):
         return follow()
     session = Session(cli.conversation_options(options), options.instructions, not options.hide_analysis)
-    session.start(cli.load_llm(options, max_batch=1), params)
+    session.start(cli.load_llm(options, max_num_seqs=1), params)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() history and editing)
     if sys.stdin.isatty():

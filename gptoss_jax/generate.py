@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     prompt = _prompt(options)
     conversation = cli.conversation_options(options)
     started = time.perf_counter()
-    llm = cli.load_llm(options, max_batch=1)
+    llm = cli.load_llm(options, max_num_seqs=1)
     loaded = time.perf_counter() - started
     if options.raw or options.prompt_tokens:
         request = llm.raw_request("prompt", prompt, params)

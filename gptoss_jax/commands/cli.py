@@ -123,36 +123,64 @@ def add_cluster_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
-def add_engine_flags(flags: argparse.ArgumentParser, max_batch: bool = True) -> None:
+def add_engine_flags(flags: argparse.ArgumentParser, max_num_seqs: bool = True) -> None:
     """How much runs at once, and what the cache may take."""
     group = flags.add_argument_group("engine")
-    if max_batch:
-        group.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
+    if max_num_seqs:
+        add_max_num_seqs(group)
     group.add_argument(
-        "--kv-cache-memory", type=int, metavar="BYTES", help="of each device (default: a share of what is free)"
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="most tokens of a request, with its output (the model's context)",
+    )
+    group.add_argument(
+        "--kv-cache-memory",
+        type=int,
+        metavar="BYTES",
+        help="of each device (default: 0.85 of what weights leave free)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help="instead: the share of each device's memory that weights and cache take together",
     )
     group.add_argument("--kv-cache-dtype", choices=("bfloat16", "float32", "float8"), help="default: as --dtype")
     group.add_argument(
-        "--prefill-chunk",
+        "--long-prefill-token-threshold",
         type=int,
         metavar="N",
-        help="prompt tokens of one sequence in a step (2048; on CPUs 512)",
+        help="most prompt tokens of one sequence in a step (default: 2048; on CPUs 512)",
     )
     group.add_argument(
-        "--step-tokens", type=int, metavar="N", help="prompt tokens of all sequences in a step (as many)"
-    )
-    group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
-    group.add_argument(
-        "--speculative-tokens",
+        "--max-num-batched-tokens",
         type=int,
         metavar="N",
-        help="guess N tokens a step from the text so far, and verify them",
+        help="most prompt tokens of all sequences in a step (default: as many)",
+    )
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reuse what the cache holds of earlier prompts that begin alike (default: yes)",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        metavar="N",
+        help="draft N tokens a step from the text so far, and verify them (default: 0)",
     )
     group.add_argument(
         "--warm-up",
         action="store_true",
-        help="compile every kind of step at the start, not when it is first needed",
+        help="compile every step shape at the start, not when it is first needed",
     )
+
+
+def add_max_num_seqs(flags: argparse._ActionsContainer) -> None:
+    """How many sequences run together."""
+    flags.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run together (default: 8)")
 
 
 def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
@@ -266,12 +294,9 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
     """The engine flags as EngineOptions; `more` has precedence. Raises UsageError, naming the field."""
     from gptoss_jax.engine.engine import EngineOptions
 
-    names = [
-        *("max_batch", "kv_cache_memory", "kv_cache_dtype", "prefill_chunk", "step_tokens"),
-        *("speculative_tokens", "kernels"),
-    ]
+    names = [field.name for field in dataclasses.fields(EngineOptions)]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-    return dataclasses.replace(EngineOptions(**given, prefix_cache=not options.no_prefix_cache), **more)
+    return dataclasses.replace(EngineOptions(**given), **more)
 
 
 @contextlib.contextmanager

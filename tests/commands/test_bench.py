@@ -15,7 +15,7 @@ from gptoss_jax.checkpoints.loading import EMBEDDED
 from gptoss_jax.commands.traces import read_trace
 from sharding.compiled.program import count_kernels
 
-FAST = ("--prompt-tokens", "20", "--output-tokens", "8", "--json")
+FAST = ("--input-len", "20", "--output-len", "8", "--json")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
         "latency",
         "--model",
         config,
-        "--batch",
+        "--batch-size",
         "2",
         "--repeats",
         "1",
@@ -78,7 +78,7 @@ def test_throughput_follows_a_trace(command, config: Path, tmp_path: Path) -> No
     assert result["output_rate"] == pytest.approx(12 / result["seconds"])
     assert result["first_token"]["p50"] <= result["whole"]["p50"]
     assert 0 <= result["late"] <= 1
-    code, out, _ = command(bench.main, "throughput", "--model", config, "--requests", 2, *FAST[:-1])
+    code, out, _ = command(bench.main, "throughput", "--model", config, "--num-prompts", 2, *FAST[:-1])
     assert code == 0
     assert "2 requests in" in out
 
@@ -113,20 +113,20 @@ def test_pictures(command, config: Path, tmp_path: Path, subcommand: str, name: 
     ("arguments", "named"),
     [
         ((), "latency|throughput|start"),
-        (("latency", "--batch", "1,x"), "--batch"),
-        (("latency", "--batch", "0"), "--batch"),
-        (("latency", "--output-tokens", "2"), "--output-tokens"),
+        (("latency", "--batch-size", "1,x"), "--batch-size"),
+        (("latency", "--batch-size", "0"), "--batch-size"),
+        (("latency", "--output-len", "2"), "--output-len"),
         (("latency", "--top-p", "2"), "--top-p"),
-        (("latency", "--prompt-tokens", "9,5000"), "--prompt-tokens"),
+        (("latency", "--input-len", "9,5000"), "--input-len"),
         (("latency", "--plot", "/no/such/x.png"), "--plot: /no/such"),
         (("latency", "--sampling", "top_p,guess"), "--sampling: expected some of greedy,"),
         (("latency", "--kernels", "fast"), "--kernels"),
         (("throughput", "--model", "/no/such.json"), "/no/such.json"),
         (("throughput", "--trace", "/no/such"), "--trace"),
-        (("throughput", "--trace", "x", "--requests", "64"), "--requests: not with --trace"),
-        (("throughput", "--trace", "x", "--prompt-tokens", "512"), "--prompt-tokens: not with --trace"),
-        (("throughput", "--trace", "x", "--output-tokens", "128"), "--output-tokens: not with --trace"),
-        (("throughput", "--prompt-tokens", "9000"), "--prompt-tokens: 9000 and 128 new ones exceed"),
+        (("throughput", "--trace", "x", "--num-prompts", "64"), "--num-prompts: not with --trace"),
+        (("throughput", "--trace", "x", "--input-len", "512"), "--input-len: not with --trace"),
+        (("throughput", "--trace", "x", "--output-len", "128"), "--output-len: not with --trace"),
+        (("throughput", "--input-len", "9000"), "--input-len: 9000 and 128 new ones exceed"),
         (("throughput", "--kv-cache-memory", "1000"), "error: --kv-cache-memory: 1000 bytes"),
         (("throughput", "--plot", "x.xyz"), "--plot: x.xyz: expected a name that ends in .png, .svg, .pdf"),
         (("latency", "--plot", "x"), "--plot: x: expected a name"),

@@ -105,7 +105,7 @@ def test_an_answer_keeps_to_its_form(command, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_guessed_tokens_are_counted(command) -> None:
     arguments = ("--model", P1, "--prompt-tokens", "1,2,3,1,2,3,1,2", "--json", "--max-new-tokens", 40)
-    code, out, err = command(generate.main, *arguments, "--speculative-tokens", 2)
+    code, out, err = command(generate.main, *arguments, "--num-speculative-tokens", 2)
     usage = json.loads(out)["usage"]
     assert code == 0
     assert usage["drafted_tokens"] >= usage["accepted_tokens"]
@@ -179,13 +179,13 @@ def test_what_is_no_file_of_results_is_left_as_it_is(command, tmp_path: Path, te
         (("--prompt-tokens", "1,1024"), "error: --prompt-tokens: token 1024 is outside the vocabulary of 1024"),
         ((SUM, "--max-new-tokens", "9999"), "error: --max-new-tokens: "),
         ((SUM, "--mesh", "tensor=7"), "error: --mesh: tensor=7: model.embed_tokens.weight: vocab of 1024"),
-        ((SUM, "--max-batch", "0"), "--max-batch"),
-        ((SUM, "--max-batch", "x"), "--max-batch"),
+        ((SUM, "--max-num-seqs", "0"), "--max-num-seqs"),
+        ((SUM, "--max-num-seqs", "x"), "--max-num-seqs"),
         ((SUM, "--kv-cache-memory", "250000"), "error: --kv-cache-memory: 250000 bytes"),
-        ((SUM, "--prefill-chunk", "0"), "error: --prefill-chunk: expected"),
+        ((SUM, "--long-prefill-token-threshold", "0"), "error: --long-prefill-token-threshold: expected"),
         ((SUM, "--kernels", "triton"), "--kernels: triton is for NVIDIA GPUs, found the platform cpu"),
         ((SUM, "--kernels", "mosaic_tpu"), "TPUs"),
-        ((SUM, "--speculative-tokens", "100000"), "--speculative-tokens"),
+        ((SUM, "--num-speculative-tokens", "100000"), "--num-speculative-tokens"),
         ((SUM, "--builtin-tools", "python,shell"), "shell"),
         ((SUM, "--logprobs", "3"), "--logprobs"),
         ((SUM, "--regex", "(a"), "--regex"),

@@ -35,14 +35,18 @@ TINY = ModelConfig(
     max_position_embeddings=512,
     eos_token_id=(),
 )
-OPTIONS = EngineOptions(max_batch=4, page_size=8, prefill_chunk=16, step_tokens=32, kv_cache_memory=36_000)
+OPTIONS = EngineOptions(
+    max_num_seqs=4, page_size=8, long_prefill_token_threshold=16, max_num_batched_tokens=32, kv_cache_memory=36_000
+)
 """12 pages of TINY, all of which one request may need, so that sequences are pre-empted."""
 
 # Few kinds of step are compiled: each has one sequence's prompt, and tables are of one size.
-SOAK = dataclasses.replace(OPTIONS, page_size=24, step_tokens=16, speculative_tokens=3, kv_cache_memory=52_500)
+SOAK = dataclasses.replace(
+    OPTIONS, page_size=24, max_num_batched_tokens=16, num_speculative_tokens=3, kv_cache_memory=52_500
+)
 """Six pages, of which a request may need four; and guesses, whose rings need more memory."""
 
-ALONE = EngineOptions(max_batch=1, page_size=32, prefill_chunk=128, step_tokens=128)
+ALONE = EngineOptions(max_num_seqs=1, page_size=32, long_prefill_token_threshold=128, max_num_batched_tokens=128)
 """One sequence at a time, its prompt in one piece."""
 
 Requests = Mapping[str, tuple[list[int], SamplingParams]]
@@ -61,7 +65,9 @@ def in_each_part(options: EngineOptions, model: GptOss) -> EngineOptions:
     parts, shares = model.partition.degree("batch"), model.partition.degree("kv_heads")
     memory = options.kv_cache_memory
     assert memory is not None
-    return dataclasses.replace(options, max_batch=options.max_batch * parts, kv_cache_memory=memory // shares)
+    return dataclasses.replace(
+        options, max_num_seqs=options.max_num_seqs * parts, kv_cache_memory=memory // shares
+    )
 
 
 def prompts(seed: int, count: int, vocab: int = 96) -> list[list[int]]:

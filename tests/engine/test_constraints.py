@@ -17,7 +17,13 @@ from gptoss_jax.types import SamplingParams, Scope, StructuredOutputsParams
 from tests.engine.schedules import TINY, Requests, assert_empty, play, prompts
 from tests.engine.test_engine import logits_before
 
-OPTIONS = EngineOptions(max_batch=4, page_size=32, prefill_chunk=16, step_tokens=16, kv_cache_memory=90_000)
+OPTIONS = EngineOptions(
+    max_num_seqs=4,
+    page_size=32,
+    long_prefill_token_threshold=16,
+    max_num_batched_tokens=16,
+    kv_cache_memory=90_000,
+)
 """Few pages, so that sequences are pre-empted, and few sizes, so that few kinds of step are compiled."""
 
 

@@ -91,7 +91,7 @@ def assert_soaked(requests: Requests, out: Tokens, cancelled: set[str], load: di
     assert len(cancelled) > len(requests) / 20
     assert load["preemptions"] > 0
     assert load["drafted"] > 0
-    assert load["pages_held"] == 0
+    assert load["pages_used"] == 0
     assert all(len(out[name]) == params.n for name, (_, params) in requests.items() if name not in cancelled)
     last = dict(list(requests.items())[:300])
     assert_as_alone(alone(), last, out, cancelled)

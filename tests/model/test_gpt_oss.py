@@ -90,7 +90,7 @@ def test_hidden_states_after_every_layer_equal_transformers(case: str) -> None:
 def test_greedy_continuations_equal_transformers(case: str) -> None:
     numbers = golden(case)
     runs = [name.removesuffix("_prompt") for name in numbers if name.endswith("_prompt")]
-    engine = Engine(model(case), EngineOptions(max_batch=2, page_size=8, prefill_chunk=64))
+    engine = Engine(model(case), EngineOptions(max_num_seqs=2, page_size=8, long_prefill_token_threshold=64))
     for run in runs:
         params = SamplingParams(max_tokens=len(numbers[f"{run}_tokens"]), temperature=0, ignore_eos=True)
         engine.add(run, numbers[f"{run}_prompt"].tolist(), params)

@@ -65,7 +65,9 @@ def test_the_whole_model_through_the_kernels(mesh: str | None) -> None:
     """Logits of a prompt, and tokens that the engine decodes over pages and rings; the collectives stay the same."""
     tokens = np.random.default_rng(0).integers(0, 96, (1, 9), dtype=np.int32)
     params = SamplingParams(max_tokens=10, temperature=0)
-    options = EngineOptions(max_batch=1, page_size=4, prefill_chunk=16, step_tokens=16)
+    options = EngineOptions(
+        max_num_seqs=1, page_size=4, long_prefill_token_threshold=16, max_num_batched_tokens=16
+    )
     logits, generated, collectives = [], [], []
     for backend in ("reference", "triton"):
         with use_backend(backend):

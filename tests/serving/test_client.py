@@ -16,7 +16,7 @@ QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 
 @cache
 def llm() -> LLM:
-    return LLM(engine=EngineOptions(max_batch=2), progress=False)
+    return LLM(engine=EngineOptions(max_num_seqs=2), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_wrong_arguments_are_named(method: str, arguments: tuple[Any, ...], name
     ("arguments", "named"),
     [
         ({"path": 5}, "^path: expected .*, found 5$"),
-        ({"engine": {"max_batch": 2}}, "^engine: expected EngineOptions, found "),
+        ({"engine": {"max_num_seqs": 2}}, "^engine: expected EngineOptions, found "),
         ({"dtype": 5}, "^dtype: "),
         ({"mesh": 5}, "^mesh: expected .*, found 5$"),
         ({"rules": {"heads": ()}}, "^rules: expected ShardingRules, found "),

@@ -146,7 +146,7 @@ def decoded_alone(path: Path) -> dict[str, list[TokenEvent]]:
 
 def decoded(model: GptOss) -> dict[str, list[TokenEvent]]:
     """Three sequences of different lengths, which divide over no mesh, some steps beyond their prompts."""
-    engine = Engine(model, EngineOptions(max_batch=8, page_size=8))
+    engine = Engine(model, EngineOptions(max_num_seqs=8, page_size=8))
     with np.load(P1 / "golden.npz") as golden:
         prompts = {"golden": golden["greedy1_prompt"], "a": [1], "b": golden["greedy1_prompt"][:5]}
         steps = len(golden["greedy1_tokens"])

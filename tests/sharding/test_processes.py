@@ -160,7 +160,7 @@ def test_structured_output_over_two_processes(tmp_path: Path) -> None:
         {"id": "free", "prompt": "What is 17 + 25?"},
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    command = ("gptoss_jax.generate", "--dtype", "float32", "--max-new-tokens", "120", "--max-batch", "4")
+    command = ("gptoss_jax.generate", "--dtype", "float32", "--max-new-tokens", "120", "--max-num-seqs", "4")
     batch = (*command, "--batch", str(tmp_path / "in.jsonl"), "--output")
     ends = Processes(2, 1, *batch, str(tmp_path / "two.jsonl")).outcomes(300)
     assert [end.code for end in ends] == [0, 0], ends

@@ -82,7 +82,12 @@ def model() -> GptOss:
 
 def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[list[int]]], Load]:
     """The completions of prompts that are alike, run together."""
-    settings = {"max_batch": 4, "page_size": 16, "prefill_chunk": 64, "step_tokens": 64} | options
+    settings = {
+        "max_num_seqs": 4,
+        "page_size": 16,
+        "long_prefill_token_threshold": 64,
+        "max_num_batched_tokens": 64,
+    } | options
     engine = Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=grammars())
     tokens = [[[] for _ in range(params.n)] for params in requests]
     for name, params in enumerate(requests):
@@ -90,7 +95,7 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
     while engine.unfinished:
         for event in engine.step():
             tokens[int(event.request_id)][event.index].append(event.token_id)
-    assert engine.load.pages_held == 0
+    assert engine.load.pages_used == 0
     return tokens, engine.load
 
 
@@ -214,7 +219,7 @@ def test_what_names_no_tool_cannot_be_called(name: str) -> None:
 @pytest.mark.slow
 def test_an_answer_has_the_form_after_the_usual_reasoning() -> None:
     # Of one size, so that few steps are compiled.
-    llm = LLM(engine=EngineOptions(max_batch=1, page_size=256, prefix_cache=False))
+    llm = LLM(engine=EngineOptions(max_num_seqs=1, page_size=256, enable_prefix_caching=False))
     params = SamplingParams(max_tokens=100, temperature=0)
     forms = [params, *(asking(form) for form, _ in FORMS.values())]
     free, *bound = (output.outputs[0] for output in llm.chat([QUESTION] * len(forms), forms))
@@ -237,7 +242,7 @@ BATCH = [
 
 
 def test_forms_hold_through_preemption() -> None:
-    together, load = run(BATCH, kv_cache_memory=30_000, prefix_cache=False)
+    together, load = run(BATCH, kv_cache_memory=30_000, enable_prefix_caching=False)
     for completion in together[0] + together[2]:
         assert FORMS["json"][1](tokenizer().decode(completion[:-1]))
     assert load.preemptions > 0
@@ -246,7 +251,7 @@ def test_forms_hold_through_preemption() -> None:
 @pytest.mark.long
 def test_an_answer_is_the_same_in_any_company() -> None:
     together, _ = run(BATCH)
-    tokens, load = run(BATCH, kv_cache_memory=30_000, prefix_cache=False, speculative_tokens=3)
+    tokens, load = run(BATCH, kv_cache_memory=30_000, enable_prefix_caching=False, num_speculative_tokens=3)
     assert tokens == together
     assert load.preemptions > 0
     assert load.drafted > 0

@@ -34,7 +34,7 @@ class Speaker:
     def load(cls, path: Path, dtype: str = "bfloat16") -> Speaker:
         """From a checkpoint directory; its experts stay packed."""
         model = load_model(path, dtype=dtype)
-        return cls(model, Engine(model, EngineOptions(max_batch=64)), Tokenizer.from_dir(path))
+        return cls(model, Engine(model, EngineOptions(max_num_seqs=64)), Tokenizer.from_dir(path))
 
     def complete(self, prompts: Sequence[list[int]], most: int = MOST_TOKENS) -> list[list[int]]:
         """The tokens after each prompt, the one that stops included."""
