@@ -8,10 +8,10 @@ from typing import Self
 import tiktoken
 
 from gptoss_jax.errors import CheckpointError, UsageError
-from gptoss_jax.text.bpe import PieceSplitter, has_long_run, merge
+from gptoss_jax.text.pieces import PieceSplitter, has_long_run
 from gptoss_jax.text.tokenizer_json import read_tokenizer_json
 
-_LONG = 2000  # characters of a run, or bytes of a piece, from which tiktoken may be slow or overflow
+_LONG = 2000  # characters of a run from which tiktoken's regex engine may overflow its stack
 _UNKNOWN = "\ufffd".encode()
 
 # o200k_harmony's ids (tiktoken_ext/openai_public.py): a vocabulary with these is that one, whose unnamed ids up to
@@ -120,17 +120,7 @@ class Tokenizer:
         pieces = self._splitter.pieces(text)
         if pieces is None:
             return self._encoding.encode_ordinary(text)
-        ranks: list[int] = []
-        for piece in pieces:
-            data = piece.encode()
-            whole = self._ranks.get(data)
-            if whole is not None:
-                ranks.append(whole)
-            elif len(data) > _LONG:
-                ranks += merge(data, self._ranks)
-            else:
-                ranks += self._encoding._core_bpe.encode_single_piece(data)
-        return ranks
+        return [rank for piece in pieces for rank in self._encoding._core_bpe.encode_single_piece(piece.encode())]
 
     def encode_special(self, name: str) -> int:
         """The id of a special token such as "<|start|>"; raises UsageError if the vocabulary has none of

@@ -445,9 +445,13 @@ def test_what_the_cache_may_take() -> None:
     assert cache_budget(card, 123, None) == 123
     assert cache_budget(card, None, None) == 510 * mib  # 0.85 of the 600 MiB that are free
     assert cache_budget(card, None, 0.9) == 500 * mib
-    with pytest.raises(UsageError, match=r"^gpu_memory_utilization: expected a share larger than what the weights"):
+    with pytest.raises(
+        UsageError, match=r"^gpu_memory_utilization: expected a share larger than what the weights"
+    ):
         cache_budget(card, None, 0.4)
     with pytest.raises(UsageError, match=r"^gpu_memory_utilization: expected a device that reports its memory"):
         cache_budget(jax.local_devices()[0], None, 0.9)
-    with pytest.raises(UsageError, match=r"^gpu_memory_utilization: expected this or kv_cache_memory, found both$"):
+    with pytest.raises(
+        UsageError, match=r"^gpu_memory_utilization: expected this or kv_cache_memory, found both$"
+    ):
         EngineOptions(kv_cache_memory=1, gpu_memory_utilization=0.5)

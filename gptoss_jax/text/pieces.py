@@ -1,16 +1,13 @@
-"""Byte-pair encoding of text that tiktoken cannot take: long runs, in time that grows with the input alone.
+"""Text with long runs, split into the pieces that byte-pair encoding takes one by one.
 
-tiktoken is the definition of the encoding. Its merge loop is quadratic in the length of one piece before
-version 0.13, and its regex engine overflows its stack on a run of whitespace of some hundred thousand
-characters. The functions here give the same tokens, and `gptoss_jax.text.tokenizer` uses them only where
-tiktoken would fail.
+tiktoken is the definition of the encoding, but its regex engine overflows its stack on a run of whitespace of some
+hundred thousand characters (seen with version 0.14). `gptoss_jax.text.tokenizer` splits such text here, with the same
+result, and has tiktoken encode the pieces.
 """
 
 import re
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
-from heapq import heappop, heappush
 
 import regex
 from tiktoken import Encoding
@@ -21,64 +18,6 @@ _CLASS = re.compile(r"\\[pP](?:\{\^?[^}]+\}|[A-Z])|\\[sSwWdD]")
 _REPRESENTATIVES = (
     "\u0100\u0101\u01c5\u02b0\u3042\u0301\u0903\u20dd\u0663\u2167\u00b2\u3000\u2028\u2016\u20ac\ue000\u203f\u200b"
 )
-
-
-def merge(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """Ranks of the tokens of one piece: always the lowest-ranked adjacent pair is joined, the leftmost
-    among equals.
-
-    `ranks` must hold every single byte of `piece`. Pairs wait in one bucket a rank, so that a run of one
-    letter costs a sort of nearly sorted positions and not a priority-queue operation a byte.
-    """
-    size = len(piece)
-    following = array("q", range(1, size + 1))
-    preceding = array("q", range(-1, size - 1))
-    waiting = array("q", [-1]) * size
-    buckets: dict[int, list[int]] = {}
-    queue: list[int] = []
-
-    def offer(start: int, end: int) -> int:
-        rank = ranks.get(piece[start:end], -1)
-        waiting[start] = rank
-        if rank >= 0:
-            if rank in buckets:
-                buckets[rank].append(start)
-            else:
-                buckets[rank] = [start]
-                heappush(queue, rank)
-        return rank
-
-    for start in range(size - 1):
-        offer(start, start + 2)
-    while queue:
-        rank = heappop(queue)
-        starts = sorted(buckets.pop(rank))
-        for done, start in enumerate(starts, 1):
-            if waiting[start] != rank:
-                continue
-            middle = following[start]
-            end = following[middle]
-            following[start] = end
-            waiting[middle] = waiting[start] = -1
-            after = before = -1
-            if end < size:
-                preceding[end] = start
-                after = offer(start, following[end])
-            if preceding[start] >= 0:
-                before = offer(preceding[start], end)
-            if -1 < after < rank or -1 < before < rank:
-                # A new pair comes first: the rest of this bucket waits its turn again.
-                buckets[rank] = starts[done:]
-                heappush(queue, rank)
-                break
-    return [ranks[piece[start:end]] for start, end in _spans(following)]
-
-
-def _spans(following: "array[int]") -> Iterator[tuple[int, int]]:
-    start = 0
-    while start < len(following):
-        yield start, following[start]
-        start = following[start]
 
 
 def has_long_run(text: str, limit: int) -> bool:
