@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 # Read when jax first meets a GPU, of which it would take three quarters: too little for 120b on one of 80 GB.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+if sys.argv[:1] == ["-m"]:
+    # `python -m gptoss_jax.NAME`: until the command answers signals itself, they end the process without a traceback.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) != signal.SIG_IGN:
+            signal.signal(_number, lambda number, _: os._exit(128 + number))
 
 if TYPE_CHECKING:
     from gptoss_jax.config import ModelConfig
