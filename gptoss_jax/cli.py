@@ -363,7 +363,7 @@ def run(main: Callable[[], int | None]) -> None:
     """
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _signal_again
     own_process = main.__module__ == "__main__"
     code: int | None
@@ -388,12 +388,63 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+_OWN = frozenset({"__main__", "gptoss_jax", "sharding", "tools", "benchmarks"})
+"""Packages whose code catches the exception of a signal only where it is done with it."""
+
+_arrived: list[int] = []
+"""The signals that have been raised as exceptions."""
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C; sent again where a library drops it."""
+
+    def __del__(self) -> None:
+        _send_if_lost(self, signal.SIGINT)
+
+
 class _Terminated(SystemExit):
     """SIGTERM unwinds as Ctrl-C does, so that nothing half-written and no process that was started is left behind."""
 
+    def __del__(self) -> None:
+        _send_if_lost(self, signal.SIGTERM)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _arrived.append(number)
+    raise _Interrupted
+
 
 def _terminate(number: int, frame: object) -> None:
+    _arrived.append(number)
     raise _Terminated(128 + number)
+
+
+def _send_if_lost(error: BaseException, number: int) -> None:
+    """Send a signal again whose exception is gone, unless code of this project has caught it.
+
+    jaxlib drops what is raised in the Python functions that it calls in some places, and the command would go on.
+    """
+    if (reached := error.__traceback__) is not None:
+        frame = reached.tb_frame
+        caught = frame.f_globals.get("__name__", "").partition(".")[0] in _OWN
+        if not caught or frame.f_code in (_interrupt.__code__, _terminate.__code__):
+            _send_soon(number)
+
+
+def _send_soon(number: int) -> None:
+    # The interpreter that is ending starts no threads.
+    with contextlib.suppress(RuntimeError):
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+
+
+def _signal_again(lost: sys.UnraisableHookArgs) -> None:
+    """What a signal raises is lost where Python takes no exceptions, as in jax's part of garbage collection."""
+    if not isinstance(lost.exc_value, _Interrupted | _Terminated):
+        sys.__unraisablehook__(lost)
+        return
+    # It is sent from here.
+    lost.exc_value.__traceback__ = None
+    _send_soon(signal.SIGTERM if isinstance(lost.exc_value, _Terminated) else signal.SIGINT)
 
 
 def _end_at_once(number: int, frame: object) -> None:
@@ -408,16 +459,8 @@ def _signal_code(error: BaseException) -> int:
         if isinstance(cause, KeyboardInterrupt | _Terminated):
             return 128 + (signal.SIGTERM if isinstance(cause, _Terminated) else signal.SIGINT)
         cause = cause.__cause__ or cause.__context__
-    return 0
-
-
-def _signal_again(lost: sys.UnraisableHookArgs) -> None:
-    """What a signal raises is lost where Python takes no exceptions, as in jax's part of garbage collection."""
-    raised = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(lost.exc_type)
-    if raised is None:
-        sys.__unraisablehook__(lost)
-    else:
-        threading.Timer(0.05, os.kill, (os.getpid(), raised)).start()
+    # An extension module that is being imported, such as jaxlib, drops what was raised and fails.
+    return 128 + _arrived[-1] if _arrived and isinstance(error, ImportError) else 0
 
 
 class _Guarded:
