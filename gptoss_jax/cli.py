@@ -411,12 +411,23 @@ class _Terminated(SystemExit):
 
 def _interrupt(number: int, frame: object) -> None:
     _arrived.append(number)
+    _end_an_import(number, b"interrupted\n")
     raise _Interrupted
 
 
 def _terminate(number: int, frame: object) -> None:
     _arrived.append(number)
+    _end_an_import(number)
     raise _Terminated(128 + number)
+
+
+def _end_an_import(number: int, line: bytes = b"") -> None:
+    """End a process that is importing jax, which has begun nothing: jaxlib would print a traceback, and then fail."""
+    spec = getattr(sys.modules.get("jax"), "__spec__", None)
+    if getattr(spec, "_initializing", False) and current() is None:
+        with contextlib.suppress(OSError):
+            os.write(2, line)
+        os._exit(128 + number)
 
 
 def _send_if_lost(error: BaseException, number: int) -> None:

@@ -474,6 +474,31 @@ cli.run(main)
     assert (ended.returncode, ended.stderr) == (143 if "143" in raised else 130, "interrupted\n")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("module", ["numpy._globals", "jax._src.config", "jax.numpy"])
+def test_a_signal_while_jax_is_imported_leaves_no_traceback(number: int, code: int, module: str) -> None:
+    """jaxlib imports numpy from C, prints a traceback of what this raises, and fails with an ImportError instead."""
+    program = f"""
+import os, signal, sys
+from gptoss_jax import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), {int(number)})
+
+def main():
+    sys.meta_path.insert(0, Finder())
+    import jax
+
+cli.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (code, "interrupted\n" if number == signal.SIGINT else "")
+
+
 def test_a_signal_while_an_extension_is_imported_is_not_lost() -> None:
     """jaxlib's module drops the exception and raises an ImportError without a cause."""
     program = """
