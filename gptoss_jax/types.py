@@ -71,8 +71,9 @@ class SamplingParams:
       seed: makes a request's tokens repeatable, whatever else is in the batch, but for the rounding of logits, which in
         bfloat16 depends on how many tokens a step has; None draws one.
       stop: strings that end the text, and are left out of it.
-      stop_token_ids: tokens that end the request, besides the checkpoint's own.
-      ignore_eos: go on past the checkpoint's own stop tokens.
+      stop_token_ids: tokens that end the request, besides the checkpoint's own; their text is left out, too.
+      ignore_eos: go on past the checkpoint's own stop tokens: those of generation_config.json, or of config.json where
+        it names none, and harmony's.
       logprobs: how many of the likeliest tokens to report at each position, besides the chosen one; None for
         no report.
       n: how many completions of the prompt, whose pages they share; the i-th uses seed + i.

@@ -72,7 +72,7 @@ def _write_results(llm: LLM, requests: list[Request], ids: list[Any], path: Path
         for progress in llm.stream(requests):
             if progress.output.finished:
                 line = {"id": names[progress.output.request_id], **result(progress.output)}
-                _append(output, path, json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                _append(output, path, json.dumps(line, ensure_ascii=False).encode(errors=cli.ESCAPED) + b"\n")
                 bar.update()
 
 

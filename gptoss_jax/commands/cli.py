@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from gptoss_jax.errors import GptOssError, UsageError, named
 from sharding.errors import ClusterError, ShardingError
 from sharding.processes.multihost import current
+from sharding.processes.process import exit_now
 
 if TYPE_CHECKING:
     from gptoss_jax.engine.engine import EngineOptions
@@ -384,29 +387,116 @@ def run(main: Callable[[], int | None]) -> None:
     Of several processes, the others end with this one.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _signal_again
-    with _streams_guarded(), _warnings_shown():
-        code, reason = _outcome(main)
+    own_process = main.__module__ == "__main__"
+    code: int | None
+    try:
+        with _streams_guarded(), _warnings_shown():
+            code, reason = _outcome(main)
+        finished = not code
+    except (KeyboardInterrupt, _Terminated, BrokenPipeError) as end:
+        # The reader of standard output that has left has all that it wanted.
+        finished, reason = False, ""
+        code = 0 if isinstance(end, BrokenPipeError) else _signal_code(end)
+    if own_process:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _end_at_once)
     if cluster := current():
         cluster.end(code or 0, reason)
+    if own_process and not finished:
+        # A step may still be computing. XLA's threads that meet the end of the interpreter abort the process, and those
+        # that compile would be waited for.
+        exit_now(code or 0)
     sys.exit(code)
+
+
+_OWN = frozenset({"__main__", "gptoss_jax", "sharding", "tools", "benchmarks"})
+"""Packages whose code catches the exception of a signal only where it is done with it."""
+
+_arrived: list[int] = []
+"""The signals that have been raised as exceptions."""
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C; sent again where a library drops it."""
+
+    def __del__(self) -> None:
+        _send_if_lost(self, signal.SIGINT)
 
 
 class _Terminated(SystemExit):
     """SIGTERM unwinds as Ctrl-C does, so that nothing half-written and no process that was started is left behind."""
 
+    def __del__(self) -> None:
+        _send_if_lost(self, signal.SIGTERM)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _arrived.append(number)
+    _end_an_import(number, b"interrupted\n")
+    raise _Interrupted
+
 
 def _terminate(number: int, frame: object) -> None:
+    _arrived.append(number)
+    _end_an_import(number)
     raise _Terminated(128 + number)
+
+
+def _end_an_import(number: int, line: bytes = b"") -> None:
+    """End a process that is importing jax, which has begun nothing: jaxlib would print a traceback, and then fail."""
+    spec = getattr(sys.modules.get("jax"), "__spec__", None)
+    if getattr(spec, "_initializing", False) and current() is None:
+        with contextlib.suppress(OSError):
+            os.write(2, line)
+        os._exit(128 + number)
+
+
+def _send_if_lost(error: BaseException, number: int) -> None:
+    """Send a signal again whose exception is gone, unless code of this project has caught it.
+
+    jaxlib drops what is raised in the Python functions that it calls in some places, and the command would go on.
+    """
+    if (reached := error.__traceback__) is not None:
+        frame = reached.tb_frame
+        caught = frame.f_globals.get("__name__", "").partition(".")[0] in _OWN
+        if not caught or frame.f_code in (_interrupt.__code__, _terminate.__code__):
+            _send_soon(number)
+
+
+def _send_soon(number: int) -> None:
+    # The interpreter that is ending starts no threads.
+    with contextlib.suppress(RuntimeError):
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 def _signal_again(lost: sys.UnraisableHookArgs) -> None:
     """What a signal raises is lost where Python takes no exceptions, as in jax's part of garbage collection."""
-    raised = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(lost.exc_type)
-    if raised is None:
+    if not isinstance(lost.exc_value, _Interrupted | _Terminated):
         sys.__unraisablehook__(lost)
-    else:
-        threading.Timer(0.05, os.kill, (os.getpid(), raised)).start()
+        return
+    # It is sent from here.
+    lost.exc_value.__traceback__ = None
+    _send_soon(signal.SIGTERM if isinstance(lost.exc_value, _Terminated) else signal.SIGINT)
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    """What a signal does once the command has ended: nothing is left to be undone."""
+    os._exit(128 + number)
+
+
+def _signal_code(error: BaseException) -> int:
+    """The exit code of a command that a signal ended, also where a library made its own error of it; else 0."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt | _Terminated):
+            return 128 + (signal.SIGTERM if isinstance(cause, _Terminated) else signal.SIGINT)
+        cause = cause.__cause__ or cause.__context__
+    # An extension module that is being imported, such as jaxlib, drops what was raised and fails.
+    return 128 + _arrived[-1] if _arrived and isinstance(error, ImportError) else 0
 
 
 class _Guarded:
@@ -443,9 +533,36 @@ class _Guarded:
         return getattr(self._stream, name)
 
 
+ESCAPED = "gptoss_jax.escaped"
+"""How text is encoded of which the encoding lacks characters, lone surrogates among them: as JSON escapes them.
+
+JSON stays valid so, whatever the encoding.
+"""
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error(ESCAPED, _escape)
+
+
 @contextlib.contextmanager
 def _streams_guarded() -> Iterator[None]:
-    """Progress that cannot be shown does not end a command; an answer that cannot be written does."""
+    """Progress that cannot be shown does not end a command; an answer that cannot be written does.
+
+    Standard input that is no terminal is UTF-8, as files are.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors=ESCAPED)
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        # Not once it has been read from.
+        with contextlib.suppress(OSError):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     out: Any = _Guarded(sys.stdout, "standard output", needed=True)
     err: Any = _Guarded(sys.stderr, "standard error", needed=False)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
@@ -478,8 +595,7 @@ def _warnings_shown() -> Iterator[None]:
 def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:
     """A command's exit code, and the error that it ended with as other processes are to read it."""
     try:
-        code = main()
-        sys.stdout.flush()
+        code = _flushed(main)
     except (GptOssError, ShardingError) as error:
         reason = " ".join(str(error).splitlines())
         if follows():
@@ -490,12 +606,28 @@ def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:
         print("interrupted", file=sys.stderr)
         return 130, ""
     except BrokenPipeError:
-        # The reader of standard output has left, with all that it wanted.
-        return 0, ""
+        raise
     except Exception as error:
+        if signalled := _signal_code(error):
+            print("interrupted", file=sys.stderr)
+            return signalled, ""
         if not (cluster := current()):
             raise
         cluster.await_cause()
         traceback.print_exc()
         return 1, f"{'' if follows() else 'process 0: '}{type(error).__name__}: {error}"
     return code, ""
+
+
+def _flushed(main: Callable[[], int | None]) -> int | None:
+    """A command's exit code once all that it has written is out; --help and the like leave by SystemExit."""
+    try:
+        code = main()
+    except _Terminated:
+        raise
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        code = end.code
+    sys.stdout.flush()
+    return code

@@ -27,7 +27,7 @@ def silence_output() -> None:
 def report(line: str) -> None:
     """An error line on standard error, whatever the other threads hold or do."""
     with contextlib.suppress(OSError):
-        os.write(2, f"error: {' '.join(line.splitlines())}\n".encode())
+        os.write(2, f"error: {' '.join(line.splitlines())}\n".encode(errors="backslashreplace"))
 
 
 def exit_now(code: int) -> NoReturn:
