@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,15 @@ def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
         # The format's metadata is what transformers asks for before it reads a file.
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(str(error)) from None
+        raise _os_error(error) from None
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _os_error(error: SafetensorError) -> OSError:
+    """The OSError that the library has put into the text of its own error."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -28,6 +28,11 @@ def current() -> Cluster | None:
     return _current
 
 
+def follows() -> bool:
+    """Whether this process only repeats what process 0 does."""
+    return _current is not None and not _current.is_leader
+
+
 def start(member: Membership, patience: float = START_SECONDS) -> Cluster:
     """Meet the other processes; returns when all have come.
 

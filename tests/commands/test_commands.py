@@ -15,7 +15,7 @@ import pytest
 import pallas_kernels
 from gptoss_jax import LLM, chat, generate
 from gptoss_jax.checkpoints.loading import EMBEDDED
-from gptoss_jax.commands import batch, cli
+from gptoss_jax.commands import batch
 from gptoss_jax.engine.engine import TokenEvent
 from gptoss_jax.text.tokenizer import Tokenizer
 from pallas_kernels import backend
@@ -308,7 +308,8 @@ def test_a_signal_during_garbage_collection_is_not_lost(number: signal.Signals, 
     # Whatever starts the tests may have SIGINT ignored, as a shell does in the background.
     program = f"""
 import gc, os, signal, time
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -322,7 +323,7 @@ def main():
     gc.collect()
     time.sleep(60)
 
-cli.run(main)
+run_command(main)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert ended.returncode == code
@@ -335,7 +336,8 @@ def test_a_command_that_is_told_to_end_leaves_nothing_half_written(
 ) -> None:
     program = f"""
 import signal, time
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 from gptoss_jax.checkpoints.new_directory import new_directory
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -345,7 +347,7 @@ def main():
         print("begun", flush=True)
         time.sleep(60)
 
-cli.run(main)
+run_command(main)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -416,7 +418,8 @@ def test_a_signal_that_a_library_drops_is_sent_again(number: int, code: int) -> 
     """As jaxlib drops what is raised in Python functions that it calls, without a word."""
     program = f"""
 import os, signal, time
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 library = {{"__name__": "jax._src", "os": os}}
@@ -432,7 +435,7 @@ def main():
     library["drop"]({int(number)})
     time.sleep(60)
 
-cli.run(main)
+run_command(main)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert ended.returncode == code
@@ -442,7 +445,8 @@ cli.run(main)
 def test_an_interruption_that_a_command_answers_itself_is_over() -> None:
     program = """
 import os, signal, time
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -455,16 +459,17 @@ def main():
     time.sleep(0.5)
     print("went on")
 
-cli.run(main)
+run_command(main)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "went on\n", "")
 
 
-@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "cli._Terminated(143)"])
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "Terminated(143)"])
 def test_a_signal_that_a_library_makes_its_own_error_of_is_still_one(raised: str) -> None:
     program = f"""
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 
 def main():
     try:
@@ -472,7 +477,7 @@ def main():
     except BaseException:
         raise RuntimeError("made of it")
 
-cli.run(main)
+run_command(main)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (143 if "143" in raised else 130, "interrupted\n")
@@ -484,7 +489,8 @@ def test_a_signal_while_jax_is_imported_leaves_no_traceback(number: int, code: i
     """jaxlib imports numpy from C, prints a traceback of what this raises, and fails with an ImportError instead."""
     program = f"""
 import os, signal, sys
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -497,7 +503,7 @@ def main():
     sys.meta_path.insert(0, Finder())
     import jax
 
-cli.run(main)
+run_command(main)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (code, "interrupted\n" if number == signal.SIGINT else "")
@@ -507,7 +513,8 @@ def test_a_signal_while_an_extension_is_imported_is_not_lost() -> None:
     """jaxlib's module drops the exception and raises an ImportError without a cause."""
     program = """
 import os, signal
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 
 def main():
     try:
@@ -516,7 +523,7 @@ def main():
         pass
     raise ImportError("Encountered an error while initializing the extension.")
 
-cli.run(main)
+run_command(main)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (143, "interrupted\n")
@@ -528,14 +535,15 @@ def test_what_an_encoding_lacks_is_escaped(encoding: str) -> None:
     text = "a\u65e5\xe9\U0001f600\ud800b"
     program = f"""
 import json, sys
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 from gptoss_jax.errors import UsageError
 
 def main():
     print(json.dumps({text!r}, ensure_ascii=False))
     raise UsageError({text!r})
 
-cli.run(main)
+run_command(main)
 """
     environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
@@ -549,14 +557,15 @@ cli.run(main)
 def test_standard_input_is_utf_8(encoding: str) -> None:
     program = """
 from gptoss_jax import chat
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 from gptoss_jax.errors import UsageError
 
 def main():
     while (line := chat._ask("")) is not None:
         print(ascii(line))
 
-cli.run(main)
+run_command(main)
 """
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     for given, code, out in (("\ufeffh\xe9\n".encode(), 0, b"'h\\xe9'\n"), (b"h\xe9\n", 2, b"")):
@@ -669,7 +678,7 @@ class Scripted(LLM):
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *completions: str) -> Scripted:
     llm = Scripted(*completions)
-    monkeypatch.setattr(cli, "load_llm", lambda options, **more: llm)
+    monkeypatch.setattr("gptoss_jax.commands.processes.load_llm", lambda options, **more: llm)
     return llm
 
 

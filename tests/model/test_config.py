@@ -22,7 +22,7 @@ from gptoss_jax.errors import CheckpointError
 from gptoss_jax.model.config import ModelConfig, RopeConfig
 from gptoss_jax.serving.client import Request, _Running
 from gptoss_jax.text.tokenizer import Tokenizer
-from tests.checkpoints import OPENAI_FIELDS
+from tests.checkpoints.files import OPENAI_FIELDS
 
 BARE: dict[str, Any] = {
     "model_type": "gpt_oss",
