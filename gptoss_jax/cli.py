@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gptoss_jax.errors import GptOssError, UsageError, named
@@ -376,15 +377,16 @@ def run(main: Callable[[], int | None]) -> None:
         finished, reason = False, ""
         code = 0 if isinstance(end, BrokenPipeError) else _signal_code(end)
     if own_process:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, _end_at_once)
+        _answer_signals(_end_at_once)
     if cluster := current():
         cluster.end(code or 0, reason)
     if own_process and not finished:
         # A step may still be computing. XLA's threads that meet the end of the interpreter abort the process, and those
         # that compile would be waited for.
         exit_now(code or 0)
+    if own_process:
+        # All is done; as the interpreter ends it would leave the signals to the system's default.
+        _answer_signals(signal.SIG_IGN)
     sys.exit(code)
 
 
@@ -456,6 +458,12 @@ def _signal_again(lost: sys.UnraisableHookArgs) -> None:
     # It is sent from here.
     lost.exc_value.__traceback__ = None
     _send_soon(signal.SIGTERM if isinstance(lost.exc_value, _Terminated) else signal.SIGINT)
+
+
+def _answer_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _end_at_once(number: int, frame: object) -> None:
