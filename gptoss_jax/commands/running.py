@@ -38,6 +38,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         # A step may still be computing. XLA's threads that meet the end of the interpreter abort the process, and those
         # that compile would be waited for.
         exit_now(code or 0)
+    if own_process:
+        # The interpreter that ends would leave the signals to the system's default.
+        signals.ignore()
     sys.exit(code)
 
 

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
 
 from sharding.processes.multihost import current
 
@@ -91,9 +93,18 @@ def handle() -> None:
 
 def end_at_once() -> None:
     """Signals end the process from now on: nothing is left to be undone."""
+    _answer(lambda number, frame: os._exit(128 + number))
+
+
+def ignore() -> None:
+    """Signals change nothing from now on: all is done, and the interpreter ends."""
+    _answer(signal.SIG_IGN)
+
+
+def _answer(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: os._exit(128 + number))
+            signal.signal(number, handler)
 
 
 def exit_code(error: BaseException) -> int:
