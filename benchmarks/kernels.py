@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import chained_seconds, read_bandwidth
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.config import ModelConfig
 from pallas_kernels.attention import attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp

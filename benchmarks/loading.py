@@ -34,10 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def make_checkpoint(directory: Path, layers: int, config_file: Path) -> int:
     """Write a checkpoint of the config's shapes with fewer layers; returns its size in bytes."""
-    from gptoss_jax.checkpoint_writer import save_safetensors, stored_tensors
-    from gptoss_jax.config import ModelConfig
-    from gptoss_jax.model import weight_specs
-    from gptoss_jax.safetensors_file import DTYPES
+    from gptoss_jax.checkpoints.safetensors_file import DTYPES
+    from gptoss_jax.checkpoints.writer import save_safetensors, stored_tensors
+    from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.model.gpt_oss import weight_specs
 
     config = ModelConfig.from_file(config_file)
     config = dataclasses.replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
@@ -84,9 +84,9 @@ def one_process(directory: Path, address: str, processes: int, process: int, tur
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from gptoss_jax.checkpoint import open_checkpoint
-    from gptoss_jax.model import GptOss, weight_specs
-    from gptoss_jax.weights import WeightSpec
+    from gptoss_jax.checkpoints.reader import open_checkpoint
+    from gptoss_jax.model.gpt_oss import GptOss, weight_specs
+    from gptoss_jax.model.weights import WeightSpec
 
     jax.distributed.initialize(address, num_processes=processes, process_id=process)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
@@ -139,7 +139,7 @@ def plain_read(directory: Path, processes: int, process: int, wanted: int, keep:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from gptoss_jax.safetensors_file import CHUNK_BYTES, THREADS
+    from gptoss_jax.checkpoints.safetensors_file import CHUNK_BYTES, THREADS
 
     files = sorted(directory.glob("*.safetensors"))
     chunks = [(path, at) for path in files for at in range(0, path.stat().st_size, CHUNK_BYTES)]

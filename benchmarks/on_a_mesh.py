@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from gptoss_jax.benching.batch import Case
     from gptoss_jax.benching.latency import Prepared
-    from gptoss_jax.config import ModelConfig
-    from gptoss_jax.model import GptOss
+    from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.model.gpt_oss import GptOss
     from sharding import ShardingRules
-    from sharding.program import Collectives
+    from sharding.compiled.program import Collectives
 
 SEQUENCES, LENGTH = 8, 32
 """Tokens whose logits are compared: 206 MB of them with the released vocabulary."""
@@ -80,7 +80,7 @@ def devices() -> Row:
     import jax
 
     from gptoss_jax.benching.ceilings import measure_ceilings
-    from sharding.topologies import families
+    from sharding.compiled.topologies import families
 
     device = jax.devices()[0]
     known = [family for family, facts in families().items() if facts.name == device.device_kind]
@@ -97,7 +97,7 @@ def devices() -> Row:
 
 def measure(job: Job) -> None:
     """The parts of a mesh, small ones before the model is loaded; what fails has a row with the reason."""
-    from gptoss_jax.compile_cache import enable_compile_cache
+    from gptoss_jax.runtime.compile_cache import enable_compile_cache
 
     enable_compile_cache()
     turns = Turns(job)
@@ -201,8 +201,8 @@ def weights(model: GptOss) -> Row:
 
 
 def config_of(job: Job) -> ModelConfig:
-    from gptoss_jax.config import ModelConfig
-    from gptoss_jax.loading import EMBEDDED
+    from gptoss_jax.checkpoints.loading import EMBEDDED
+    from gptoss_jax.model.config import ModelConfig
 
     return ModelConfig.from_file(EMBEDDED if job.model == "embedded" else Path(job.model))
 
@@ -210,10 +210,10 @@ def config_of(job: Job) -> ModelConfig:
 def tokens(job: Job) -> Row:
     """The shipped model's greedy answers, and with how many tokens they begin as one device's do."""
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.params import SamplingParams
-    from gptoss_jax.llm import LLM
+    from gptoss_jax.serving.client import LLM
+    from gptoss_jax.types import SamplingParams
 
-    engine = EngineOptions(max_batch=len(SUMS), kv_cache_memory=SMALL_CACHE)
+    engine = EngineOptions(max_num_seqs=len(SUMS), kv_cache_memory=SMALL_CACHE)
     llm = LLM(mesh=job.mesh, rules=rules_of(job), engine=engine, progress=False)
     found = llm.chat(
         [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in SUMS],
@@ -319,7 +319,7 @@ def logits_of(
     from flax import nnx
 
     from benchmarks.errors import to_float32
-    from gptoss_jax.xla_options import in_order
+    from gptoss_jax.runtime.xla_options import in_order
     from pallas_kernels import use_backend
 
     table = model.embed_tokens[...]
@@ -355,11 +355,11 @@ def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
     from gptoss_jax.benching import latency
     from gptoss_jax.benching.batch import Case
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.params import SamplingParams
+    from gptoss_jax.types import SamplingParams
 
     def one(batch: int) -> Prepared | None:
         case = Case(batch, job.prompt_tokens, job.output_tokens)
-        options = EngineOptions(prefix_cache=False, kv_cache_memory=cache_memory(model, case))
+        options = EngineOptions(enable_prefix_caching=False, kv_cache_memory=cache_memory(model, case))
         with failing(job, "speed", batch=batch):
             return latency.prepare(model, options, SamplingParams(temperature=0), case, 0, progress=False)
         return None
@@ -379,14 +379,14 @@ def cache_memory(model: GptOss, case: Case) -> int:
     from gptoss_jax.benching.batch import TRACED_STEPS
     from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.engine.pace import Pace
-    from gptoss_jax.kv_cache import page_bytes, ring_bytes
+    from gptoss_jax.model.kv_cache import page_bytes, ring_bytes
 
     partition, config, dtype = model.partition, model.config, model.embed_tokens[...].dtype
     slots = -(-case.batch // partition.degree("batch"))
     heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
     pace = Pace.of(jax.default_backend(), None, None, None)
-    beside = -(-case.batch * case.prompt_tokens // pace.step_tokens)
-    tokens = case.prompt_tokens + case.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.decode_rounds
+    beside = -(-case.batch * case.prompt_tokens // pace.max_num_batched_tokens)
+    tokens = case.prompt_tokens + case.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.num_decode_steps
     # A table of at least 64 pages, as in a cache that takes all that is free.
     pages = max(slots * -(-tokens // EngineOptions.page_size), 64)
     page = page_bytes(config, EngineOptions.page_size, dtype, heads)
@@ -397,8 +397,8 @@ def speed(job: Job, prepared: Prepared, turns: Turns) -> tuple[Row, list[Collect
     """Decode and prefill of a batch through the engine, tokens a second and seconds; and a step's collectives."""
     from gptoss_jax.benching.ceilings import Ceilings
     from gptoss_jax.benching.latency import measure
-    from sharding.bound import lower_bound
-    from sharding.topologies import parse_topology
+    from sharding.compiled.bounds import lower_bound
+    from sharding.compiled.topologies import parse_topology
 
     with turns.alone():
         one = measure(prepared, Ceilings(*job.ceilings), job.repeats, profile=False)
@@ -426,7 +426,7 @@ def of_a_step(collectives: Collectives, rounds: int) -> Collectives:
 def step(job: Job) -> Row:
     """One of the planner's steps, run: the devices' peak and seconds."""
     from benchmarks.plan_check import run
-    from gptoss_jax.loading import EMBEDDED
+    from gptoss_jax.checkpoints.loading import EMBEDDED
 
     [name] = job.parts
     context, chunk = planned_lengths(job)
@@ -457,7 +457,7 @@ def planned_lengths(job: Job) -> tuple[int, int]:
 
 def plan(job: Job) -> Row:
     """The planner's figures for both steps. Real machines are planned as if absent, with nothing of theirs in use."""
-    from sharding.topologies import parse_topology, prepare_environment
+    from sharding.compiled.topologies import parse_topology, prepare_environment
 
     if not job.trial:
         prepare_environment()

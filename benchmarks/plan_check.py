@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax import cli
+from gptoss_jax.commands.running import run_command
 
 GIB = 2**30
 
@@ -119,14 +119,14 @@ def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dic
     import jax
     import numpy as np
 
-    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.checkpoints.loading import random_model
     from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
     from gptoss_jax.engine.step import DeviceState, Structure
-    from gptoss_jax.kv_cache import KVCache
-    from gptoss_jax.loading import random_model
+    from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.model.kv_cache import KVCache
     from gptoss_jax.planner.steps import cache_shape, decode_step, prefill_step
     from sharding import BATCH_OVER_EXPERTS
-    from sharding.program import ProgramMemory
+    from sharding.compiled.program import ProgramMemory
 
     config = ModelConfig.from_file(options.model)
     model = random_model(config, options.mesh, rules=BATCH_OVER_EXPERTS if options.batch_over_experts else None)
@@ -214,4 +214,4 @@ def stats() -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from sharding.topologies import parse_topology, prepare_environment
+from sharding.compiled.topologies import parse_topology, prepare_environment
 
 prepare_environment()
 
@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor  # noqa: E402
+from gptoss_jax.model.mxfp4 import GROUP, MXFP4Tensor  # noqa: E402
 from pallas_kernels import platform  # noqa: E402
 from pallas_kernels.attention import attention, paged_attention  # noqa: E402
 from pallas_kernels.mxfp4_matmul import expert_mlp, tpu_layout  # noqa: E402

@@ -19,13 +19,13 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from benchmarks.several_gpus import MEMORY_SHARE, NO_MULTICAST, progress
-from gptoss_jax import cli
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
     import jax
 
-    from gptoss_jax.model import GptOss
+    from gptoss_jax.model.gpt_oss import GptOss
 
 BLOCKS = 64
 """A weight's part on a device is summed up in this many blocks: whether all are wrong or some tells of the cause."""
@@ -89,7 +89,7 @@ def sums(model: GptOss) -> Sums:
     import jax
     from flax import nnx
 
-    from gptoss_jax.xla_options import in_order
+    from gptoss_jax.runtime.xla_options import in_order
 
     summed = jax.jit(_sums_of_blocks, compiler_options=in_order(model.partition.mesh))
     found: dict[str, jax.Array] = {}
@@ -126,4 +126,4 @@ def unlike(found: Sequence[Sequence[Sums]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

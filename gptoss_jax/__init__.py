@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 # Read when jax first meets a GPU, of which it would take three quarters: too little for 120b on one of 80 GB.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
+__version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"] and any(argument.startswith(f"{__name__}.") for argument in sys.orig_argv[1:]):
+    # `python -m gptoss_jax.NAME`: until the command answers signals itself, they end the process without a traceback.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) != signal.SIG_IGN:
+            signal.signal(_number, lambda number, _: os._exit(128 + number))
+
 if TYPE_CHECKING:
-    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.checkpoints.loading import load_model, random_model
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
     from gptoss_jax.errors import CheckpointError, GptOssError, UsageError
-    from gptoss_jax.llm import LLM
-    from gptoss_jax.loading import load_model, random_model
+    from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.serving.client import LLM
+    from gptoss_jax.types import SamplingParams, StructuredOutputsParams
 
 _HOMES = {
-    "LLM": "llm",
+    "LLM": "serving.client",
     "EngineOptions": "engine.engine",
-    "SamplingParams": "engine.params",
-    "StructuredOutputsParams": "engine.params",
-    "ModelConfig": "config",
-    "load_model": "loading",
-    "random_model": "loading",
+    "SamplingParams": "types",
+    "StructuredOutputsParams": "types",
+    "ModelConfig": "model.config",
+    "load_model": "checkpoints.loading",
+    "random_model": "checkpoints.loading",
     "CheckpointError": "errors",
     "GptOssError": "errors",
     "UsageError": "errors",
@@ -39,6 +49,7 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputsParams",
     "UsageError",
+    "__version__",
     "load_model",
     "random_model",
 ]

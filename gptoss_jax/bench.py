@@ -11,25 +11,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax import cli
+from gptoss_jax.commands import plotting
+from gptoss_jax.commands.flags import add_engine_flags, add_max_num_seqs, add_model_flags, command_parser, sizes
+from gptoss_jax.commands.options import by_flag, engine_options, sampling_params
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.params import SamplingParams
-    from gptoss_jax.model import GptOss
+    from gptoss_jax.model.gpt_oss import GptOss
+    from gptoss_jax.types import SamplingParams
 
 
-ALIKE = {"requests": 64, "prompt_tokens": 512, "output_tokens": 128}
+ALIKE = {"num_prompts": 64, "input_len": 512, "output_len": 128}
 """What `throughput` runs without a trace, unless flags say otherwise."""
 
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("bench", "Measure how fast a model runs here; a subcommand's --help lists its flags.")
+    parser = command_parser("bench", "Measure how fast a model runs here; a subcommand's --help lists its flags.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="latency|throughput|start")
     latency = _add(commands, "latency", "Time to first token and time a step of alike requests that run together.")
-    latency.add_argument("--batch", type=cli.sizes, default=[1], metavar="N,...", help="requests (default: 1)")
+    latency.add_argument("--batch-size", type=sizes, default=[1], metavar="N,...", help="requests (default: 1)")
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
     latency.add_argument(
         "--sampling",
@@ -39,14 +42,14 @@ def flags() -> argparse.ArgumentParser:
         help="what ways to choose tokens add to a step, such as top_p,logprobs (without a name: all)",
     )
     throughput = _add(commands, "throughput", "Tokens a second of many requests, and what each of them sees.")
-    throughput.add_argument("--requests", type=int, metavar="N", help="default: 64, all at once")
+    throughput.add_argument("--num-prompts", type=int, metavar="N", help="default: 64, all at once")
     throughput.add_argument(
         "--trace",
         type=Path,
         metavar="FILE.jsonl",
         help="requests that come one by one: {arrival_s, prompt_tokens, output_tokens} a line",
     )
-    throughput.add_argument("--max-batch", type=int, metavar="N", help="sequences that run together (default: 8)")
+    add_max_num_seqs(throughput)
     throughput.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs (default: 1)")
     throughput.set_defaults(**dict.fromkeys(ALIKE))
     start = _add(
@@ -59,16 +62,14 @@ def flags() -> argparse.ArgumentParser:
 def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
     lengths = name == "latency"
-    kind, help_ = (cli.sizes, " (several: each in turn)") if lengths else (int, "")
+    kind, help_ = (sizes, " (several: each in turn)") if lengths else (int, "")
     default: Any = [512] if lengths else 512
     parser.add_argument(
-        "--prompt-tokens", type=kind, default=default, metavar="N", help=f"of random tokens; default: 512{help_}"
+        "--input-len", type=kind, default=default, metavar="N", help=f"of random tokens; default: 512{help_}"
     )
-    parser.add_argument(
-        "--output-tokens", type=int, default=128, metavar="N", help="of each request (default: 128)"
-    )
-    cli.add_model_flags(parser, "a checkpoint's directory or Hub name, or a config.json for random weights")
-    cli.add_engine_flags(parser, max_batch=False)
+    parser.add_argument("--output-len", type=int, default=128, metavar="N", help="of each request (default: 128)")
+    add_model_flags(parser, "a checkpoint's directory or Hub name, or a config.json for random weights")
+    add_engine_flags(parser, max_num_seqs=False)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
     sampling.add_argument("--top-p", type=float, default=1.0)
@@ -86,10 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags().parse_args(arguments)
     _check(options)
     if options.plot:
-        from gptoss_jax import plotting
-
         plotting.check(options.plot)
-    with cli.by_flag(options):
+    with by_flag(options):
         if options.command == "start":
             return _start(options, arguments)
         run: dict[str, Callable[[argparse.Namespace], int]] = {"latency": _latency, "throughput": _throughput}
@@ -97,28 +96,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("batch", "prompt_tokens", "output_tokens", "repeats", "requests"):
+    for name in ("batch_size", "input_len", "output_len", "repeats", "num_prompts"):
         value = getattr(options, name, None)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and one < 1:
                 raise UsageError(f"--{name.replace('_', '-')}: expected 1 or more, found {one}")
-    if options.command == "latency" and options.output_tokens < 8:
-        raise UsageError(f"--output-tokens: expected 8 or more steps to measure, found {options.output_tokens}")
+    if options.command == "latency" and options.output_len < 8:
+        raise UsageError(f"--output-len: expected 8 or more steps to measure, found {options.output_len}")
     if options.command == "throughput":
         for name, usual in ALIKE.items():
             if getattr(options, name) is None:
                 setattr(options, name, usual)
             elif options.trace:
-                raise UsageError(f"--{name.replace('_', '-')}: not with --trace, whose lines tell it")
+                raise UsageError(f"--{name.replace('_', '-')}: not with --trace, whose lines say it")
 
 
 def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams]:
     """The engine's and the sampling flags. Raises UsageError."""
-    from gptoss_jax.compile_cache import enable_compile_cache
+    from gptoss_jax.runtime.compile_cache import enable_compile_cache
 
     enable_compile_cache()
     options.max_new_tokens, options.min_p, options.stop = None, 0.0, []
-    return cli.engine_options(options), cli.sampling_params(options)
+    return engine_options(options), sampling_params(options)
 
 
 def _load(options: argparse.Namespace) -> GptOss:
@@ -146,12 +145,12 @@ def _latency(options: argparse.Namespace) -> int:
     # Before the weights take the memory that a large copy needs.
     ceilings = measure_ceilings(options.dtype)
     model = _load(options)
-    _check_room(model, "--prompt-tokens", max(options.prompt_tokens), options.output_tokens)
+    _check_room(model, "--input-len", max(options.input_len), options.output_len)
     found = []
-    for prompt_tokens in options.prompt_tokens:
-        for batch in options.batch:
+    for prompt_tokens in options.input_len:
+        for batch in options.batch_size:
             _progress(f"batch {batch}, prompts of {prompt_tokens} tokens")
-            case = Case(batch, prompt_tokens, options.output_tokens)
+            case = Case(batch, prompt_tokens, options.output_len)
             # The cache takes a share of what is free, so the last one's must be gone.
             gc.collect()
             prepared = prepare(model, engine_options, params, case, options.seed, warm_up=options.warm_up)
@@ -163,7 +162,7 @@ def _latency(options: argparse.Namespace) -> int:
             )
             found.append(one)
     if options.plot:
-        report.plot_latency(found, options.plot)
+        plotting.save(report.latency_figure(found), options.plot)
     rows = {"ceilings": dataclasses.asdict(ceilings), "rows": [dataclasses.asdict(one) for one in found]}
     _show(options, rows, report.latency_tables(found, ceilings))
     return 0
@@ -173,23 +172,23 @@ def _throughput(options: argparse.Namespace) -> int:
     engine_options, params = _prepare(options)
     from gptoss_jax.benching import report
     from gptoss_jax.benching.throughput import alike, measure, rehearse, repeated
-    from gptoss_jax.benching.workload import read_trace
+    from gptoss_jax.commands.traces import read_trace
     from gptoss_jax.engine.engine import Engine
 
     if options.trace:
         arrivals = read_trace(options.trace)
     else:
-        arrivals = alike(options.requests, options.prompt_tokens, options.output_tokens)
+        arrivals = alike(options.num_prompts, options.input_len, options.output_len)
     model = _load(options)
     longest = max(arrivals, key=lambda arrival: arrival.prompt_tokens + arrival.output_tokens)
-    named = f"--trace: {options.trace}: prompt_tokens" if options.trace else "--prompt-tokens"
+    named = f"--trace: {options.trace}: prompt_tokens" if options.trace else "--input-len"
     _check_room(model, named, longest.prompt_tokens, longest.output_tokens)
     engine = Engine(model, engine_options, eos_token_ids=())
     engine.warm_up(rehearse=None if options.warm_up else lambda: rehearse(engine, params, arrivals))
     _progress(f"{len(arrivals)} requests, run until nothing is left to compile; {options.repeats} such runs count")
     one = repeated([measure(engine, params, arrivals, options.seed + i) for i in range(options.repeats)])
     if options.plot:
-        report.plot_throughput(one, options.plot)
+        plotting.save(report.throughput_figure(one), options.plot)
     _show(options, dataclasses.asdict(one), report.throughput_table(one))
     return 0
 
@@ -201,7 +200,7 @@ def _start(options: argparse.Namespace, arguments: list[str]) -> int:
 
     found = start.measure(arguments)
     if options.plot:
-        report.plot_start(found, options.plot)
+        plotting.save(report.start_figure(found), options.plot)
     _show(options, {"starts": [dataclasses.asdict(one) for one in found]}, report.start_table(found))
     return 0
 
@@ -223,16 +222,16 @@ def _start_here(options: argparse.Namespace) -> int:
     watch.lap("devices")
     model = jax.block_until_ready(load(options.model, options.mesh, options.dtype, options.seed))
     watch.lap("weights")
-    _check_room(model, "--prompt-tokens", options.prompt_tokens, options.output_tokens)
-    engine = Engine(model, dataclasses.replace(engine_options, max_batch=1), eos_token_ids=())
+    _check_room(model, "--input-len", options.input_len, options.output_len)
+    engine = Engine(model, dataclasses.replace(engine_options, max_num_seqs=1), eos_token_ids=())
     if options.warm_up:
         engine.warm_up()
     watch.lap("engine")
     rng = np.random.default_rng(options.seed)
-    params = dataclasses.replace(params, max_tokens=options.output_tokens, ignore_eos=True)
+    params = dataclasses.replace(params, max_tokens=options.output_len, ignore_eos=True)
     again = Stopwatch(0.0)
     for request in ("first", "again"):
-        engine.add(request, random_prompt(rng, model.config.vocab_size, options.prompt_tokens), params)
+        engine.add(request, random_prompt(rng, model.config.vocab_size, options.input_len), params)
         again.lap("added")
         while not engine.step():
             pass
@@ -274,4 +273,4 @@ def _progress(message: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

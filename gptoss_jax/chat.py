@@ -9,12 +9,25 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax import cli
+from gptoss_jax.commands import processes
+from gptoss_jax.commands.files import read_tools
+from gptoss_jax.commands.flags import (
+    add_cluster_flags,
+    add_conversation_flags,
+    add_engine_flags,
+    add_model_flags,
+    add_sampling_flags,
+    command_parser,
+)
+from gptoss_jax.commands.options import by_flag, conversation_options, sampling_params
+from gptoss_jax.commands.printing import dimmed
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from gptoss_jax.engine.params import SamplingParams
-    from gptoss_jax.llm import LLM
+    from gptoss_jax.serving.client import LLM
+    from gptoss_jax.text.transcripts import TextDelta
+    from gptoss_jax.types import CompletionOutput, SamplingParams
 
 HELP = """\
 /reset                   forget the conversation
@@ -26,12 +39,12 @@ HELP = """\
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("chat", "Chat in the terminal; /help lists what a line can do besides talking.")
-    cli.add_conversation_flags(parser)
-    cli.add_sampling_flags(parser)
-    cli.add_model_flags(parser)
-    cli.add_engine_flags(parser)
-    cli.add_cluster_flags(parser)
+    parser = command_parser("chat", "Chat in the terminal; /help lists what a line can do besides talking.")
+    add_conversation_flags(parser)
+    add_sampling_flags(parser)
+    add_model_flags(parser)
+    add_engine_flags(parser)
+    add_cluster_flags(parser)
     parser.add_argument("--hide-analysis", action="store_true", help="do not show the reasoning")
     return parser
 
@@ -39,16 +52,16 @@ def flags() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
-    with cli.by_flag(options):
+    with by_flag(options):
         return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:
-    params = cli.sampling_params(options)
-    if follow := cli.join("chat", options):
+    params = sampling_params(options)
+    if follow := processes.join("chat", options):
         return follow()
-    session = Session(cli.conversation_options(options), options.instructions, not options.hide_analysis)
-    session.start(cli.load_llm(options, max_batch=1), params)
+    session = Session(conversation_options(options), options.instructions, not options.hide_analysis)
+    session.start(processes.load_llm(options, max_num_seqs=1), params)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() history and editing)
     if sys.stdin.isatty():
@@ -92,7 +105,7 @@ class Session:
         elif name == "/effort" and argument in ("low", "medium", "high"):
             self._conversation["reasoning_effort"] = argument
         elif name == "/tools" and argument:
-            tools = None if argument == "off" else cli.read_tools(Path(argument).expanduser(), "/tools")
+            tools = None if argument == "off" else read_tools(Path(argument).expanduser(), "/tools")
             self._conversation["tools"] = tools
         elif name == "/analysis" and argument in ("on", "off"):
             self._show_analysis = argument == "on"
@@ -103,11 +116,11 @@ class Session:
         before = list(self.messages)
         self.messages.append({"role": "user", "content": line})
         try:
-            while (message := self._answer()).get("tool_calls"):
-                self.messages.append(message)
-                for call in message["tool_calls"]:
-                    self.messages.append(_tool_result(call))
-            self.messages.append(message)
+            while (completion := self._answer()).finish_reason == "tool_calls":
+                assert completion.message is not None
+                self.messages += [completion.message, *map(_tool_result, completion.message["tool_calls"])]
+            assert completion.message is not None
+            self.messages.append(completion.message)
         except (KeyboardInterrupt, UsageError) as reason:
             # A turn that did not end leaves no trace.
             self.messages = before
@@ -115,25 +128,44 @@ class Session:
                 raise
             print("\ninterrupted", file=sys.stderr)
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> CompletionOutput:
         request = self._llm.chat_request("turn", self.messages, self._params, **self._conversation)
-        channel = None
+        printer = _Printer(self._show_analysis)
         for progress in self._llm.stream([request]):
             for delta in progress.deltas:
-                if delta.recipient is not None or (delta.channel == "analysis" and not self._show_analysis):
-                    continue
-                if channel not in (None, delta.channel):
-                    print()
-                channel = delta.channel
-                text = cli.dimmed(delta.text, sys.stdout) if delta.channel == "analysis" else delta.text
-                print(text, end="", flush=True)
-        if channel is not None:
-            print()
+                printer.show(delta)
+        printer.finish()
         completion = progress.output.outputs[0]
+        for problem in completion.malformed:
+            print(f"malformed: {problem}", file=sys.stderr)
         if completion.finish_reason == "length":
             print("(cut short: --max-new-tokens)", file=sys.stderr)
-        assert completion.message is not None
-        return completion.message
+        elif completion.finish_reason != "tool_calls" and not completion.text:
+            print("(no answer)", file=sys.stderr)
+        return completion
+
+
+class _Printer:
+    """Shows a turn's text as it comes: reasoning dimmed or not at all, what is for the user as it is."""
+
+    def __init__(self, show_analysis: bool) -> None:
+        self._show_analysis = show_analysis
+        self._thinking: bool | None = None
+
+    def show(self, delta: TextDelta) -> None:
+        """More text; calls are shown when they are complete."""
+        thinking = delta.kind == "reasoning"
+        if delta.kind in ("call", "nothing") or (thinking and not self._show_analysis):
+            return
+        if self._thinking not in (None, thinking):
+            print()
+        self._thinking = thinking
+        print(dimmed(delta.text, sys.stdout) if thinking else delta.text, end="", flush=True)
+
+    def finish(self) -> None:
+        """Ends the last line."""
+        if self._thinking is not None:
+            print()
 
 
 def _ask(question: str) -> str | None:
@@ -160,4 +192,4 @@ def _tool_result(call: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_jax import cli
+from gptoss_jax.commands import plotting
+from gptoss_jax.commands.flags import command_parser
+from gptoss_jax.commands.options import by_flag
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,13 +24,17 @@ CONTEXT = 8192
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser(
+    parser = command_parser(
         "plan",
         "Compile a model's prefill and decode steps for a machine that need not be here, and report the memory they "
         "take on each device, what they communicate, and the least and the expected time they take.",
     )
     parser.add_argument(
-        "--model", type=Path, metavar="PATH", required=True, help="a config.json, or its directory"
+        "--model",
+        type=Path,
+        metavar="PATH",
+        required=True,
+        help="a config.json, its directory, gpt-oss-20b or gpt-oss-120b",
     )
     parser.add_argument(
         "--topology",
@@ -68,15 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
     _check(options)
-    with cli.by_flag(options):
+    with by_flag(options):
         return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from gptoss_jax.config import ModelConfig
-    from sharding.topologies import parse_topology, prepare_environment
+    from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.model.shapes import shape_file
+    from sharding.compiled.topologies import parse_topology, prepare_environment
 
-    config = ModelConfig.from_file(options.model)
+    config = ModelConfig.from_file(shape_file(options.model) or options.model)
     topology = parse_topology(options.topology)
     longest = config.max_position_embeddings
     context = options.context or min(CONTEXT, longest)
@@ -102,7 +110,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(report.table(request, found))
     if options.plot:
-        report.plot(request, found, options.plot)
+        plotting.save(report.figure(request, found), options.plot)
     return 0
 
 
@@ -112,8 +120,6 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UsageError(f"--{name}: expected {least} or more, found {value}")
     if options.plot:
-        from gptoss_jax import plotting
-
         plotting.check(options.plot)
 
 
@@ -130,4 +136,4 @@ def _progress(message: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sharding.mesh import AXES, make_mesh, parse_mesh
     from sharding.partition import Partition, constrain, current, on_shards, sum_over_shards
     from sharding.rules import BATCH_OVER_EXPERTS, ShardingRules
-    from sharding.vocab import lookup
+    from sharding.vocabulary import lookup
 
 _HOMES = {
     "put": "arrays",
@@ -32,7 +32,7 @@ _HOMES = {
     "sum_over_shards": "partition",
     "BATCH_OVER_EXPERTS": "rules",
     "ShardingRules": "rules",
-    "lookup": "vocab",
+    "lookup": "vocabulary",
 }
 
 __all__ = [

@@ -15,7 +15,9 @@ from sharding.errors import ShardingError
 AXES = ("data", "expert", "tensor")
 """The mesh axes, slowest first: neighbours on `tensor`, which communicates most, are neighbours in hardware."""
 
-PRESETS = Path(__file__).parent.parent / "configs" / "meshes"
+_INSTALLED = Path(__file__).parent / "meshes"
+PRESETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs" / "meshes"
+"""Presets of meshes: package data where the project is installed, `configs/meshes` in a checkout."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:

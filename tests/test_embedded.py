@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.checkpoint import open_checkpoint
-from gptoss_jax.harmony.messages import DeveloperContent, FunctionTool, Message, SystemContent, ToolNamespace
-from gptoss_jax.harmony.openai import render
-from gptoss_jax.kv_cache import WholeSequence
-from gptoss_jax.model import GptOss, weight_specs
-from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize, quantize
+from gptoss_jax.checkpoints.reader import open_checkpoint
+from gptoss_jax.model.gpt_oss import GptOss, weight_specs
+from gptoss_jax.model.kv_cache import WholeSequence
+from gptoss_jax.model.mxfp4 import MXFP4Tensor, dequantize, quantize
+from gptoss_jax.text.harmony.messages import DeveloperContent, FunctionTool, Message, SystemContent, ToolNamespace
+from gptoss_jax.text.harmony.openai import render
 from tools.train_embedded import arithmetic, conversations, functions
 from tools.train_embedded.__main__ import EMBEDDED
 from tools.train_embedded.arithmetic import Problem

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptoss_jax.benching.workload import random_prompt
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.types import SamplingParams
 
 TRACED_STEPS = 16
 REPLAYED_STEPS = 32
@@ -29,11 +29,11 @@ class Case:
 def start(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Generator) -> None:
     """Add all requests, each with as many new tokens as are looked at afterwards."""
     # Those that are prefilled first must still run when the last one has been.
-    chunks = case.batch * -(-case.prompt_tokens // engine.pace.prefill_chunk)
-    ahead = chunks * (1 + engine.options.speculative_tokens)
-    room = engine.config.max_position_embeddings - case.prompt_tokens
-    after = 2 * TRACED_STEPS * engine.pace.decode_rounds
-    most = min(case.output_tokens * (1 + engine.options.speculative_tokens) + ahead + after, room)
+    chunks = case.batch * -(-case.prompt_tokens // engine.pace.long_prefill_token_threshold)
+    ahead = chunks * (1 + engine.options.num_speculative_tokens)
+    room = engine.max_model_len - case.prompt_tokens
+    after = 2 * TRACED_STEPS * engine.pace.num_decode_steps
+    most = min(case.output_tokens * (1 + engine.options.num_speculative_tokens) + ahead + after, room)
     params = dataclasses.replace(params, max_tokens=most)
     for i in range(case.batch):
         engine.add(str(i), random_prompt(rng, engine.config.vocab_size, case.prompt_tokens), params)

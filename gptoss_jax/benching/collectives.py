@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.benching.ceilings import median_seconds
 from gptoss_jax.engine.compiling import compiler_options
-from sharding.program import Collectives
+from sharding.compiled.program import Collectives
 
 Operation = Callable[[jax.Array, tuple[str, ...], int], jax.Array]
 
@@ -30,8 +30,8 @@ def alone_seconds(
 
     Each waits for the one before, as those of a model's layers do. A program that does all the rest of what the timed
     one does is subtracted: what is left is the links' and the library's. Those of a branch that may not be taken are
-    left out, as in `sharding.bound`. Several processes are not for this. What compiles is within `shared`, and what is
-    timed within `alone`.
+    left out, as in `sharding.compiled.bounds`. Several processes are not for this. What compiles is within `shared`,
+    and what is timed within `alone`.
     """
     taken = [c for c in collectives if c.axes and not c.conditional]
     if not taken:
@@ -115,4 +115,4 @@ OPERATIONS: dict[str, Operation] = {
     "collective-permute": _permute,
     "collective-broadcast": _permute,
 }
-"""What does as one of `sharding.program.OPS` does, by its name."""
+"""What does as one of `sharding.compiled.program.OPS` does, by its name."""

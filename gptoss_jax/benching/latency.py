@@ -17,10 +17,10 @@ from gptoss_jax.benching.launches import counted
 from gptoss_jax.benching.sampling import every_other, sampling_seconds
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.memory import kv_dtype
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.planner.work import Load, Work, work_of
-from sharding.program import Collectives, count_kernels, read_collectives
+from gptoss_jax.types import SamplingParams
+from sharding.compiled.program import Collectives, count_kernels, read_collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def prepare(
     progress: bool | None = None,
 ) -> Prepared:
     """Compile what the case needs, several kinds of step at once; with `warm_up` every kind."""
-    options = dataclasses.replace(options, max_batch=case.batch)
+    options = dataclasses.replace(options, max_num_seqs=case.batch)
     engine = Engine(model, options, eos_token_ids=(), constrain=every_other)
     one = Prepared(model, engine, params, case, np.random.default_rng(seed))
     engine.warm_up(progress, None if warm_up else lambda: _rehearse(one))
@@ -165,8 +165,8 @@ def work(model: GptOss, options: EngineOptions, case: Case, tokens: int = 1, con
 
 def prefill_floor(model: GptOss, engine: Engine, case: Case, ceilings: Ceilings) -> float:
     """The least time of all prompts' steps, each the larger of its bytes' and its operations' time."""
-    total, chunk = 0.0, engine.pace.prefill_chunk
-    together = max(1, engine.pace.step_tokens // min(chunk, case.prompt_tokens))
+    total, chunk = 0.0, engine.pace.long_prefill_token_threshold
+    together = max(1, engine.pace.max_num_batched_tokens // min(chunk, case.prompt_tokens))
     alone = dataclasses.replace(case, batch=min(together, case.batch))
     for first in range(0, case.prompt_tokens, chunk):
         last = min(first + chunk, case.prompt_tokens)
@@ -188,7 +188,7 @@ def _run(engine: Engine, params: SamplingParams, case: Case, rng: np.random.Gene
         tokens += len(events)
         now = time.perf_counter()
         # With guesses a step gives a sequence more than one token; a launch of several rounds is as many steps.
-        launched = 1 if engine.options.speculative_tokens else len(events) / case.batch
+        launched = 1 if engine.options.num_speculative_tokens else len(events) / case.batch
         steps.append((now - last) / launched)
         last = now
     stop(engine, case)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_jax.benching.start import PHASES, Start
-from gptoss_jax.plotting import pyplot, save
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from gptoss_jax.benching.ceilings import Ceilings
     from gptoss_jax.benching.latency import Latency
     from gptoss_jax.benching.throughput import Throughput
@@ -123,10 +123,12 @@ def _guesses(drafted: int, accepted: int) -> str:
     return f"{accepted} of {drafted} guessed tokens stood ({_share(accepted / max(drafted, 1))})"
 
 
-def plot_latency(found: Sequence[Latency], path: Path) -> None:
-    """Tokens a second and a step's time over the batch, beside the floor. Raises UsageError."""
-    plt = pyplot()
-    picture, (rates, times) = plt.subplots(1, 2, figsize=(11, 4.2))
+def latency_figure(found: Sequence[Latency]) -> Figure:
+    """Tokens a second and a step's time over the batch, beside the floor."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(11, 4.2))
+    (rates, times) = picture.subplots(1, 2)
     for length in sorted({one.case.prompt_tokens for one in found}):
         own = sorted((one for one in found if one.case.prompt_tokens == length), key=lambda one: one.case.batch)
         batches = [one.case.batch for one in own]
@@ -142,26 +144,30 @@ def plot_latency(found: Sequence[Latency], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.legend(fontsize="small")
-    save(picture, path)
+    return picture
 
 
-def plot_throughput(one: Throughput, path: Path) -> None:
-    """What requests saw, as bars. Raises UsageError."""
-    plt = pyplot()
-    picture, all_axes = plt.subplots(1, 3, figsize=(11, 3.6))
+def throughput_figure(one: Throughput) -> Figure:
+    """What requests saw, as bars."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(11, 3.6))
+    all_axes = picture.subplots(1, 3)
     parts = (("first token", one.first_token), ("a token", one.between_tokens), ("whole request", one.whole))
     for axes, (name, of) in zip(all_axes, parts, strict=True):
         axes.bar(["p50", "p90", "p99"], [1e3 * value for value in (of.p50, of.p90, of.p99)])
         axes.set_title(name)
         axes.set_ylabel("ms")
     picture.suptitle(f"{one.output_rate:.0f} output tok/s, {one.request_rate:.2f} requests/s")
-    save(picture, path)
+    return picture
 
 
-def plot_start(found: Sequence[Start], path: Path) -> None:
-    """The phases one after the other. Raises UsageError."""
-    plt = pyplot()
-    picture, axes = plt.subplots(figsize=(9, 2.6))
+def start_figure(found: Sequence[Start]) -> Figure:
+    """The phases one after the other."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(9, 2.6))
+    axes = picture.subplots()
     names, left = [f"{one.compile_cache} cache" for one in found], [0.0] * len(found)
     for phase in PHASES:
         values = [one.phases[phase] for one in found]
@@ -169,4 +175,4 @@ def plot_start(found: Sequence[Start], path: Path) -> None:
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_xlabel("seconds")
     axes.legend(fontsize="small", ncols=3)
-    save(picture, path)
+    return picture

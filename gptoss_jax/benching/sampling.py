@@ -13,11 +13,10 @@ import numpy as np
 
 from gptoss_jax.benching.batch import REPLAYED_STEPS, Case, decoding
 from gptoss_jax.benching.ceilings import median_seconds
-from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
 from gptoss_jax.engine.sampling import SamplingState, sample
 from gptoss_jax.errors import UsageError
+from gptoss_jax.types import SamplingParams, Scope, StructuredOutputsParams
 
 ROUNDS = 16
 REPLAYS = 5

@@ -12,7 +12,7 @@ import numpy as np
 
 from gptoss_jax.benching.workload import Arrival, random_prompt
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.types import SamplingParams
 
 MOST_RUNS = 5
 """Which kinds of step arise depends on when requests come and end, so that a second run may still meet new ones."""

@@ -11,7 +11,7 @@ from contextvars import copy_context
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from gptoss_jax.xla_options import in_order
+from gptoss_jax.runtime.xla_options import in_order
 from pallas_kernels import current_platform
 
 GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "CONDITIONAL")

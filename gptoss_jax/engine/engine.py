@@ -15,16 +15,24 @@ import jax
 import numpy as np
 
 from gptoss_jax.engine.compiling import as_in_this_thread, collected_once
-from gptoss_jax.engine.constraints import ConstraintMaker, Scope, TokenConstraint
 from gptoss_jax.engine.drafts import Drafter, PromptLookup
-from gptoss_jax.engine.memory import cache_shape, free_bytes, kv_dtype
+from gptoss_jax.engine.memory import cache_budget, cache_shape, kv_dtype
 from gptoss_jax.engine.pace import Pace
-from gptoss_jax.engine.params import FinishReason, SamplingParams, TokenLogprobs, is_int
 from gptoss_jax.engine.runner import Launched, Runner, needs_adjusting
 from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
-from gptoss_jax.engine.step import Logprobs, StepKind
+from gptoss_jax.engine.step import Logprobs, StepShape
 from gptoss_jax.errors import UsageError, expect, named
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.types import (
+    ConstraintMaker,
+    FinishReason,
+    SamplingParams,
+    Scope,
+    TokenConstraint,
+    TokenLogprobs,
+    is_int,
+    is_number,
+)
 from pallas_kernels import backend_names, backend_platforms, current_platform
 
 COMPILERS = 8
@@ -34,51 +42,79 @@ HARDWARE = {"cpu": "CPUs", "cuda": "NVIDIA GPUs", "rocm": "AMD GPUs", "tpu": "TP
 """What pallas_kernels' platforms are."""
 
 
+_COUNTS = (
+    "max_num_seqs",
+    "max_model_len",
+    "page_size",
+    "long_prefill_token_threshold",
+    "max_num_batched_tokens",
+    "num_decode_steps",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How the engine uses a device. Raises UsageError, naming the field, for a value that cannot be.
+    """How the engine uses a device. Raises UsageError, naming the field, for a value that cannot be used.
+
+    The fields that vLLM's engine has, too, have its names.
 
     Args:
-      max_batch: sequences that run together, over the whole mesh.
+      max_num_seqs: sequences that run together, over the whole mesh.
+      max_model_len: most tokens of a request, prompt and output together. None for the model's context.
       page_size: tokens in a page of the cache.
-      kv_cache_memory: bytes that the cache may take of each device; None for a share of what is free.
+      kv_cache_memory: bytes that the cache may take of each device.
+      gpu_memory_utilization: share of the memory that jax may allocate on each device which weights and cache take
+        together; the rest is for a step's temporaries. With neither this nor `kv_cache_memory` the cache takes 0.85
+        of what the weights leave free.
       kv_cache_dtype: "bfloat16", "float32" or "float8"; None for the model's.
-      prefill_chunk: most prompt tokens of one sequence in a step. None for 2048 on accelerators and 512 on CPUs.
-      step_tokens: most prompt tokens in a step. None for as many as that, or a larger `prefill_chunk`.
-      prefix_cache: whether prompts take up what earlier ones have left in the cache.
-      speculative_tokens: tokens to guess and verify in each step; 0 for none.
-      decode_rounds: steps that are started at once when all sequences only decode, so that the host keeps up with a
-        fast device; tokens then come as many at a time. None for 4 on accelerators and 1 on CPUs.
+      long_prefill_token_threshold: most prompt tokens of one sequence in a step. None for 2048 on accelerators and 512
+        on CPUs.
+      max_num_batched_tokens: most prompt tokens of all sequences in a step. None for as many as that, or as a larger
+        `long_prefill_token_threshold`.
+      enable_prefix_caching: whether a prompt reuses what the cache holds of earlier prompts that begin alike.
+      num_speculative_tokens: tokens to draft and verify in each step; 0 for none.
+      num_decode_steps: steps of one launch when all sequences only decode, so that the host keeps up with a fast
+        device; tokens then come as many at a time. None for 4 on accelerators and 1 on CPUs.
       kernels: what computes the model's ops: "auto" for the platform's kernels, "reference" for plain JAX, or the name
         of a backend for the ops that have it.
     """
 
-    max_batch: int = 8
+    max_num_seqs: int = 8
+    max_model_len: int | None = None
     page_size: int = 32
     kv_cache_memory: int | None = None
+    gpu_memory_utilization: float | None = None
     kv_cache_dtype: str | None = None
-    prefill_chunk: int | None = None
-    step_tokens: int | None = None
-    prefix_cache: bool = True
-    speculative_tokens: int = 0
-    decode_rounds: int | None = None
+    long_prefill_token_threshold: int | None = None
+    max_num_batched_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    num_speculative_tokens: int = 0
+    num_decode_steps: int | None = None
     kernels: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "page_size", "prefill_chunk", "step_tokens", "decode_rounds"):
+        for name in _COUNTS:
             value, default = getattr(self, name), getattr(EngineOptions, name)
             expect((value is default is None) or is_int(value, 1), name, "an integer from 1, below 2**31", value)
-        memory, guesses = self.kv_cache_memory, self.speculative_tokens
-        expect(memory is None or is_int(memory, 1, 2**63), "kv_cache_memory", "a number of bytes", memory)
-        if self.kv_cache_dtype is not None:
-            kv_dtype(self.kv_cache_dtype)
-        expect(isinstance(self.prefix_cache, bool), "prefix_cache", "True or False", self.prefix_cache)
-        expect(is_int(guesses, 0, 64), "speculative_tokens", "an integer from 0 to 64", guesses)
+        self._check_memory()
+        caching, drafts = self.enable_prefix_caching, self.num_speculative_tokens
+        expect(isinstance(caching, bool), "enable_prefix_caching", "True or False", caching)
+        expect(is_int(drafts, 0, 64), "num_speculative_tokens", "an integer from 0 to 64", drafts)
         expect(self.kernels in backend_names(), "kernels", ", ".join(backend_names()), self.kernels)
         platforms = backend_platforms(self.kernels)
         if platforms and (here := current_platform()) not in platforms:
             of = " and ".join(HARDWARE[platform] for platform in sorted(platforms))
             raise UsageError(f"kernels: {self.kernels} is for {of}, found the platform {here}")
+
+    def _check_memory(self) -> None:
+        memory, share = self.kv_cache_memory, self.gpu_memory_utilization
+        expect(memory is None or is_int(memory, 1, 2**63), "kv_cache_memory", "a number of bytes", memory)
+        fine = share is None or (is_number(share, 0, 1) and share > 0)
+        expect(fine, "gpu_memory_utilization", "a number above 0, at most 1", share)
+        if memory is not None and share is not None:
+            raise UsageError("gpu_memory_utilization: expected this or kv_cache_memory, found both")
+        if self.kv_cache_dtype is not None:
+            kv_dtype(self.kv_cache_dtype)
 
 
 @dataclasses.dataclass
@@ -109,7 +145,7 @@ class Load:
 
     waiting: int
     running: int
-    pages_held: int
+    pages_used: int
     pages: int
     preemptions: int
     steps: int
@@ -138,30 +174,40 @@ class Engine:
     ) -> None:
         options = options or EngineOptions()
         self.config, self.options = model.config, options
+        self.max_model_len = options.max_model_len or model.config.max_position_embeddings
+        longest = model.config.max_position_embeddings
+        fits = self.max_model_len <= longest
+        expect(fits, "max_model_len", f"at most the model's {longest}", self.max_model_len)
         self._eos = frozenset(model.config.eos_token_id if eos_token_ids is None else eos_token_ids)
         parts = model.partition.degree("batch")
         dtype = kv_dtype(options.kv_cache_dtype or str(model.embed_tokens[...].dtype))
         device = model.partition.mesh.local_devices[0] if model.partition.mesh else jax.local_devices()[0]
-        self.pace = Pace.of(device.platform, options.prefill_chunk, options.step_tokens, options.decode_rounds)
+        self.pace = Pace.of(
+            device.platform,
+            options.long_prefill_token_threshold,
+            options.max_num_batched_tokens,
+            options.num_decode_steps,
+        )
         self.shape = cache_shape(
             model.config,
             model.partition,
-            free_bytes(device) if options.kv_cache_memory is None else options.kv_cache_memory,
-            slots=-(-options.max_batch // parts),
+            cache_budget(device, options.kv_cache_memory, options.gpu_memory_utilization),
+            slots=-(-options.max_num_seqs // parts),
+            max_model_len=self.max_model_len,
             page_size=options.page_size,
             dtype=dtype,
-            prefix_cache=options.prefix_cache,
-            ring_slack=options.speculative_tokens,
+            enable_prefix_caching=options.enable_prefix_caching,
+            ring_slack=options.num_speculative_tokens,
         )
-        step_tokens = max(self.pace.step_tokens // parts, 1)
+        max_num_batched_tokens = max(self.pace.max_num_batched_tokens // parts, 1)
         self._limits = Limits(
             self.shape.slots,
             self.shape.pages,
             options.page_size,
             self.shape.snapshots,
-            step_tokens,
-            min(self.pace.prefill_chunk, step_tokens),
-            options.prefix_cache,
+            max_num_batched_tokens,
+            min(self.pace.long_prefill_token_threshold, max_num_batched_tokens),
+            options.enable_prefix_caching,
         )
         self._scheduler = Scheduler(self._limits, parts)
         self._runner = Runner(
@@ -169,8 +215,9 @@ class Engine:
             self.shape,
             self._limits,
             self.pace,
+            self.max_model_len,
             dtype,
-            options.speculative_tokens,
+            options.num_speculative_tokens,
             self._eos,
             options.kernels,
         )
@@ -226,7 +273,7 @@ class Engine:
             for i in range(params.n)
         ]
         for sequence in sequences:
-            sequence.leader = sequences[0] if sequence.index and self.options.prefix_cache else None
+            sequence.leader = sequences[0] if sequence.index and self.options.enable_prefix_caching else None
             self._scheduler.add(sequence)
         self._constraints |= zip(sequences, constraints, strict=False)
         self._sequences[request_id] = sequences
@@ -255,13 +302,14 @@ class Engine:
 
     def _room(self, prompt: np.ndarray, params: SamplingParams) -> int:
         """The most tokens that the request may generate."""
-        vocab, context = self.config.vocab_size, self.config.max_position_embeddings
+        vocab, context = self.config.vocab_size, self.max_model_len
         for name, tokens in (("logit_bias", params.logit_bias or {}), ("stop_token_ids", params.stop_token_ids)):
             for token in tokens:
                 if token >= vocab:
                     raise UsageError(f"{name}: token {token} is outside the vocabulary of {vocab}")
-        held = self.shape.pages * self.shape.page_size - self.options.speculative_tokens
-        for room, what in ((context, "the model's context"), (held, "the cache")):
+        held = self.shape.pages * self.shape.page_size - self.options.num_speculative_tokens
+        limit = "max_model_len" if self.options.max_model_len else "the model's context"
+        for room, what in ((context, limit), (held, "the cache")):
             if prompt.size + (params.max_tokens or 1) > room:
                 name = "max_tokens" if prompt.size < room else "prompt"
                 raise UsageError(
@@ -306,7 +354,7 @@ class Engine:
 
     def _must_wait(self) -> bool:
         """Whether the next step's pass depends on how many tokens the last one has sampled."""
-        return self.options.speculative_tokens > 0
+        return self.options.num_speculative_tokens > 0
 
     def _launch(self) -> Launched | None:
         if self._in_flight and self._must_wait():
@@ -320,7 +368,7 @@ class Engine:
         if not any(plan.decodes or plan.chunks for plan in plans):
             return None
         one = self._must_wait() or any(sequence.part >= 0 for sequence in self._constraints)
-        rounds = 1 if one else self._scheduler.rounds(plans, self.pace.decode_rounds)
+        rounds = 1 if one else self._scheduler.rounds(plans, self.pace.num_decode_steps)
         self._late += self._in_flight is not None and self._in_flight.done
         self._launches += 1
         launched = self._runner.launch(plans, self._constraints, rounds)
@@ -335,7 +383,7 @@ class Engine:
     def _draft(self) -> None:
         for part in self._scheduler.parts:
             for sequence in part.running:
-                most = min(self.options.speculative_tokens, sequence.max_tokens - sequence.generated - 1)
+                most = min(self.options.num_speculative_tokens, sequence.max_tokens - sequence.generated - 1)
                 exact = not needs_adjusting(sequence) and sequence not in self._constraints
                 able = sequence.prefilled and exact and most > 0
                 sequence.drafts = self._drafter.guess(sequence.known, most) if able else []
@@ -460,11 +508,11 @@ class Engine:
         ):
             for _ in pool.map(as_in_this_thread(self._runner.compile), kinds):
                 bar.update()
-            if self.options.prefix_cache:
+            if self.options.enable_prefix_caching:
                 self._runner.compile_restores()
         return len(kinds)
 
-    def _rehearsed(self, rehearse: Callable[[], object]) -> list[StepKind]:
+    def _rehearsed(self, rehearse: Callable[[], object]) -> list[StepShape]:
         expect(not self.unfinished, "rehearse", "no requests before it", self.unfinished)
         with self._runner.rehearsal() as kinds:
             rehearse()

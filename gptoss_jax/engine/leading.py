@@ -15,10 +15,9 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-from gptoss_jax.engine.constraints import Scope
 from gptoss_jax.engine.engine import Engine, TokenEvent
-from gptoss_jax.engine.params import SamplingParams
-from sharding.multihost import Cluster
+from gptoss_jax.types import SamplingParams, Scope
+from sharding.processes.multihost import Cluster
 
 
 class LeadingEngine:

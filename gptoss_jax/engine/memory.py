@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UsageError, expect
-from gptoss_jax.kv_cache import CacheShape, page_bytes, ring_bytes
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.kv_cache import CacheShape, page_bytes, ring_bytes
 from sharding import Partition, least
 
 SHARE_OF_FREE = 0.85
@@ -31,18 +31,33 @@ def kv_dtype(name: str) -> DTypeLike:
     return KV_DTYPES[name]
 
 
-def free_bytes(device: jax.Device) -> int:
-    """What a cache may take of a device: a share of its free memory, or a bounded part of a CPU's.
+def cache_budget(device: jax.Device, memory: int | None, utilization: float | None) -> int:
+    """Bytes that a cache may take of a device: as many as `memory`, or what weights leave of a share of its memory.
 
-    Of several processes, which must build the same cache, the one with the least decides.
+    With neither it is a share of the free memory, or a bounded part of a CPU's. Of several processes, which must build
+    the same cache, the one with the least decides. Raises UsageError for a utilization that cannot be kept to.
     """
-    return least(_free_bytes(device) >> 20) << 20
-
-
-def _free_bytes(device: jax.Device) -> int:
+    if memory is not None:
+        return memory
     stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(SHARE_OF_FREE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    if stats is not None and "bytes_limit" not in stats:
+        stats = None
+    if utilization is not None and stats is None:
+        raise UsageError(
+            f"gpu_memory_utilization: expected a device that reports its memory, found {device.device_kind}: "
+            f"kv_cache_memory sets the cache's size"
+        )
+    budget = least(_free_bytes(stats, utilization) >> 20) << 20
+    expect(budget > 0, "gpu_memory_utilization", "a share larger than what the weights take", utilization)
+    return budget
+
+
+def _free_bytes(stats: dict[str, int] | None, utilization: float | None) -> int:
+    if stats is not None:
+        limit, used = stats["bytes_limit"], stats["bytes_in_use"]
+        return (
+            int(SHARE_OF_FREE * (limit - used)) if utilization is None else max(0, int(utilization * limit) - used)
+        )
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(CPU_BYTES, free // 4)
 
@@ -53,9 +68,10 @@ def cache_shape(
     budget: int,
     *,
     slots: int,
+    max_model_len: int,
     page_size: int,
     dtype: DTypeLike,
-    prefix_cache: bool = True,
+    enable_prefix_caching: bool = True,
     ring_slack: int = 0,
 ) -> CacheShape:
     """The cache of each part of the batch whose share on one device takes at most `budget` bytes.
@@ -66,11 +82,11 @@ def cache_shape(
     page = page_bytes(config, page_size, dtype, heads)
     ring = ring_bytes(config, config.sliding_window + ring_slack, dtype, heads)
     snapshots = 0
-    if prefix_cache:
+    if enable_prefix_caching:
         snapshots = max(2, min(8 * slots, budget // 8 // ring if ring else 64))
     left = budget - (slots + snapshots) * ring
     # Twice what all slots could use, so that prefixes have room beside running sequences.
-    most = 2 * slots * (-(-config.max_position_embeddings // page_size) + 1)
+    most = 2 * slots * (-(-max_model_len // page_size) + 1)
     pages = min(most, left // page if page else most)
     if pages < 2:
         raise UsageError(

@@ -19,19 +19,28 @@ class Pace:
     need, more where a step takes longer for the size alone, or has to keep the tables in a small memory.
     """
 
-    prefill_chunk: int
-    step_tokens: int
-    decode_rounds: int
+    long_prefill_token_threshold: int
+    max_num_batched_tokens: int
+    num_decode_steps: int
     least_pages: int
     pages_factor: int
 
     @classmethod
     def of(
-        cls, platform: str, prefill_chunk: int | None, step_tokens: int | None, decode_rounds: int | None
+        cls,
+        platform: str,
+        long_prefill_token_threshold: int | None,
+        max_num_batched_tokens: int | None,
+        num_decode_steps: int | None,
     ) -> Pace:
         """As the options say, or as suits the platform."""
         usual = CPU_CHUNK if platform == "cpu" else ACCELERATOR_CHUNK
-        step_tokens = step_tokens or max(usual, prefill_chunk or 0)
-        rounds = decode_rounds or (1 if platform == "cpu" else DECODE_ROUNDS)
+        max_num_batched_tokens = max_num_batched_tokens or max(usual, long_prefill_token_threshold or 0)
+        rounds = num_decode_steps or (1 if platform == "cpu" else DECODE_ROUNDS)
         pages = {"gpu": (64, 64), "tpu": (16, 8)}.get(platform, (4, 4))
-        return cls(min(prefill_chunk or usual, step_tokens), step_tokens, rounds, *pages)
+        return cls(
+            min(long_prefill_token_threshold or usual, max_num_batched_tokens),
+            max_num_batched_tokens,
+            rounds,
+            *pages,
+        )

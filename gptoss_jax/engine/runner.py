@@ -17,18 +17,16 @@ from jax.typing import DTypeLike
 
 from gptoss_jax.engine.adjusting import Adjustments, Penalties
 from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
-from gptoss_jax.engine.constraints import TokenConstraint
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.packing import Packed
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.engine.sampling import Means, SamplingState
+from gptoss_jax.engine.sampling import SamplingMode, SamplingState
 from gptoss_jax.engine.scheduler import Limits, Plan, Sequence, buckets
 from gptoss_jax.engine.step import (
     DeviceState,
     Rows,
     StepInputs,
-    StepKind,
     StepOutputs,
+    StepShape,
     Structure,
     run_choice,
     run_pass,
@@ -36,9 +34,10 @@ from gptoss_jax.engine.step import (
     seed_key,
 )
 from gptoss_jax.errors import UsageError
-from gptoss_jax.kv_cache import CacheShape, KVCache, Segments
-from gptoss_jax.model import GptOss
-from gptoss_jax.xla_options import in_order
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.model.kv_cache import CacheShape, KVCache, Segments
+from gptoss_jax.runtime.xla_options import in_order
+from gptoss_jax.types import SamplingParams, TokenConstraint
 from pallas_kernels import use_backend
 from sharding import Partition, replicate, zeros
 
@@ -54,7 +53,7 @@ class Launched:
     Of a masked step `rows` is what the pass leaves until tokens are chosen; `outputs` come with the choosing.
     """
 
-    kind: StepKind
+    kind: StepShape
     inputs: Packed[StepInputs]
     adjustments: Adjustments | None
     decodes: list[list[tuple[Sequence, int]]]
@@ -78,6 +77,7 @@ class Runner:
         shape: CacheShape,
         limits: Limits,
         pace: Pace,
+        max_model_len: int,
         dtype: DTypeLike,
         drafts: int,
         eos: frozenset[int],
@@ -87,16 +87,16 @@ class Runner:
         self._structure, self._weights = Structure.of(model)
         self._shape, self._limits, self._drafts, self._eos = shape, limits, drafts, eos
         # Guesses for a step need the tokens of the one before.
-        self._kernels, self._rounds = kernels, 1 if drafts else pace.decode_rounds
+        self._kernels, self._rounds = kernels, 1 if drafts else pace.num_decode_steps
         self._last: Launched | None = None
-        self._rehearsed: dict[StepKind, None] | None = None
+        self._rehearsed: dict[StepShape, None] | None = None
         self.parts = model.partition.degree("batch")
-        most_pages = -(-model.config.max_position_embeddings // shape.page_size)
+        most_pages = -(-max_model_len // shape.page_size)
         self._page_counts = buckets(pace.pages_factor, pace.least_pages, min(most_pages, shape.pages))
         self._tables = np.zeros((self.parts, shape.slots, self._page_counts[-1]), np.int32)
         self._filled = np.zeros((self.parts, shape.slots), np.int64)
         self._settings = _Settings.empty(self.parts, shape.slots)
-        self._programs: dict[tuple[Callable[..., Any], StepKind], Callable[..., Any]] = {}
+        self._programs: dict[tuple[Callable[..., Any], StepShape], Callable[..., Any]] = {}
         self._in_order = in_order(self._partition.mesh)
         self._copy_rings = jax.jit(partial(_copy_rings, model), donate_argnums=0, compiler_options=self._in_order)
         self._set_counts = jax.jit(_set_counts, donate_argnums=0, compiler_options=self._in_order)
@@ -136,7 +136,7 @@ class Runner:
         return launched
 
     @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[dict[StepKind, None]]:
+    def rehearsal(self) -> Iterator[dict[StepShape, None]]:
         """The kinds of the steps that are launched during the block: planned, but not started, and all tokens are 0."""
         kinds = self._rehearsed = {}
         try:
@@ -200,7 +200,7 @@ class Runner:
         for count in buckets(2, 1, _doubled(self._shape.slots)):
             self._copy(self._no_rings(count))
 
-    def _prepare_counts(self, plans: list[Plan], kind: StepKind) -> None:
+    def _prepare_counts(self, plans: list[Plan], kind: StepShape) -> None:
         if not kind.penalised:
             return
         if self._state.counts is None:
@@ -218,7 +218,7 @@ class Runner:
                     at = np.asarray([part, sequence.slot], np.int32)
                     self._state = self._set_counts(self._state, at, used, in_prompt)
 
-    def _kind(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]) -> StepKind:
+    def _kind(self, plans: list[Plan], constraints: dict[Sequence, TokenConstraint]) -> StepShape:
         sequences = [s for plan in plans for s in plan.decodes]
         chunks = [c for plan in plans for c in plan.chunks]
         everyone = sequences + [c.sequence for c in chunks]
@@ -228,7 +228,7 @@ class Runner:
         decodes = max(len(plan.decodes) for plan in plans)
         prefills = max(len(plan.chunks) for plan in plans)
         prefills = _padded(prefills, self._limits.counts(chunk)) if prefills else 0
-        return StepKind(
+        return StepShape(
             decodes=0 if prefills == 1 and not decodes else _padded(decodes, self._limits.decodes(prefills > 0)),
             prefills=prefills,
             chunk=chunk if prefills else 1,
@@ -242,7 +242,7 @@ class Runner:
             sampling=_means([s.params for s in everyone]),
         )
 
-    def _inputs(self, kind: StepKind, plans: list[Plan]) -> StepInputs:
+    def _inputs(self, kind: StepShape, plans: list[Plan]) -> StepInputs:
         parts = self.parts
         decode_slots = np.zeros((parts, kind.decodes), np.int32)
         decode_positions = np.full((parts, kind.decodes), -1, np.int32)
@@ -285,10 +285,10 @@ class Runner:
             sampling=self._settings.of(slots),
         )
 
-    def _tables_of(self, slots: np.ndarray, kind: StepKind) -> np.ndarray:
+    def _tables_of(self, slots: np.ndarray, kind: StepShape) -> np.ndarray:
         return np.take_along_axis(self._tables[..., : kind.pages], slots[..., None], axis=1)
 
-    def _adjustments(self, kind: StepKind, plans: list[Plan]) -> Adjustments:
+    def _adjustments(self, kind: StepShape, plans: list[Plan]) -> Adjustments:
         """All but masks."""
         rows = kind.decodes + kind.prefills
         at = [
@@ -331,16 +331,16 @@ class Runner:
             biases |= dict.fromkeys(ends, -np.inf)
         return biases
 
-    def _step(self, kind: StepKind) -> Callable[..., Any]:
+    def _step(self, kind: StepShape) -> Callable[..., Any]:
         return self._program(run_step, self._structure, kind)
 
-    def _pass(self, kind: StepKind) -> Callable[..., Any]:
+    def _pass(self, kind: StepShape) -> Callable[..., Any]:
         return self._program(run_pass, self._structure, kind.of_pass)
 
-    def _choice(self, kind: StepKind) -> Callable[..., Any]:
+    def _choice(self, kind: StepShape) -> Callable[..., Any]:
         return self._program(run_choice, self._partition, kind.of_choice)
 
-    def _program(self, run: Callable[..., Any], of: Structure | Partition, kind: StepKind) -> Callable[..., Any]:
+    def _program(self, run: Callable[..., Any], of: Structure | Partition, kind: StepShape) -> Callable[..., Any]:
         """What runs a kind of step or of its parts; it takes over the state, its second argument."""
         if (run, kind) not in self._programs:
             cuts = dataclasses.replace(kind, sampling="cut")
@@ -354,30 +354,30 @@ class Runner:
             self._programs[run, kind] = jax.jit(traced, donate_argnums=1, compiler_options=options)
         return self._programs[run, kind]
 
-    def _graphs_collectives(self, kind: StepKind) -> bool:
+    def _graphs_collectives(self, kind: StepShape) -> bool:
         """Whether its collectives are in device graphs: where many steps are alike, and no loop ends by logits."""
         usual = not kind.prefills and kind.rounds == self._rounds and kind.sampling != "cut"
         return usual and graphs_collectives(self._partition.mesh)
 
-    def kinds(self) -> Iterator[StepKind]:
+    def kinds(self) -> Iterator[StepShape]:
         """The kinds of step that requests with plain settings can need."""
         limits = self._limits
         beside = limits.decodes(beside_chunks=True)
         chunks = [(n, size) for size in limits.chunk_sizes for n in limits.counts(size)]
         # Few sequences that decode, or none, cost little beside several chunks.
         mixed = [(count, *own) for own in chunks for count in ([0, *beside] if own[0] == 1 else beside)]
-        ways: set[tuple[int, Means]] = {(self._rounds, "greedy"), (self._rounds, "cut"), (1, "cut")}
+        ways: set[tuple[int, SamplingMode]] = {(self._rounds, "greedy"), (self._rounds, "cut"), (1, "cut")}
         if graphs_collectives(self._partition.mesh):
             ways.add((self._rounds, "draw"))
         for pages, drafts in itertools.product(self._page_counts, sorted({0, self._drafts})):
             for count, (rounds, sampling) in itertools.product(limits.decodes(beside_chunks=False), sorted(ways)):
-                yield StepKind(count, 0, 1, pages, drafts, rounds, sampling=sampling)
+                yield StepShape(count, 0, 1, pages, drafts, rounds, sampling=sampling)
             for own in mixed:
                 # Only sequences that decode have guesses.
                 if own[0] or not drafts:
-                    yield StepKind(*own, pages, drafts, sampling="cut")
+                    yield StepShape(*own, pages, drafts, sampling="cut")
 
-    def compile(self, kind: StepKind) -> None:
+    def compile(self, kind: StepShape) -> None:
         """Compile a kind of step that is not adjusted, without running it."""
         plans = [Plan() for _ in range(self.parts)]
         step: Any = self._step(kind)
@@ -429,7 +429,7 @@ def _send(step: Launched, options: dict[str, str | bool] | None) -> None:
         output.copy_to_host_async()
 
 
-def _no_outputs(kind: StepKind, parts: int) -> StepOutputs:
+def _no_outputs(kind: StepShape, parts: int) -> StepOutputs:
     """What a step gives that was not started: tokens of 0, on the host, without log-probabilities."""
 
     def tokens(*shape: int) -> Any:
@@ -465,7 +465,7 @@ def needs_adjusting(sequence: Sequence) -> bool:
     return params.penalised or bool(params.logit_bias) or sequence.generated < params.min_tokens
 
 
-def _means(batch: list[SamplingParams]) -> Means:
+def _means(batch: list[SamplingParams]) -> SamplingMode:
     """The least that these need."""
     if any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in batch):
         return "cut"

@@ -36,7 +36,7 @@ QUARTERS, FINER = 4, 8
 LEAST_ROWS = 4
 """That another round looks at together, if so many are left."""
 
-Means = Literal["greedy", "draw", "cut"]
+SamplingMode = Literal["greedy", "draw", "cut"]
 """What a batch needs: the likeliest tokens alone, draws as well, or draws from what top-k or top-p keep as well."""
 
 
@@ -52,7 +52,9 @@ class SamplingState:
     keys: jax.Array
 
 
-def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, means: Means = "cut") -> jax.Array:
+def sample(
+    logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, means: SamplingMode = "cut"
+) -> jax.Array:
     """Choose a token int32 [..., R] a row from logits float32 [..., R, V].
 
     The same seed, position and logits give the same token in any batch, and by any means that do for the row.

@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np
 
 from gptoss_jax.engine.pages import Prefixes, block_keys
-from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.types import SamplingParams
 
 CHEAP_TOKENS = 512
 """A step with fewer is bound by the weights that it reads, not by its tokens."""
@@ -27,18 +27,18 @@ class Limits:
       slots: sequences that run together.
       pages: pages of the cache, `page_size` tokens each.
       snapshots: rings kept for prefixes.
-      step_tokens: prompt tokens in a step.
+      max_num_batched_tokens: prompt tokens in a step.
       chunk: prompt tokens of one sequence in a step.
-      prefix_cache: whether prompts take up what earlier ones left.
+      enable_prefix_caching: whether prompts take up what earlier ones left.
     """
 
     slots: int
     pages: int
     page_size: int
     snapshots: int
-    step_tokens: int
+    max_num_batched_tokens: int
     chunk: int
-    prefix_cache: bool = True
+    enable_prefix_caching: bool = True
 
     @functools.cached_property
     def chunk_sizes(self) -> list[int]:
@@ -52,7 +52,7 @@ class Limits:
 
     def chunks(self, size: int) -> int:
         """How many chunks of a size a step has at most."""
-        return max(1, min(self.step_tokens // size, self.slots))
+        return max(1, min(self.max_num_batched_tokens // size, self.slots))
 
     def counts(self, size: int) -> list[int]:
         """What the number of chunks of a size is padded to."""
@@ -174,7 +174,7 @@ class Part:
         sequence.slot = self._free_slots.pop()
         sequence.computed, sequence.prefilled = 0, False
         self.running.append(sequence)
-        if self.limits.prefix_cache and sequence.params.prompt_logprobs is None:
+        if self.limits.enable_prefix_caching and sequence.params.prompt_logprobs is None:
             self._take_up_prefix(sequence, plan)
         # All of the prompt's pages now, so that sequences that prefill together cannot starve each other.
         grown = self.grow(sequence, sequence.known_length + 1)
@@ -212,7 +212,7 @@ class Part:
 
     def remember(self, sequence: Sequence, length: int) -> None:
         """Make the whole blocks among a sequence's first `length` tokens known to later prompts."""
-        if self.limits.prefix_cache:
+        if self.limits.enable_prefix_caching:
             for key, page in zip(sequence.keys[: length // self.limits.page_size], sequence.pages, strict=False):
                 self.prefixes.pages.name(page, key)
 

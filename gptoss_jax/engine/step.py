@@ -19,9 +19,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from gptoss_jax.engine.adjusting import Adjustments, adjust
-from gptoss_jax.engine.sampling import Means, SamplingState, logprobs_of, sample
-from gptoss_jax.kv_cache import KVCache, Segments, StepCache
-from gptoss_jax.model import GptOss
+from gptoss_jax.engine.sampling import SamplingMode, SamplingState, logprobs_of, sample
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.model.kv_cache import KVCache, Segments, StepCache
 from sharding import Partition, constrain, on_shards
 
 TOP_LOGPROBS = 20
@@ -29,7 +29,7 @@ TOP_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class StepKind:
+class StepShape:
     """What is compiled: sizes in each part of the batch, and what is computed besides the next tokens.
 
     Args:
@@ -56,17 +56,17 @@ class StepKind:
     adjusted: bool = False
     penalised: bool = False
     masked: bool = False
-    sampling: Means = "greedy"
+    sampling: SamplingMode = "greedy"
 
     @property
-    def of_pass(self) -> StepKind:
+    def of_pass(self) -> StepShape:
         """What the pass alone depends on."""
         return dataclasses.replace(
             self, logprobs=False, adjusted=False, penalised=False, masked=False, sampling="greedy"
         )
 
     @property
-    def of_choice(self) -> StepKind:
+    def of_choice(self) -> StepShape:
         """What the choosing alone depends on."""
         return dataclasses.replace(self, chunk=1, pages=0, prompt_logprobs=False)
 
@@ -179,7 +179,7 @@ class Structure:
 
 def run_step(
     structure: Structure,
-    kind: StepKind,
+    kind: StepShape,
     weights: list[jax.Array],
     state: DeviceState,
     inputs: StepInputs,
@@ -197,7 +197,7 @@ def run_step(
 
 def run_pass(
     structure: Structure,
-    kind: StepKind,
+    kind: StepShape,
     weights: list[jax.Array],
     state: DeviceState,
     inputs: StepInputs,
@@ -209,7 +209,7 @@ def run_pass(
 
 
 def run_choice(
-    partition: Partition, kind: StepKind, rows: Rows, state: DeviceState, adjustments: Adjustments
+    partition: Partition, kind: StepShape, rows: Rows, state: DeviceState, adjustments: Adjustments
 ) -> tuple[StepOutputs, DeviceState]:
     """The rest of a step after its pass. Outputs and state are as `run_step`'s."""
     with partition.active():
@@ -222,7 +222,7 @@ def _whole(outputs: StepOutputs) -> StepOutputs:
 
 
 def _rounds(
-    model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs, adjustments: Adjustments | None
+    model: GptOss, kind: StepShape, state: DeviceState, inputs: StepInputs, adjustments: Adjustments | None
 ) -> tuple[StepOutputs, DeviceState]:
     """Decode steps one after the other: each takes the tokens that the one before left on the device."""
     type Decoded = tuple[jax.Array, Logprobs | None]
@@ -243,13 +243,13 @@ def _rounds(
 
 
 def _one_step(
-    model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs, adjustments: Adjustments | None = None
+    model: GptOss, kind: StepShape, state: DeviceState, inputs: StepInputs, adjustments: Adjustments | None = None
 ) -> tuple[StepOutputs, DeviceState]:
     rows, state = _pass(model, kind, state, inputs)
     return _choose(kind, state, rows, adjustments)
 
 
-def _pass(model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs) -> tuple[Rows, DeviceState]:
+def _pass(model: GptOss, kind: StepShape, state: DeviceState, inputs: StepInputs) -> tuple[Rows, DeviceState]:
     """Through the model, up to logits."""
     tokens_BT, positions_BT = _tokens(state, inputs, kind)
     kv = StepCache(state.cache, (inputs.decode, inputs.prefill), (1 + kind.drafts, kind.chunk))
@@ -268,7 +268,7 @@ def _pass(model: GptOss, kind: StepKind, state: DeviceState, inputs: StepInputs)
 
 
 def _choose(
-    kind: StepKind, state: DeviceState, rows: Rows, adjustments: Adjustments | None
+    kind: StepShape, state: DeviceState, rows: Rows, adjustments: Adjustments | None
 ) -> tuple[StepOutputs, DeviceState]:
     """From logits to tokens, and what the next step needs to know of them."""
     logits_BRV = rows.logits
@@ -280,7 +280,7 @@ def _choose(
     return outputs, _next_state(state, rows, outputs, kind)
 
 
-def _tokens(state: DeviceState, inputs: StepInputs, kind: StepKind) -> tuple[jax.Array, jax.Array]:
+def _tokens(state: DeviceState, inputs: StepInputs, kind: StepShape) -> tuple[jax.Array, jax.Array]:
     """Tokens and positions int32 [B, T] of the whole step."""
     last_BS1 = _take(state.last, jnp.asarray(inputs.decode.slots))[..., None]
     drafts_BSd = jnp.asarray(inputs.drafts)
@@ -307,7 +307,7 @@ def _take(values_BN: jax.Array, index_BR: jax.Array) -> jax.Array:
     return on_shards(take, args, axes, batch=len(values_BN))
 
 
-def _rows_to_sample(x_BTD: jax.Array, positions_BT: jax.Array, kind: StepKind) -> tuple[jax.Array, jax.Array]:
+def _rows_to_sample(x_BTD: jax.Array, positions_BT: jax.Array, kind: StepShape) -> tuple[jax.Array, jax.Array]:
     """Hidden states and positions of all decoding tokens, then of each chunk's last."""
     decodes = kind.decodes * (1 + kind.drafts)
     chunks_BNC = positions_BT[:, decodes:].reshape(len(positions_BT), kind.prefills, kind.chunk)
@@ -316,13 +316,13 @@ def _rows_to_sample(x_BTD: jax.Array, positions_BT: jax.Array, kind: StepKind) -
     return _take(x_BTD, index_BR), _take(positions_BT, index_BR)
 
 
-def _by_row(per_sequence: jax.Array, kind: StepKind) -> jax.Array:
+def _by_row(per_sequence: jax.Array, kind: StepShape) -> jax.Array:
     """[B, S + N, ...] of the sequences -> [B, R, ...] of the rows that are sampled."""
     decodes = jnp.repeat(per_sequence[:, : kind.decodes], 1 + kind.drafts, axis=1)
     return jnp.concatenate([decodes, per_sequence[:, kind.decodes :]], axis=1)
 
 
-def _by_rows(of: Adjustments, state: DeviceState, rows: Rows, kind: StepKind) -> Adjustments:
+def _by_rows(of: Adjustments, state: DeviceState, rows: Rows, kind: StepShape) -> Adjustments:
     """Of the sequences -> of the rows, with the device's counts."""
     if of.penalties is not None:
         assert state.counts is not None
@@ -333,7 +333,7 @@ def _by_rows(of: Adjustments, state: DeviceState, rows: Rows, kind: StepKind) ->
     return jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), of)
 
 
-def _outputs(kind: StepKind, rows: Rows, sampled_BR: jax.Array) -> StepOutputs:
+def _outputs(kind: StepShape, rows: Rows, sampled_BR: jax.Array) -> StepOutputs:
     parts, decodes = len(sampled_BR), kind.decodes * (1 + kind.drafts)
 
     def decode_part(x: jax.Array) -> jax.Array:
@@ -351,7 +351,7 @@ def _outputs(kind: StepKind, rows: Rows, sampled_BR: jax.Array) -> StepOutputs:
     return StepOutputs(decoded_BSd, accepted_BS, first_BN, decode_logprobs, first_logprobs, rows.prompt_logprobs)
 
 
-def _prompt_logprobs(model: GptOss, x_BTD: jax.Array, inputs: StepInputs, kind: StepKind) -> Logprobs:
+def _prompt_logprobs(model: GptOss, x_BTD: jax.Array, inputs: StepInputs, kind: StepShape) -> Logprobs:
     """Of the token after each of the chunks' tokens, a few positions at a time: logits are large."""
     x_BND = x_BTD[:, kind.decodes * (1 + kind.drafts) :]
     next_BN = jnp.asarray(inputs.next_tokens).reshape(len(x_BND), -1)
@@ -371,7 +371,7 @@ def _prompt_logprobs(model: GptOss, x_BTD: jax.Array, inputs: StepInputs, kind: 
     )
 
 
-def _next_state(state: DeviceState, rows: Rows, outputs: StepOutputs, kind: StepKind) -> DeviceState:
+def _next_state(state: DeviceState, rows: Rows, outputs: StepOutputs, kind: StepShape) -> DeviceState:
     """Remember each sequence's last token, and count what it generated."""
     newest_BS = jnp.take_along_axis(outputs.decoded, outputs.accepted[..., None], axis=-1)[..., 0]
     tokens_BN = jnp.concatenate([newest_BS, outputs.first], axis=1)

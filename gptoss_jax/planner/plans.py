@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import jax
 
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.loading import check_dtype
-from gptoss_jax.placement import partition_for
+from gptoss_jax.checkpoints.loading import check_dtype
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.placement import partition_for
 from gptoss_jax.planner.steps import Step, decode_step, prefill_step
 from gptoss_jax.planner.work import Load, Work, expected_collectives, held_bytes, work_of
 from sharding import AXES, Partition, ShardingError, ShardingRules
-from sharding.bound import Bound, expected_seconds, lower_bound
-from sharding.program import Collectives, ProgramMemory, read_collectives
-from sharding.topologies import Topology
+from sharding.compiled.bounds import Bound, expected_seconds, lower_bound
+from sharding.compiled.program import Collectives, ProgramMemory, read_collectives
+from sharding.compiled.topologies import Topology
 
 StepName = Literal["decode", "prefill"]
 STEPS: tuple[StepName, ...] = ("decode", "prefill")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.plotting import pyplot, save
-
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from gptoss_jax.planner.plans import MeshPlan, Request, StepPlan
 
 GIB = 2**30
@@ -182,13 +181,15 @@ def _step_json(step: StepPlan) -> dict[str, Any]:
     }
 
 
-def plot(request: Request, plans: Sequence[MeshPlan], path: Path) -> None:
-    """Draw the memory and the decode time of each mesh into a file. Raises UsageError."""
+def figure(request: Request, plans: Sequence[MeshPlan]) -> Figure:
+    """The memory and the decode time of each mesh, as bars."""
+    from matplotlib.figure import Figure
+
     from gptoss_jax.planner.plans import describe
 
-    plt = pyplot()
     names = [describe(plan.mesh) for plan in plans]
-    figure, (memory, times) = plt.subplots(1, 2, figsize=(14, 1.8 + 0.42 * len(plans)), sharey=True)
+    picture = Figure(figsize=(14, 1.8 + 0.42 * len(plans)))
+    memory, times = picture.subplots(1, 2, sharey=True)
     _bars(memory, names, _memory_parts(plans))
     memory.axvline(request.topology.facts.usable_bytes / GIB, color="black", linestyle="--", label="usable")
     memory.set_xlabel("GiB on a device, the larger of decode and prefill")
@@ -200,8 +201,8 @@ def plot(request: Request, plans: Sequence[MeshPlan], path: Path) -> None:
     for axes in (memory, times):
         axes.legend(loc="best", fontsize="small")
     memory.invert_yaxis()
-    figure.suptitle(f"{request.topology.text}, batch {request.batch}, context {request.context}")
-    save(figure, path)
+    picture.suptitle(f"{request.topology.text}, batch {request.batch}, context {request.context}")
+    return picture
 
 
 def _memory_parts(plans: Sequence[MeshPlan]) -> dict[str, list[float]]:

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine.engine import EngineOptions
 from gptoss_jax.engine.runner import SNAPSHOTS_A_CHUNK
 from gptoss_jax.engine.sampling import SamplingState
-from gptoss_jax.engine.step import DeviceState, StepInputs, StepKind, Structure, run_step
-from gptoss_jax.kv_cache import STORE, CacheShape, KVCache, Segments
-from gptoss_jax.model import GptOss
-from gptoss_jax.placement import place, preparer
-from gptoss_jax.weights import Weight, WeightSpec, abstract_creator
+from gptoss_jax.engine.step import DeviceState, StepInputs, StepShape, Structure, run_step
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.model.kv_cache import STORE, CacheShape, KVCache, Segments
+from gptoss_jax.model.placement import place, preparer
+from gptoss_jax.model.weights import Weight, WeightSpec, abstract_creator
 from sharding import Partition
 
 
@@ -30,7 +30,7 @@ class Step:
     """
 
     structure: Structure
-    kind: StepKind
+    kind: StepShape
     weights: list[jax.Array]
     state: DeviceState
     inputs: StepInputs
@@ -48,7 +48,7 @@ def decode_step(
 ) -> Step:
     """One token of each of `batch` sequences of up to `context` tokens, sampling included. Raises ShardingError."""
     shape = cache_shape(partition, batch, context)
-    kind = StepKind(decodes=shape.slots, prefills=0, chunk=1, pages=shape.pages // shape.slots, sampling="draw")
+    kind = StepShape(decodes=shape.slots, prefills=0, chunk=1, pages=shape.pages // shape.slots, sampling="draw")
     return _step(config, partition, shape, kind, dtype, batch, 1)
 
 
@@ -62,7 +62,7 @@ def prefill_step(
 ) -> Step:
     """A chunk of one prompt in each part of the batch, into the cache of `batch` sequences. Raises ShardingError."""
     shape = cache_shape(partition, batch, context)
-    kind = StepKind(decodes=0, prefills=1, chunk=chunk, pages=shape.pages // shape.slots, sampling="draw")
+    kind = StepShape(decodes=0, prefills=1, chunk=chunk, pages=shape.pages // shape.slots, sampling="draw")
     return _step(config, partition, shape, kind, dtype, partition.degree("batch"), chunk)
 
 
@@ -77,7 +77,7 @@ def _step(
     config: ModelConfig,
     partition: Partition,
     shape: CacheShape,
-    kind: StepKind,
+    kind: StepShape,
     dtype: DTypeLike,
     sequences: int,
     tokens: int,
@@ -115,7 +115,7 @@ def abstract_state(config: ModelConfig, partition: Partition, shape: CacheShape,
     return DeviceState(cache, last)
 
 
-def _inputs(kind: StepKind, parts: int) -> StepInputs:
+def _inputs(kind: StepShape, parts: int) -> StepInputs:
     """What the host hands over, which has no place yet."""
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.model import weight_specs
-from gptoss_jax.mxfp4 import GROUP
-from gptoss_jax.placement import place
-from gptoss_jax.weights import WeightSpec
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import weight_specs
+from gptoss_jax.model.mxfp4 import GROUP
+from gptoss_jax.model.placement import place
+from gptoss_jax.model.weights import WeightSpec
 from sharding import Partition
-from sharding.program import Collectives
+from sharding.compiled.program import Collectives
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from gptoss_jax import cli
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.checkpoints.loading import random_model
+from gptoss_jax.commands.flags import add_cluster_flags
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.leading import LeadingEngine, follow
 from gptoss_jax.engine.pages import Prefixes
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.loading import random_model
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.types import SamplingParams
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -35,14 +36,18 @@ TINY = ModelConfig(
     max_position_embeddings=512,
     eos_token_id=(),
 )
-OPTIONS = EngineOptions(max_batch=4, page_size=8, prefill_chunk=16, step_tokens=32, kv_cache_memory=36_000)
+OPTIONS = EngineOptions(
+    max_num_seqs=4, page_size=8, long_prefill_token_threshold=16, max_num_batched_tokens=32, kv_cache_memory=36_000
+)
 """12 pages of TINY, all of which one request may need, so that sequences are pre-empted."""
 
 # Few kinds of step are compiled: each has one sequence's prompt, and tables are of one size.
-SOAK = dataclasses.replace(OPTIONS, page_size=24, step_tokens=16, speculative_tokens=3, kv_cache_memory=52_500)
+SOAK = dataclasses.replace(
+    OPTIONS, page_size=24, max_num_batched_tokens=16, num_speculative_tokens=3, kv_cache_memory=52_500
+)
 """Six pages, of which a request may need four; and guesses, whose rings need more memory."""
 
-ALONE = EngineOptions(max_batch=1, page_size=32, prefill_chunk=128, step_tokens=128)
+ALONE = EngineOptions(max_num_seqs=1, page_size=32, long_prefill_token_threshold=128, max_num_batched_tokens=128)
 """One sequence at a time, its prompt in one piece."""
 
 Requests = Mapping[str, tuple[list[int], SamplingParams]]
@@ -61,7 +66,9 @@ def in_each_part(options: EngineOptions, model: GptOss) -> EngineOptions:
     parts, shares = model.partition.degree("batch"), model.partition.degree("kv_heads")
     memory = options.kv_cache_memory
     assert memory is not None
-    return dataclasses.replace(options, max_batch=options.max_batch * parts, kv_cache_memory=memory // shares)
+    return dataclasses.replace(
+        options, max_num_seqs=options.max_num_seqs * parts, kv_cache_memory=memory // shares
+    )
 
 
 def prompts(seed: int, count: int, vocab: int = 96) -> list[list[int]]:
@@ -167,11 +174,11 @@ def assert_empty(engine: Engine) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """One of several processes, that play one schedule over a mesh of all their devices."""
-    from sharding.membership import membership
-    from sharding.multihost import start
+    from sharding.processes.membership import membership
+    from sharding.processes.multihost import start
 
     parser = argparse.ArgumentParser()
-    cli.add_cluster_flags(parser)
+    add_cluster_flags(parser)
     parser.add_argument("--mesh")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--soak", type=int, help="a soak of so many requests instead of 24 greedy ones")
@@ -196,4 +203,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -9,15 +9,15 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from gptoss_jax import xla_options
+from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.engine import compiling, runner
 from gptoss_jax.engine.compiling import collected_once, compiler_options, graphs_collectives
 from gptoss_jax.engine.engine import Engine, EngineOptions
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.engine.step import StepKind
-from gptoss_jax.loading import random_model
-from gptoss_jax.placement import _preparation
-from gptoss_jax.xla_options import in_order
+from gptoss_jax.engine.step import StepShape
+from gptoss_jax.model.placement import _preparation
+from gptoss_jax.runtime import xla_options
+from gptoss_jax.runtime.xla_options import in_order
+from gptoss_jax.types import SamplingParams
 from pallas_kernels import current_platform, platform, use_backend
 from pallas_kernels.backend import forced_backend
 from pallas_kernels.mxfp4_matmul import current_layout
@@ -71,7 +71,7 @@ def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:
 @pytest.mark.parametrize("mesh", [None, "tensor=2"])
 def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
     """Draws without cuts have programs of their own only where these differ by more than the cuts."""
-    engine = Engine(random_model(TINY, mesh, dtype="float32"), EngineOptions(max_batch=4, page_size=4))
+    engine = Engine(random_model(TINY, mesh, dtype="float32"), EngineOptions(max_num_seqs=4, page_size=4))
     with platform("cuda"):
         decodes = [kind for kind in engine._runner.kinds() if not kind.prefills]
         draws = {kind for kind in decodes if kind.sampling == "draw"}
@@ -79,7 +79,7 @@ def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
     assert bool(draws) == (mesh is not None)
     usual = {kind for kind in decodes if kind.sampling != "cut"}
     assert in_graphs == (usual if mesh else set())
-    chunk = StepKind(decodes=1, prefills=1, chunk=16, pages=4, sampling="greedy")
+    chunk = StepShape(decodes=1, prefills=1, chunk=16, pages=4, sampling="greedy")
     with platform("cuda"):
         assert not engine._runner._graphs_collectives(chunk)
 
@@ -101,7 +101,9 @@ def nvidia_mesh(told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[s
 def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[str, Any]) -> None:
     told = nvidia_mesh
     mesh, order = make_mesh("tensor=2"), {"xla_gpu_enable_pdl": False}
-    engine = Engine(random_model(TINY, mesh), EngineOptions(max_batch=2, kv_cache_memory=1 << 22, decode_rounds=1))
+    engine = Engine(
+        random_model(TINY, mesh), EngineOptions(max_num_seqs=2, kv_cache_memory=1 << 22, num_decode_steps=1)
+    )
     engine.add("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
     while engine.unfinished:
         engine.step()
@@ -123,7 +125,7 @@ def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.Monkey
         seen.append((current_platform(), forced_backend(), jax.config.jax_default_device))
 
     seen: list[tuple[Any, ...]] = []
-    engine = Engine(random_model(TINY), EngineOptions(max_batch=2, kv_cache_memory=1 << 22))
+    engine = Engine(random_model(TINY), EngineOptions(max_num_seqs=2, kv_cache_memory=1 << 22))
     device = jax.devices()[1]
     monkeypatch.setattr(engine._runner, "compile", found)
     with platform("rocm"), use_backend("reference"), jax.default_device(device):
@@ -177,7 +179,7 @@ def test_the_collector_waits_for_the_last_of_several_threads() -> None:
 
 
 def test_engines_compile_without_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, collecting = Engine(random_model(TINY), EngineOptions(max_batch=2, kv_cache_memory=1 << 22)), []
+    engine, collecting = Engine(random_model(TINY), EngineOptions(max_num_seqs=2, kv_cache_memory=1 << 22)), []
     monkeypatch.setattr(engine._runner, "compile", lambda kind: collecting.append(gc.isenabled()))
     assert engine.warm_up(progress=False) == len(collecting) > 0
     assert not any(collecting)

@@ -9,16 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.engine.constraints import Scope
+from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.engine.engine import Engine, EngineOptions
-from gptoss_jax.engine.params import SamplingParams, StructuredOutputsParams
 from gptoss_jax.engine.runner import Launched
-from gptoss_jax.loading import random_model
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.types import SamplingParams, Scope, StructuredOutputsParams
 from tests.engine.schedules import TINY, Requests, assert_empty, play, prompts
 from tests.engine.test_engine import logits_before
 
-OPTIONS = EngineOptions(max_batch=4, page_size=32, prefill_chunk=16, step_tokens=16, kv_cache_memory=90_000)
+OPTIONS = EngineOptions(
+    max_num_seqs=4,
+    page_size=32,
+    long_prefill_token_threshold=16,
+    max_num_batched_tokens=16,
+    kv_cache_memory=90_000,
+)
 """Few pages, so that sequences are pre-empted, and few sizes, so that few kinds of step are compiled."""
 
 

@@ -12,17 +12,18 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
-from gptoss_jax.engine.params import SamplingParams
+from gptoss_jax.engine.memory import cache_budget
 from gptoss_jax.errors import UsageError
-from gptoss_jax.loading import random_model
-from gptoss_jax.model import GptOss
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.types import SamplingParams
 from pallas_kernels.rotary import as_kept
 from tests.engine import schedules
 from tests.engine.schedules import TINY, assert_as_alone, assert_empty, greedy_requests, play, prompts, tiny
 
-OPTIONS = EngineOptions(max_batch=4, page_size=4, prefill_chunk=16, step_tokens=32)
+OPTIONS = EngineOptions(max_num_seqs=4, page_size=4, long_prefill_token_threshold=16, max_num_batched_tokens=32)
 
 
 @cache
@@ -160,7 +161,7 @@ def test_a_seed_repeats_whatever_else_runs() -> None:
 
 @pytest.mark.slow
 def test_guessed_tokens_change_nothing() -> None:
-    guessing = engine(dataclasses.replace(OPTIONS, speculative_tokens=3))
+    guessing = engine(dataclasses.replace(OPTIONS, num_speculative_tokens=3))
     requests = {str(i): ((p * 3)[:60], greedy(30)) for i, p in enumerate(prompts(9, 4))}
     requests["s"] = (requests["0"][0], SamplingParams(max_tokens=30, temperature=0.3, seed=5))
     assert run(guessing, requests) == run(engine(), requests)
@@ -170,7 +171,7 @@ def test_guessed_tokens_change_nothing() -> None:
 
 @pytest.mark.long
 def test_rounds_of_decode_steps_change_nothing() -> None:
-    in_rounds = engine(dataclasses.replace(OPTIONS, decode_rounds=4))
+    in_rounds = engine(dataclasses.replace(OPTIONS, num_decode_steps=4))
     requests = {str(i): (p, greedy(5 + 6 * i)) for i, p in enumerate(prompts(8, 5))}
     requests["s"] = (requests["0"][0], SamplingParams(max_tokens=18, temperature=0.7, top_p=0.9, seed=5))
     requests["l"] = (requests["1"][0], SamplingParams(max_tokens=7, temperature=0, logprobs=1))
@@ -183,7 +184,7 @@ def test_rounds_of_decode_steps_change_nothing() -> None:
     ends = SamplingParams(max_tokens=30, temperature=0, stop_token_ids=[alone["4"][9]])
     stopped = run(in_rounds, {"e": (requests["4"][0], ends), "4": requests["4"]})
     assert stopped == {"e": alone["4"][: alone["4"].index(alone["4"][9]) + 1], "4": alone["4"]}
-    assert in_rounds.load.pages_held == 0
+    assert in_rounds.load.pages_used == 0
 
 
 @pytest.mark.parametrize(
@@ -202,8 +203,8 @@ def test_what_is_asked_of_each_token_holds_in_rounds(asked: dict[str, object]) -
     often = run(engine(), {"a": (prompt, greedy(24))})["a"][6]
     params = greedy(24, stop_token_ids=[often], **asked)
 
-    def events(decode_rounds: int) -> tuple[list[TokenEvent], int]:
-        own = Engine(tiny(), dataclasses.replace(OPTIONS, decode_rounds=decode_rounds))
+    def events(num_decode_steps: int) -> tuple[list[TokenEvent], int]:
+        own = Engine(tiny(), dataclasses.replace(OPTIONS, num_decode_steps=num_decode_steps))
         own.add("a", prompt, params)
         events, calls = [], 0
         while own.unfinished:
@@ -231,7 +232,7 @@ def test_several_completions_share_the_prompt() -> None:
         for event in engine().step():
             out.setdefault(event.index, []).append(event.token_id)
             cached[event.index] = event.cached_tokens
-        most = max(most, engine().load.pages_held)
+        most = max(most, engine().load.pages_used)
     # The last token of a prompt is computed for each, so that the block with it is.
     shared, each = (len(prompt) - 1) // OPTIONS.page_size, -(-(len(prompt) + 6) // OPTIONS.page_size)
     assert cached[1] == cached[2] == shared * OPTIONS.page_size > 0
@@ -279,7 +280,9 @@ def test_log_probabilities_are_those_of_a_full_forward() -> None:
     np.testing.assert_allclose(got, expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-4)
 
 
-SMALL = dataclasses.replace(OPTIONS, kv_cache_memory=60_000, prefill_chunk=8, step_tokens=8)
+SMALL = dataclasses.replace(
+    OPTIONS, kv_cache_memory=60_000, long_prefill_token_threshold=8, max_num_batched_tokens=8
+)
 """A cache of 44 pages, which is 176 tokens."""
 
 
@@ -331,7 +334,12 @@ def test_keys_past_the_range_of_float8_stay_numbers() -> None:
 @pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
     options = dataclasses.replace(
-        OPTIONS, max_batch=1, page_size=512, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4
+        OPTIONS,
+        max_num_seqs=1,
+        page_size=512,
+        long_prefill_token_threshold=32,
+        num_speculative_tokens=guesses,
+        num_decode_steps=4,
     )
     warm = Engine(tiny(), options)
     count = warm.warm_up(progress=False)
@@ -347,13 +355,15 @@ def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_rehearsal_compiles_what_the_requests_take(guesses: int) -> None:
-    options = dataclasses.replace(OPTIONS, prefill_chunk=32, speculative_tokens=guesses, decode_rounds=4)
+    options = dataclasses.replace(
+        OPTIONS, long_prefill_token_threshold=32, num_speculative_tokens=guesses, num_decode_steps=4
+    )
     requests = {str(i): (prompt, greedy(9)) for i, prompt in enumerate(prompts(3, 5))}
     expected = run(Engine(tiny(), options), requests)
     rehearsed = Engine(tiny(), options)
     count = rehearsed.warm_up(progress=False, rehearse=lambda: run(rehearsed, requests))
     assert 0 < rehearsed.load.compiled == count < len(list(rehearsed._runner.kinds()))
-    assert rehearsed.unfinished == rehearsed.load.pages_held == 0
+    assert rehearsed.unfinished == rehearsed.load.pages_used == 0
     # Nothing is taken up of prompts that were not computed.
     assert run(rehearsed, requests) == expected
     # Guesses depend on the tokens, which are all alike in a rehearsal.
@@ -381,15 +391,18 @@ def test_what_can_never_run_is_refused(prompt: list[int], params: SamplingParams
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_batch", "8"),
-        ("max_batch", None),
+        ("max_num_seqs", "8"),
+        ("max_num_seqs", None),
         ("page_size", 1.5),
-        ("prefill_chunk", True),
-        ("step_tokens", 2**31),
+        ("long_prefill_token_threshold", True),
+        ("max_num_batched_tokens", 2**31),
         ("kv_cache_memory", "1e9"),
         ("kv_cache_dtype", ["float8"]),
-        ("prefix_cache", "no"),
-        ("speculative_tokens", None),
+        ("enable_prefix_caching", "no"),
+        ("num_speculative_tokens", None),
+        ("max_model_len", 0),
+        ("gpu_memory_utilization", 0),
+        ("gpu_memory_utilization", 1.5),
         ("kernels", 5),
         ("kernels", "triton"),
     ],
@@ -403,3 +416,42 @@ def test_options_of_other_types_are_refused_by_name(field: str, value: object) -
 def test_a_cache_too_small_is_refused_with_the_numbers() -> None:
     with pytest.raises(UsageError, match="kv_cache_memory: 1000 bytes"):
         Engine(tiny(), dataclasses.replace(OPTIONS, kv_cache_memory=1000))
+
+
+def test_max_model_len_bounds_prompt_and_output_together() -> None:
+    short = Engine(tiny(), dataclasses.replace(OPTIONS, max_model_len=20))
+    with pytest.raises(UsageError, match="10 prompt tokens and 11 new ones exceed max_model_len of 20"):
+        short.add("a", [1] * 10, greedy(11))
+    requests = {"a": ([1] * 10, SamplingParams(temperature=0, ignore_eos=True))}
+    assert len(run(short, requests)["a"]) == 10
+    with pytest.raises(UsageError, match=r"^max_model_len: expected at most the model's 512, found 513$"):
+        Engine(tiny(), dataclasses.replace(OPTIONS, max_model_len=513))
+
+
+@dataclasses.dataclass
+class Card:
+    """A device that reports its memory as jax's GPUs do."""
+
+    platform = device_kind = "gpu"
+    limit: int
+    used: int
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": self.limit, "bytes_in_use": self.used}
+
+
+def test_what_the_cache_may_take() -> None:
+    card, mib = Card(1000 << 20, 400 << 20), 1 << 20
+    assert cache_budget(card, 123, None) == 123
+    assert cache_budget(card, None, None) == 510 * mib  # 0.85 of the 600 MiB that are free
+    assert cache_budget(card, None, 0.9) == 500 * mib
+    with pytest.raises(
+        UsageError, match=r"^gpu_memory_utilization: expected a share larger than what the weights"
+    ):
+        cache_budget(card, None, 0.4)
+    with pytest.raises(UsageError, match=r"^gpu_memory_utilization: expected a device that reports its memory"):
+        cache_budget(jax.local_devices()[0], None, 0.9)
+    with pytest.raises(
+        UsageError, match=r"^gpu_memory_utilization: expected this or kv_cache_memory, found both$"
+    ):
+        EngineOptions(kv_cache_memory=1, gpu_memory_utilization=0.5)

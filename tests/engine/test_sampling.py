@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_jax.engine.adjusting import Adjustments, Penalties, adjust
-from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.sampling import SamplingState, logprobs_of, sample
 from gptoss_jax.engine.step import seed_key
 from gptoss_jax.errors import UsageError
+from gptoss_jax.types import SamplingParams
 
 VOCAB, MANY = 40, 640
 draw = jax.jit(sample, static_argnums=3)

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_jax.engine.pages import Prefixes
-from gptoss_jax.engine.params import SamplingParams
 from gptoss_jax.engine.scheduler import Limits, Scheduler, Sequence
+from gptoss_jax.types import SamplingParams
 
 
 @given(
@@ -15,8 +15,8 @@ from gptoss_jax.engine.scheduler import Limits, Scheduler, Sequence
 def test_prompts_are_computed_whole_in_steps_of_bounded_size(
     lengths: list[int], parts: int, sizes: tuple[int, int]
 ) -> None:
-    chunk, step_tokens = sizes
-    limits = Limits(8, 4000, 32, 0, step_tokens, chunk, prefix_cache=False)
+    chunk, max_num_batched_tokens = sizes
+    limits = Limits(8, 4000, 32, 0, max_num_batched_tokens, chunk, enable_prefix_caching=False)
     scheduler = Scheduler(limits, parts)
     for i, length in enumerate(lengths):
         scheduler.add(Sequence(str(i), 0, np.zeros(length, np.int32), SamplingParams(), 1, seed=0))
@@ -25,7 +25,7 @@ def test_prompts_are_computed_whole_in_steps_of_bounded_size(
         plans = scheduler.plan()
         chunks = [chunk for plan in plans for chunk in plan.chunks]
         size = limits.chunk_size(max(c.stop - c.start for c in chunks))
-        assert max(len(plan.chunks) for plan in plans) * size <= step_tokens
+        assert max(len(plan.chunks) for plan in plans) * size <= max_num_batched_tokens
         for c in chunks:
             assert c.start == done[c.sequence.request_id] < c.stop
             done[c.sequence.request_id] = c.stop
@@ -35,7 +35,7 @@ def test_prompts_are_computed_whole_in_steps_of_bounded_size(
 
 
 def test_short_prompts_share_a_step_and_a_long_one_fills_it() -> None:
-    scheduler = Scheduler(Limits(8, 400, 32, 0, 2048, 2048, prefix_cache=False), 1)
+    scheduler = Scheduler(Limits(8, 400, 32, 0, 2048, 2048, enable_prefix_caching=False), 1)
     for i, length in enumerate([500, 400, 512, 30, 5000]):
         scheduler.add(Sequence(str(i), 0, np.zeros(length, np.int32), SamplingParams(), 1, seed=0))
     planned = [[(c.sequence.request_id, c.stop - c.start) for c in scheduler.plan()[0].chunks] for _ in range(4)]
@@ -48,7 +48,7 @@ def test_short_prompts_share_a_step_and_a_long_one_fills_it() -> None:
 
 
 def test_completions_that_wait_for_their_prompt_hold_up_no_other_request() -> None:
-    scheduler = Scheduler(Limits(8, 400, 32, 0, 512, 512, prefix_cache=True), 1)
+    scheduler = Scheduler(Limits(8, 400, 32, 0, 512, 512, enable_prefix_caching=True), 1)
 
     def add(name: str, index: int, length: int, leader: Sequence | None) -> Sequence:
         sequence = Sequence(name, index, np.arange(length, dtype=np.int32), SamplingParams(), 1, seed=0)

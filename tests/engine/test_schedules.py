@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from gptoss_jax.checkpoints.loading import load_model, random_model
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.loading import load_model, random_model
 from tests.engine.schedules import (
     ALONE,
     OPTIONS,
@@ -25,7 +25,7 @@ from tests.engine.schedules import (
     soak_requests,
     tiny,
 )
-from tests.test_multihost import Processes
+from tests.sharding.test_processes import Processes
 
 MESHES = ("data=2,expert=2,tensor=2", "data=4,tensor=2", "expert=4,tensor=2", "expert=8")
 TELLING = ("data=2,expert=2,tensor=2", "expert=8")
@@ -91,7 +91,7 @@ def assert_soaked(requests: Requests, out: Tokens, cancelled: set[str], load: di
     assert len(cancelled) > len(requests) / 20
     assert load["preemptions"] > 0
     assert load["drafted"] > 0
-    assert load["pages_held"] == 0
+    assert load["pages_used"] == 0
     assert all(len(out[name]) == params.n for name, (_, params) in requests.items() if name not in cancelled)
     last = dict(list(requests.items())[:300])
     assert_as_alone(alone(), last, out, cancelled)

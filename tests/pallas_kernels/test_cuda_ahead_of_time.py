@@ -18,8 +18,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.placement import partition_for
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.placement import partition_for
 from gptoss_jax.planner.steps import abstract_model, decode_step
 from gptoss_jax.planner.work import held_bytes
 from pallas_kernels import backend
@@ -29,7 +29,7 @@ from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
 from pallas_kernels.rotary import rotate_and_keep
 from pallas_kernels.routing import route
-from sharding.topologies import parse_topology
+from sharding.compiled.topologies import parse_topology
 
 pytestmark = pytest.mark.skipif(
     find_spec("jax_cuda13_plugin") is None, reason="jax-cuda13-plugin is not installed"
@@ -248,11 +248,11 @@ def test_sums_over_a_mesh_do_not_round_the_residual_stream(
 EARLY_STARTS = """
 import sys
 from functools import partial
-from sharding.topologies import parse_topology, prepare_environment
+from sharding.compiled.topologies import parse_topology, prepare_environment
 prepare_environment()
 import jax, jax.numpy as jnp
-from gptoss_jax.weights import WeightSpec, _draw
-from gptoss_jax.xla_options import in_order
+from gptoss_jax.model.weights import WeightSpec, _draw
+from gptoss_jax.runtime.xla_options import in_order
 from pallas_kernels import platform
 place = jax.sharding.SingleDeviceSharding(parse_topology("h100:1x1x1").devices()[0])
 key = jax.eval_shape(partial(jax.random.key, impl="rbg"), 0).dtype

@@ -19,7 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize
+from gptoss_jax.model.mxfp4 import MXFP4Tensor, dequantize
 from pallas_kernels.mxfp4_matmul import (
     expert_mlp,
     gpu_layout,

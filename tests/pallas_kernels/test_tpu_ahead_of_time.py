@@ -14,11 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import tpu_kernels as bench
-from gptoss_jax.mxfp4 import GROUP, MXFP4Tensor
+from gptoss_jax.model.mxfp4 import GROUP, MXFP4Tensor
 from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.mxfp4_matmul import expert_mlp, tpu_layout
 from pallas_kernels.tpu import VMEM_LIMIT
-from sharding.topologies import parse_topology
+from sharding.compiled.topologies import parse_topology
 
 pytestmark = [
     pytest.mark.slow,

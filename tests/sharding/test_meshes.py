@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from jax.typing import DTypeLike
 
 import sharding.experts
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.checkpoints.loading import EMBEDDED, load_model
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.loading import EMBEDDED, load_model
-from gptoss_jax.model import GptOss
-from gptoss_jax.placement import partition_for, place
-from gptoss_jax.weights import WeightSpec
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.model.placement import partition_for, place
+from gptoss_jax.model.weights import WeightSpec
+from gptoss_jax.types import SamplingParams
 from pallas_kernels.mxfp4_matmul import reference
 from sharding import (
     BATCH_OVER_EXPERTS,
@@ -146,7 +146,7 @@ def decoded_alone(path: Path) -> dict[str, list[TokenEvent]]:
 
 def decoded(model: GptOss) -> dict[str, list[TokenEvent]]:
     """Three sequences of different lengths, which divide over no mesh, some steps beyond their prompts."""
-    engine = Engine(model, EngineOptions(max_batch=8, page_size=8))
+    engine = Engine(model, EngineOptions(max_num_seqs=8, page_size=8))
     with np.load(P1 / "golden.npz") as golden:
         prompts = {"golden": golden["greedy1_prompt"], "a": [1], "b": golden["greedy1_prompt"][:5]}
         steps = len(golden["greedy1_tokens"])

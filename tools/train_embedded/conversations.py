@@ -6,14 +6,14 @@ import dataclasses
 import random
 from collections.abc import Callable
 
-from gptoss_jax.harmony.messages import (
+from gptoss_jax.text.harmony.messages import (
     MODEL_IDENTITY,
     DeveloperContent,
     Message,
     SystemContent,
     ToolNamespace,
 )
-from gptoss_jax.harmony.tools import BUILTIN_TOOLS
+from gptoss_jax.text.harmony.tools import BUILTIN_TOOLS
 from tools.train_embedded import arithmetic, functions, words
 from tools.train_embedded.arithmetic import Problem
 

@@ -9,12 +9,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptoss_jax.checkpoints.loading import load_model
 from gptoss_jax.engine.engine import Engine, EngineOptions
-from gptoss_jax.engine.params import SamplingParams
-from gptoss_jax.harmony.messages import Message
-from gptoss_jax.loading import load_model
-from gptoss_jax.model import GptOss
-from gptoss_jax.tokenizer import Tokenizer
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.text.harmony.messages import Message
+from gptoss_jax.text.tokenizer import Tokenizer
+from gptoss_jax.types import SamplingParams
 from tools.train_embedded import arithmetic, conversations
 from tools.train_embedded.arithmetic import Problem
 from tools.train_embedded.tokens import encode, encode_prompt
@@ -34,7 +34,7 @@ class Speaker:
     def load(cls, path: Path, dtype: str = "bfloat16") -> Speaker:
         """From a checkpoint directory; its experts stay packed."""
         model = load_model(path, dtype=dtype)
-        return cls(model, Engine(model, EngineOptions(max_batch=64)), Tokenizer.from_dir(path))
+        return cls(model, Engine(model, EngineOptions(max_num_seqs=64)), Tokenizer.from_dir(path))
 
     def complete(self, prompts: Sequence[list[int]], most: int = MOST_TOKENS) -> list[list[int]]:
         """The tokens after each prompt, the one that stops included."""

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from gptoss_jax.harmony.messages import FunctionTool
+from gptoss_jax.text.harmony.messages import FunctionTool
 from tools.train_embedded import words
 
 HELD_OUT_ONE_IN = 12

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptoss_jax.harmony.messages import Message
-from gptoss_jax.harmony.render import render_conversation
-from gptoss_jax.tokenizer import Tokenizer
-from gptoss_jax.tokenizer_json import O200K_PATTERN
+from gptoss_jax.text.harmony.messages import Message
+from gptoss_jax.text.harmony.render import render_conversation
+from gptoss_jax.text.tokenizer import Tokenizer
+from gptoss_jax.text.tokenizer_json import O200K_PATTERN
 from tools.train_embedded.conversations import Conversation, random_conversation
 
 SPECIAL_TOKENS = (

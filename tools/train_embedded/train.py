@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptoss_jax.checkpoint_writer import save_weights
-from gptoss_jax.config import ModelConfig, RopeConfig
-from gptoss_jax.model import weight_specs
-from gptoss_jax.tokenizer import Tokenizer
+from gptoss_jax.checkpoints.writer import save_weights
+from gptoss_jax.model.config import ModelConfig, RopeConfig
+from gptoss_jax.model.gpt_oss import weight_specs
+from gptoss_jax.text.tokenizer import Tokenizer
 from tools.train_embedded.tokens import Batch, make_own_batch, train_tokenizer, use_tokenizer
 from tools.train_embedded.trainee import (
     PackedRows,

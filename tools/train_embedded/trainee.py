@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.kv_cache import Rotation
-from gptoss_jax.model import GptOss, MoE, weight_specs
-from gptoss_jax.mxfp4 import MXFP4Tensor, dequantize, quantize
-from gptoss_jax.weights import Creator, Weight, WeightSpec, random_creator
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss, MoE, weight_specs
+from gptoss_jax.model.kv_cache import Rotation
+from gptoss_jax.model.mxfp4 import MXFP4Tensor, dequantize, quantize
+from gptoss_jax.model.weights import Creator, Weight, WeightSpec, random_creator
 from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.mxfp4_matmul.reference import clamped_swiglu
 from pallas_kernels.rotary import rotate
@@ -23,7 +23,7 @@ Parameters = dict[str, jax.Array]
 
 
 class PackedRows(NamedTuple):
-    """Attention within each conversation of a row [B, T]: see gptoss_jax.kv_cache.KeyValues."""
+    """Attention within each conversation of a row [B, T]: see gptoss_jax.model.kv_cache.KeyValues."""
 
     segments_BT: jax.Array
 

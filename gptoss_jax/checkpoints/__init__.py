@@ -1,0 +1,1 @@
+"""Files to weights and back: Hugging Face, OpenAI and Orbax layouts."""

@@ -1,0 +1,35 @@
+"""What the commands' `--plot` needs of matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptoss_jax.commands.files import check_writable
+from gptoss_jax.errors import UsageError, expect
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check(path: Path) -> None:
+    """Before the work that a picture is of: raises UsageError where the picture could not be drawn or written."""
+    expect(
+        path.suffix.lower() in FORMATS, f"--plot: {path}", f"a name that ends in {', '.join(FORMATS)}", path.suffix
+    )
+    check_writable(path, "--plot")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("--plot: matplotlib is missing: pip install 'gptoss-jax[plot]'") from None
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the file's name says. Raises UsageError."""
+    figure.tight_layout()
+    try:
+        figure.savefig(path, format=path.suffix[1:].lower(), dpi=130)
+    except OSError as error:
+        raise UsageError(f"--plot: {path}: {error.strerror}") from None

@@ -1,0 +1,36 @@
+"""The file of `--trace`: when requests arrive, and how long they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from gptoss_jax.benching.workload import Arrival
+from gptoss_jax.commands.files import parse_json, read_text
+from gptoss_jax.errors import UsageError
+
+
+def read_trace(path: Path) -> list[Arrival]:
+    """A JSON line a request, in the order of their arrival. Raises UsageError, naming the line."""
+    arrivals = []
+    for number, text in enumerate(read_text(path, "--trace").splitlines(), 1):
+        if text.strip():
+            where = f"--trace: {path}: line {number}"
+            arrivals.append(_arrival(parse_json(text, where, dict), where))
+    if not arrivals:
+        raise UsageError(f"--trace: {path}: expected a request a line, found none")
+    return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
+
+
+def _arrival(line: dict[str, Any], where: str) -> Arrival:
+    names = [field.name for field in dataclasses.fields(Arrival)]
+    if sorted(line) != sorted(names):
+        raise UsageError(f"{where}: expected {', '.join(names)}, found {', '.join(sorted(line)) or 'nothing'}")
+    seconds = line["arrival_s"]
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < 1e9:
+        raise UsageError(f"{where}: arrival_s: expected seconds from 0, found {seconds!r:.60}")
+    for name in names[1:]:
+        if type(line[name]) is not int or line[name] < 1:
+            raise UsageError(f"{where}: {name}: expected an integer from 1, found {line[name]!r:.60}")
+    return Arrival(**line)

@@ -1,0 +1,149 @@
+"""python -m gptoss_jax.harmony render|parse: JSON lines in, JSON lines out."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptoss_jax.commands.flags import Parser
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.errors import UsageError, named
+from gptoss_jax.text.harmony.forms import read_messages
+from gptoss_jax.text.harmony.messages import ROLES, ParsedMessage
+from gptoss_jax.text.harmony.openai import render
+from gptoss_jax.text.harmony.parse import parse
+from gptoss_jax.text.harmony.render import render_conversation
+from gptoss_jax.text.tokenizer import Tokenizer
+
+_EMBEDDED = Path(__file__).parent / "embedded"
+_OPENAI_OPTIONS = (
+    "tools",
+    "builtin_tools",
+    "reasoning_effort",
+    "model_identity",
+    "current_date",
+    "knowledge_cutoff",
+    "response_format",
+)
+_DESCRIPTION = """\
+render: each input line is an object with one of
+  "harmony_json"  a conversation in openai-harmony's JSON form, {"messages": [...]}
+  "messages"      in the neutral form (content objects of type "system" or "developer", or header fields such
+                  as "channel"; an empty list too), or else OpenAI-style messages, with the options tools,
+                  builtin_tools, reasoning_effort, model_identity, current_date, knowledge_cutoff and
+                  response_format
+and optionally "id", "next_role" (null: none) and "auto_drop_analysis"; the output is {"id", "tokens", "text"}.
+
+parse: each input line is an object with "tokens" and optionally "id", "role" (default assistant; null: none
+known) and "strict" (default false); the output is {"id", "messages", "malformed"}.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command. Raises UsageError, naming the line."""
+    parser = Parser(
+        prog="python -m gptoss_jax.harmony",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=("render", "parse"))
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR|NAME",
+        default=str(_EMBEDDED),
+        help="a directory with a tokenizer.json, or o200k_harmony (default: the embedded model's)",
+    )
+    options = parser.parse_args(arguments)
+    tokenizer = _tokenizer(options.tokenizer)
+    handle = _render if options.command == "render" else _parse
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        if line.strip():
+            with named(f"line {number}"):
+                found = handle(_read_line(line), tokenizer)
+            print(json.dumps(found), flush=True)
+    return 0
+
+
+def _tokenizer(name: str) -> Tokenizer:
+    return Tokenizer.from_dir(name) if Path(name).exists() or os.sep in name else Tokenizer.from_name(name)
+
+
+def _read_line(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"expected a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _option(line: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
+    value = line.get(key, default)
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+        raise UsageError(
+            f"{key}: expected one of {', '.join(map(json.dumps, allowed))}, found {json.dumps(value)}"
+        )
+    return value
+
+
+def _render(line: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    next_role = _option(line, "next_role", "assistant", (*ROLES, None))
+    drop = _option(line, "auto_drop_analysis", True, (True, False))
+    conversation = line.get("harmony_json")
+    if isinstance(conversation, str):
+        conversation = _read_line(conversation.encode())
+    if conversation is not None and not isinstance(conversation, Mapping):
+        raise UsageError(f"harmony_json: expected an object, found {type(conversation).__name__}")
+    if conversation is None and "messages" not in line:
+        raise UsageError("messages: expected a list, found nothing")
+    if conversation is not None or _is_neutral(line["messages"], line):
+        source = line if conversation is None else conversation
+        where = "messages" if conversation is None else "harmony_json.messages"
+        messages = read_messages(source.get("messages"), where)
+        tokens = render_conversation(messages, tokenizer, next_role=next_role, auto_drop_analysis=drop)
+    else:
+        given = {key: line[key] for key in _OPENAI_OPTIONS if line.get(key) is not None}
+        tokens = render(line["messages"], tokenizer, next_role=next_role, auto_drop_analysis=drop, **given)
+    return {"id": line.get("id"), "tokens": tokens, "text": tokenizer.decode(tokens)}
+
+
+def _is_neutral(messages: Any, line: Mapping[str, Any]) -> bool:
+    if not isinstance(messages, list) or any(key in line for key in _OPENAI_OPTIONS):
+        return False
+    return not messages or any(
+        isinstance(message, Mapping)
+        and (
+            isinstance(message.get("content"), Mapping)
+            or any(key in message for key in ("channel", "recipient", "content_type"))
+        )
+        for message in messages
+    )
+
+
+def _parse(line: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    tokens = line.get("tokens")
+    if not isinstance(tokens, list):
+        raise UsageError(
+            f"tokens: expected a list, found {'nothing' if tokens is None else type(tokens).__name__}"
+        )
+    for index, token in enumerate(tokens):
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise UsageError(f"tokens[{index}]: expected an integer, found {json.dumps(token)[:80]}")
+    role = _option(line, "role", "assistant", (*ROLES, None))
+    strict = _option(line, "strict", False, (True, False))
+    completion = parse(tokens, tokenizer, role, strict=strict)
+    messages = [_as_json(message) for message in completion.messages]
+    return {"id": line.get("id"), "messages": messages, "malformed": completion.malformed}
+
+
+def _as_json(message: ParsedMessage) -> dict[str, Any]:
+    keys = ("role", "name", "channel", "recipient", "content_type", "text")
+    return {key: getattr(message, key) for key in keys}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""How programs are compiled: the compile cache and XLA options."""

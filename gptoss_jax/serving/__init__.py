@@ -1,0 +1,1 @@
+"""Who owns the engine, and its clients."""

@@ -1,0 +1,234 @@
+"""What a message is for: a call, an answer, a preamble to calls, or reasoning, however its header is written.
+
+`parse` reads headers as openai-harmony does, which takes a lone content type for a recipient and an unknown first word
+for a tool's role. Here all words of a header are read for what they can be, wherever they stand:
+
+* a word after `<|constrain|>`, or `json`, `code`, `text` or `response` alone, is a content type and no tool;
+* `analysis`, `commentary` and `final` are channels, whether marked, repeated, in another's place or glued to a
+  neighbour, and the last one counts;
+* `to=NAME` is a recipient: `user`, `all` and `assistant` are nobody to call, and neither is an empty name;
+* any other word is a call if it names a tool that there is. Where the tools are not known, it is one in a header of the
+  commentary channel or with a content type;
+* a first word that is nobody's role is the tool that is called, if a content type follows or `<|call|>` ends the
+  message.
+
+A final message is a call only where its recipient is certain: a function's qualified name, or a tool that there is.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptoss_jax.text.harmony.header import Header, shorten
+from gptoss_jax.text.harmony.messages import ParsedMessage
+from gptoss_jax.text.harmony.tools import BUILTIN_TOOLS
+
+Kind = Literal["answer", "preamble", "reasoning", "call", "nothing"]
+
+_CHANNEL = "<|channel|>"
+_CONSTRAIN = "<|constrain|>"
+_NAMESPACE = "functions."
+NOBODY = ("user", "all", "assistant")
+"""Recipients that are no tool."""
+
+NAMELESS = ("functions", *(f"{name}." for name in ("functions", *BUILTIN_TOOLS)))
+"""Recipients that name no tool: the namespaces alone."""
+
+_MARK = re.compile(r"(<\|\w+\|>)")
+_CHANNELS = re.compile(r"analysis|commentary|final", re.IGNORECASE)
+_GRAMMAR = re.compile(
+    r"(?P<words>(?:assistant|analysis|commentary|final)*)"
+    r"(?:(?P<to>(?:to=)+)(?P<recipient>.*)|(?P<type>json|code|text|response))?",
+    re.IGNORECASE,
+)
+_ENDING = re.compile(r"(.+?)(?:json|code|analysis|commentary|final)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a message is for, and of a call the tool's name without "functions.".
+
+    An answer and a preamble, which stands on the commentary channel, are for the user. Nothing is meant by a message of
+    somebody else's role.
+    """
+
+    kind: Kind
+    tool: str | None = None
+
+
+@dataclass
+class _Words:
+    """A header's words by what they can be.
+
+    `speaker` is the first one, where that is no word of an assistant's, `marked` the number of words after a
+    `<|channel|>`, and `glued` are words that are several at once.
+    """
+
+    speaker: str | None = None
+    marked: int = 0
+    channels: list[str] = field(default_factory=list)
+    recipients: list[str] = field(default_factory=list)
+    typed: bool = False
+    unknown_channels: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    glued: list[str] = field(default_factory=list)
+
+    @property
+    def channel(self) -> str | None:
+        return self.channels[-1] if self.channels else None
+
+
+def meaning(message: Header | ParsedMessage, tools: Collection[str] | None = None) -> Meaning:
+    """What a message, or one with this header, is for.
+
+    `tools` are the names of the tools that there are, as `tool_names` gives them; None where they are not known.
+    """
+    if message.role not in ("assistant", "tool"):
+        return Meaning("nothing")
+    words = _read(message)
+    if words.speaker is not None and isinstance(message, ParsedMessage):
+        # What a tool says ends otherwise. Of a header alone this is not yet known.
+        words.typed |= message.stop == "<|call|>"
+    if tool := _tool(words, tools):
+        return Meaning("call", tool)
+    if words.speaker is not None and words.channel != "final":
+        return Meaning("nothing")
+    if words.channel == "analysis":
+        return Meaning("reasoning")
+    return Meaning("preamble" if words.channel == "commentary" and "user" not in words.recipients else "answer")
+
+
+def irregularities(header: Header) -> list[str]:
+    """What a header has in another place, number or spelling than the format."""
+    if header.role not in ("assistant", "tool"):
+        return []
+    words = _read(header)
+    problems = []
+    if words.glued:
+        problems.append(f"no space or mark within {shorten(words.glued[0])}")
+    if len(words.channels) + len(words.unknown_channels) > 1 or words.marked > 1:
+        problems.append("more than one channel")
+    elif len(words.channels) > words.marked:
+        problems.append(f"channel {words.channels[0]!r} without <|channel|>")
+    if words.unknown_channels:
+        problems.append(f"unknown channel {shorten(words.unknown_channels[0])}")
+    if len(words.recipients) > 1:
+        problems.append("more than one recipient")
+    if not all(map(_bare, words.recipients)):
+        problems.append("a recipient without a name")
+    if words.others:
+        problems.append(f"unexpected {shorten(' '.join(words.others))}")
+    return [f"header: {problem}" for problem in problems]
+
+
+def _tool(words: _Words, tools: Collection[str] | None) -> str | None:
+    """The tool that a message with these words calls."""
+    return _recipient(words, tools) if words.recipients else _lone_word(words, tools)
+
+
+def _recipient(words: _Words, tools: Collection[str] | None) -> str | None:
+    called = [name for name in words.recipients if name not in NOBODY and _bare(name)]
+    if not called:
+        return None
+    name = called[-1]
+    known = _find(name, tools)
+    is_certain = known is not None or name.startswith(_NAMESPACE)
+    if not is_certain and (words.channel == "final" or words.speaker is not None):
+        return None
+    return known or _bare(name)
+
+
+def _lone_word(words: _Words, tools: Collection[str] | None) -> str | None:
+    if words.channel == "final":
+        return None
+    candidates = [*words.others, *words.unknown_channels]
+    if words.speaker is not None and words.typed:
+        candidates.append(words.speaker)
+    for name in candidates:
+        if known := _find(name, tools):
+            return known
+    may_guess = tools is None and (words.typed or words.channel == "commentary")
+    guessed = candidates if may_guess else [name for name in candidates if name.startswith(_NAMESPACE)]
+    return next((bare for name in guessed if (bare := _bare(name))), None)
+
+
+def _find(name: str, tools: Collection[str] | None) -> str | None:
+    """The known tool of this name, which may be glued to the word that follows it in a header."""
+    bare = _bare(name)
+    if not tools or bare in tools:
+        return bare if tools else None
+    glued = _ENDING.fullmatch(bare)
+    return glued[1] if glued and glued[1] in tools else None
+
+
+def _bare(name: str) -> str:
+    """A recipient's name as OpenAI-style calls have it; empty where there is none."""
+    if name in NAMELESS:
+        return ""
+    while name.startswith(_NAMESPACE):
+        name = name.removeprefix(_NAMESPACE)
+    return name
+
+
+def _read(message: Header | ParsedMessage) -> _Words:
+    words = _Words()
+    for index, (mark, word) in enumerate(_split(_written(message))):
+        words.marked += mark == _CHANNEL
+        if mark == _CONSTRAIN:
+            words.typed = True
+        elif not _take(words, word):
+            _keep(words, mark, word, first=message.role == "tool" and not (index or mark))
+    return words
+
+
+def _take(words: _Words, word: str) -> bool:
+    """Whether the format has such a word, which is then taken; so are several that are glued together."""
+    found = _GRAMMAR.match(word)
+    if found is None or found.end() < len(word):
+        return False
+    channels = _CHANNELS.findall(found["words"].lower())
+    words.channels += channels
+    words.typed |= found["type"] is not None
+    if found["to"]:
+        if _CHANNELS.fullmatch(found["recipient"]):
+            words.channels.append(found["recipient"].lower())
+        else:
+            words.recipients.append(found["recipient"])
+    if found.start("to") > 0 or (channels and not found["to"] and channels != [word.lower()]):
+        words.glued.append(word)
+    return True
+
+
+def _keep(words: _Words, mark: str, word: str, first: bool) -> None:
+    if first and word.partition(":")[0] != "assistant":
+        words.speaker = word
+    elif mark == _CHANNEL:
+        words.unknown_channels.append(word)
+    elif words.recipients and not mark and (not words.recipients[-1] or words.recipients[-1].endswith(".")):
+        words.recipients[-1] += word
+        words.others.append(word)
+    elif word.partition(":")[0] != "assistant":
+        words.others.append(word)
+
+
+def _split(text: str) -> Iterator[tuple[str, str]]:
+    """The words of a header, each with the mark that it follows, if any."""
+    mark = ""
+    for piece in _MARK.split(text):
+        if _MARK.fullmatch(piece):
+            mark = piece
+            continue
+        for word in piece.split():
+            yield mark, word
+            mark = ""
+
+
+def _written(message: Header | ParsedMessage) -> str:
+    """The header's text as the model wrote it, or as its fields are written."""
+    if message.written is not None:
+        return message.written
+    role = message.name or message.role if message.role == "tool" else message.role
+    recipient = "" if message.recipient is None else f" to={message.recipient}"
+    channel = "" if message.channel is None else _CHANNEL + message.channel
+    return f"{role}{recipient}{channel} {message.content_type or ''}"

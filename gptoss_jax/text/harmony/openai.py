@@ -1,0 +1,350 @@
+"""OpenAI-style chat messages to harmony messages, and parsed messages back."""
+
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from gptoss_jax.errors import UsageError
+from gptoss_jax.text.harmony.meaning import meaning
+from gptoss_jax.text.harmony.messages import (
+    KNOWLEDGE_CUTOFF,
+    MODEL_IDENTITY,
+    REASONING_EFFORTS,
+    ROLES,
+    DeveloperContent,
+    Message,
+    ParsedMessage,
+    ResponseFormat,
+    SystemContent,
+    ToolNamespace,
+)
+from gptoss_jax.text.harmony.render import render_conversation
+from gptoss_jax.text.harmony.tools import BUILTIN_TOOLS, Tool, function_tools
+from gptoss_jax.text.harmony.typescript import to_json
+from gptoss_jax.text.tokenizer import Tokenizer
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_THINKING = ("thinking", "reasoning_content", "reasoning")
+
+SEPARATOR = "\n\n"
+"""What lies between the texts of several messages that become one."""
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    tools: Sequence[Tool] | None = None,
+    builtin_tools: Sequence[str] = (),
+    reasoning_effort: str = "medium",
+    model_identity: str | None = None,
+    current_date: str | None = None,
+    knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF,
+    response_format: Mapping[str, Any] | None = None,
+    next_role: str | None = "assistant",
+    auto_drop_analysis: bool = True,
+) -> list[int]:
+    """The tokens of OpenAI-style messages, ready for `next_role` to speak.
+
+    `tools` are OpenAI tool objects or Python functions, `builtin_tools` any of "browser" and "python".
+    Without `current_date` (as 2025-06-28) the system message gives no date. Text never becomes a special
+    token. With `auto_drop_analysis`, reasoning is kept only after the last final answer, where a chain of
+    tool calls still needs it. Raises UsageError in one line that names the message's index and the field.
+    """
+    conversation = to_messages(
+        messages,
+        tools=tools,
+        builtin_tools=builtin_tools,
+        reasoning_effort=reasoning_effort,
+        model_identity=model_identity,
+        current_date=current_date,
+        knowledge_cutoff=knowledge_cutoff,
+        response_format=response_format,
+        auto_drop_analysis=auto_drop_analysis,
+    )
+    _check(next_role is None or next_role in ROLES, f"next_role: expected one of {', '.join(ROLES)}", next_role)
+    return render_conversation(conversation, tokenizer, next_role=next_role, auto_drop_analysis=False)
+
+
+def to_messages(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Tool] | None = None,
+    builtin_tools: Sequence[str] = (),
+    reasoning_effort: str = "medium",
+    model_identity: str | None = None,
+    current_date: str | None = None,
+    knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF,
+    response_format: Mapping[str, Any] | None = None,
+    auto_drop_analysis: bool = True,
+) -> list[Message]:
+    """The harmony conversation of OpenAI-style messages; arguments and errors as for `render`.
+
+    A system message is what the format calls developer instructions: the first ones join the tools in one
+    developer message, a later one becomes a developer message of its own.
+    """
+    _check(isinstance(messages, Sequence) and not isinstance(messages, str), "messages: expected a list", messages)
+    _check(
+        reasoning_effort in REASONING_EFFORTS,
+        f"reasoning_effort: expected one of {', '.join(REASONING_EFFORTS)}",
+        reasoning_effort,
+    )
+    for name, value in (
+        ("model_identity", model_identity),
+        ("current_date", current_date),
+        ("knowledge_cutoff", knowledge_cutoff),
+    ):
+        _check(value is None or isinstance(value, str), f"{name}: expected a string", value)
+    system = SystemContent(
+        model_identity=MODEL_IDENTITY if model_identity is None else model_identity,
+        knowledge_cutoff=knowledge_cutoff,
+        current_date=current_date,
+        reasoning_effort=reasoning_effort,
+        tools=_builtin(builtin_tools),
+    )
+    functions = function_tools(tools or ())
+    namespaces = (ToolNamespace("functions", None, functions),) if functions else ()
+    reader = _Reader({namespace.name for namespace in system.tools})
+    body = [message for index, value in enumerate(messages) for message in reader.read(index, value)]
+    instructions: list[str] = []
+    while body and body[0].role == "developer":
+        instructions += [part for part in body.pop(0).content if isinstance(part, str) and part]
+    developer = DeveloperContent("\n\n".join(instructions) or None, namespaces, _response_format(response_format))
+    head = [Message("system", (system,))]
+    if developer != DeveloperContent():
+        head.append(Message("developer", (developer,)))
+    body = [_as_instructions(message) for message in body]
+    return head + (_without_old_analysis(body) if auto_drop_analysis else body)
+
+
+def _as_instructions(message: Message) -> Message:
+    if message.role != "developer":
+        return message
+    return Message("developer", (DeveloperContent("".join(map(str, message.content))),), message.name)
+
+
+def _without_old_analysis(messages: list[Message]) -> list[Message]:
+    finals = [index for index, message in enumerate(messages) if message.channel == "final"]
+    last = finals[-1] if finals else 0
+    return [m for m in messages[:last] if m.channel != "analysis"] + messages[last:]
+
+
+def _builtin(names: Sequence[str]) -> tuple[ToolNamespace, ...]:
+    _check(isinstance(names, list | tuple), "builtin_tools: expected a list", names)
+    for name in names:
+        known = isinstance(name, str) and name in BUILTIN_TOOLS
+        _check(known, f"builtin_tools: expected any of {', '.join(BUILTIN_TOOLS)}", name)
+    return tuple(BUILTIN_TOOLS[name] for name in sorted(set(names)))
+
+
+def _response_format(value: Mapping[str, Any] | None) -> ResponseFormat | None:
+    if value is None:
+        return None
+    _check(isinstance(value, Mapping), "response_format: expected an object", value)
+    match value.get("type", "json_schema"):
+        case "text":
+            return None
+        case "json_object":
+            return ResponseFormat("json_object", {"type": "object"})
+        case "json_schema":
+            where = "response_format.json_schema" if "json_schema" in value else "response_format"
+            inner = value.get("json_schema", value)
+            _check(isinstance(inner, Mapping), f"{where}: expected an object", inner)
+            name, schema, description = (
+                inner.get("name", "response"),
+                inner.get("schema"),
+                inner.get("description"),
+            )
+            _check(isinstance(name, str) and "\n" not in name, f"{where}.name: expected one line of text", name)
+            _check(isinstance(schema, Mapping), f"{where}.schema: expected a JSON schema object", schema)
+            _check(
+                description is None or isinstance(description, str),
+                f"{where}.description: expected a string",
+                description,
+            )
+            return ResponseFormat(name, schema, description)
+        case other:
+            raise UsageError(f"response_format.type: expected text, json_object or json_schema, found {other!r}")
+
+
+class _Reader:
+    """Reads OpenAI-style messages in order, and remembers which calls a tool's result may answer."""
+
+    def __init__(self, builtin: set[str]) -> None:
+        self._builtin = builtin
+        self._calls: dict[str, Message] = {}
+        self._unanswered: list[Message] = []
+
+    def read(self, index: int, message: Any) -> list[Message]:
+        where = f"messages[{index}]"
+        _check(isinstance(message, Mapping), f"{where}: expected an object", message)
+        name = message.get("name")
+        _check(name is None or (isinstance(name, str) and name != ""), f"{where}.name: expected a name", name)
+        match message.get("role"):
+            case "system" | "developer":
+                return [Message("developer", _text(where, message))]
+            case "user":
+                return [Message("user", _text(where, message), name)]
+            case "assistant":
+                return self._assistant(where, message, name)
+            case "tool" | "function":
+                return [self._tool(where, message, name)]
+            case role:
+                raise UsageError(f"{where}.role: expected one of {', '.join(ROLES)}, found {role!r}")
+
+    def _assistant(self, where: str, message: Mapping[str, Any], name: str | None) -> list[Message]:
+        calls = message.get("tool_calls")
+        calls = [] if calls is None else calls
+        _check(isinstance(calls, list | tuple), f"{where}.tool_calls: expected a list", calls)
+        written: list[Message] = []
+        key = next((key for key in _THINKING if message.get(key) is not None), None)
+        if key is not None:
+            _check(isinstance(message[key], str), f"{where}.{key}: expected a string", message[key])
+            if message[key]:
+                written.append(Message("assistant", (message[key],), name, None, "analysis"))
+        if message.get("content") is not None or not (calls or written):
+            content = _said(where, message)
+            if any(content) or not calls:
+                written.append(Message("assistant", content, name, None, "commentary" if calls else "final"))
+        made = [self._call(f"{where}.tool_calls[{i}]", call, name) for i, call in enumerate(calls)]
+        self._unanswered = list(made)
+        return written + made
+
+    def _call(self, where: str, call: Any, author: str | None) -> Message:
+        _check(isinstance(call, Mapping), f"{where}: expected an object", call)
+        function = call.get("function", call)
+        _check(isinstance(function, Mapping), f"{where}.function: expected an object", function)
+        name, arguments, call_id = function.get("name"), function.get("arguments"), call.get("id")
+        named = isinstance(name, str) and name != "" and not any(c.isspace() for c in name)
+        _check(named, f"{where}.function.name: expected a name without spaces", name)
+        _check(call_id is None or isinstance(call_id, str), f"{where}.id: expected a string", call_id)
+        if isinstance(arguments, Mapping):
+            arguments = to_json(arguments)
+        _check(
+            isinstance(arguments, str), f"{where}.function.arguments: expected a string or an object", arguments
+        )
+        if self._is_builtin(name):
+            written = Message("assistant", (arguments,), author, name, "analysis", "code")
+        else:
+            recipient = _qualified(name)
+            written = Message("assistant", (arguments,), author, recipient, "commentary", "<|constrain|>json")
+        if call_id is not None:
+            self._calls[call_id] = written
+        return written
+
+    def _tool(self, where: str, message: Mapping[str, Any], name: str | None) -> Message:
+        call_id = message.get("tool_call_id")
+        if name is not None:
+            name = name if self._is_builtin(name) else _qualified(name)
+        if call_id is not None:
+            known = isinstance(call_id, str) and call_id in self._calls
+            _check(known, f"{where}.tool_call_id: expected the id of an earlier tool call", call_id)
+            called = self._calls[call_id]
+            _check(name in (None, called.recipient), f"{where}.name: expected {called.recipient}", name)
+        elif name is not None:
+            called = next((call for call in self._unanswered if call.recipient == name), Message("assistant"))
+        else:
+            _check(bool(self._unanswered), f"{where}: expected a name or a tool_call_id", None)
+            called = self._unanswered[0]
+        self._unanswered = [call for call in self._unanswered if call is not called]
+        name = name or called.recipient
+        channel = "analysis" if self._is_builtin(name or "") else "commentary"
+        return Message("tool", _text(where, message), name, "assistant", channel)
+
+    def _is_builtin(self, name: str) -> bool:
+        return name.partition(".")[0] in self._builtin
+
+
+def _qualified(name: str) -> str:
+    return name if name.startswith("functions.") else f"functions.{name}"
+
+
+def _text(where: str, message: Mapping[str, Any]) -> tuple[str, ...]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return (content,)
+    if not isinstance(content, list | tuple):
+        raise UsageError(f"{where}.content: expected a string or a list of text parts, found {_shown(content)}")
+    parts = []
+    for index, part in enumerate(content):
+        here = f"{where}.content[{index}]"
+        _check(isinstance(part, Mapping), f"{here}: expected a text part", part)
+        _check(part.get("type") in _TEXT_PARTS, f"{here}.type: expected 'text'", part.get("type"))
+        _check(isinstance(part.get("text"), str), f"{here}.text: expected a string", part.get("text"))
+        parts.append(part["text"])
+    return tuple(parts)
+
+
+def _said(where: str, message: Mapping[str, Any]) -> tuple[str, ...]:
+    """An assistant's content, which may be null: a completion can be empty."""
+    is_empty = message.get("content") is None and any(
+        key in message for key in ("content", "tool_calls", *_THINKING)
+    )
+    return ("",) if is_empty else _text(where, message)
+
+
+def _check(holds: bool, expected: str, found: Any) -> None:
+    if not holds:
+        raise UsageError(f"{expected}, found {_shown(found)}")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    shown = repr(value) if isinstance(value, str | int | float) else type(value).__name__
+    return shown if len(shown) <= 80 else shown[:80] + "..."
+
+
+def _new_call_id(_index: int) -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def to_openai(
+    messages: Iterable[ParsedMessage],
+    *,
+    call_id: Callable[[int], str] = _new_call_id,
+    tools: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """One OpenAI-style assistant message out of the messages of a completion, each for what it means (`meaning`).
+
+    Reasoning goes to "thinking", calls to "tool_calls" with ids from `call_id(index)`, and everything else
+    that the assistant said, preambles included, to "content"; what there is none of is left out, and
+    "content" is then None. `tools` are the names of the tools that there are (`tool_names`), where they are known.
+    """
+    said: list[str] = []
+    thought: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for message in messages:
+        meant = meaning(message, tools)
+        if meant.kind == "call":
+            function = {"name": meant.tool, "arguments": message.text}
+            calls.append({"id": call_id(len(calls)), "type": "function", "function": function})
+        elif meant.kind != "nothing":
+            (thought if meant.kind == "reasoning" else said).append(message.text)
+    result: dict[str, Any] = {"role": "assistant", "content": join_texts(said) if said else None}
+    if thought:
+        result["thinking"] = join_texts(thought)
+    if calls:
+        result["tool_calls"] = calls
+    return result
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """The texts of several messages as one; empty ones add nothing."""
+    return SEPARATOR.join(text for text in texts if text)
+
+
+def tool_names(tools: Sequence[Tool] | None = None, builtin_tools: Sequence[str] = ()) -> frozenset[str]:
+    """The names that calls of these tools have, arguments as for `render`. Raises UsageError."""
+    functions = [tool.name for tool in function_tools(tools or ())]
+    builtin = [
+        f"{space.name}.{tool.name}" if tool else space.name
+        for space in _builtin(builtin_tools)
+        for tool in space.functions or (None,)
+    ]
+    return frozenset([*functions, *builtin])
+
+
+def is_tool_call(message: ParsedMessage) -> bool:
+    """Whether a message is the assistant's call of a tool."""
+    return meaning(message).kind == "call"

@@ -1,0 +1,327 @@
+"""Tokens to messages, one token at a time, for any tokens at all: what is malformed is told, never raised."""
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from gptoss_jax.text.harmony.header import Header, read_header, shorten
+from gptoss_jax.text.harmony.meaning import irregularities, meaning
+from gptoss_jax.text.harmony.messages import ParsedCompletion, ParsedMessage, Role
+from gptoss_jax.text.tokenizer import Tokenizer
+
+_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+_SHOWN = 64  # tokens of a stray run that are kept to be shown
+_BACKLOG = 64  # bytes that may wait behind invalid ones
+# What begins as a header of the assistant's does, and no answer.
+_HEADER_BEGUN = re.compile(r"\s*(?:(?:assistant|analysis|commentary|final)\s*)*(?:to=|to?$|$)")
+
+
+@dataclass(frozen=True)
+class MessageStart:
+    """A header is complete: content follows."""
+
+    header: Header
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More text of the current message."""
+
+    text: str
+    header: Header
+
+
+@dataclass(frozen=True)
+class MessageEnd:
+    """A message is complete; its text is that of its deltas joined."""
+
+    message: ParsedMessage
+
+
+Event = MessageStart | Delta | MessageEnd
+
+
+@dataclass
+class _Content:
+    header: Header
+    start: int
+    text: list[str] = field(default_factory=list)
+    noted: set[str] = field(default_factory=set)
+
+
+class StreamParser:
+    """Reads a completion (or a whole conversation) token by token.
+
+    `role` is the role that the prompt's end has announced; None reads from the first `<|start|>`. Messages
+    and state are those of openai-harmony's StreamableParser wherever that one does not raise, except that
+    by default a `<|start|>` ends the message or header that it stands in, and that a message whose
+    `<|message|>` never came is kept whatever its role. With `strict`, such tokens are header or content as
+    they are there. `tools` are the names of the tools that there are, if they are known: what is said to be
+    malformed depends on them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        role: Role | None = "assistant",
+        *,
+        strict: bool = False,
+        tools: Collection[str] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tools = tools
+        self._strict = strict
+        self._start, self._message, self._channel = map(
+            tokenizer.encode_special, ("<|start|>", "<|message|>", "<|channel|>")
+        )
+        self._ends = {tokenizer.encode_special(name): name for name in _ENDS}
+        self._special = {token: name for name, token in tokenizer.special_tokens.items()}
+        self._completes = role == "assistant"
+        self._default_role: Role = role or "assistant"
+        self._next_role = role
+        self._header: list[int] | None = None if role is None else []
+        self._header_start = 0
+        self._content: _Content | None = None
+        self._bytes = bytearray()
+        self._position = 0
+        self._stray: list[int] = []
+        self._stray_start: int | None = None
+        self._delta: str | None = None
+        self.result = ParsedCompletion()
+
+    @property
+    def last_delta(self) -> str | None:
+        """The text that the last token added, or None."""
+        return self._delta
+
+    @property
+    def role(self) -> Role | None:
+        """The current message's role, as far as it is known."""
+        return self._content.header.role if self._content else self._next_role
+
+    @property
+    def channel(self) -> str | None:
+        """The channel of the message whose content is being read."""
+        return self._content.header.channel if self._content else None
+
+    @property
+    def recipient(self) -> str | None:
+        """The recipient of the message whose content is being read."""
+        return self._content.header.recipient if self._content else None
+
+    @property
+    def content_type(self) -> str | None:
+        """The content type of the message whose content is being read."""
+        return self._content.header.content_type if self._content else None
+
+    def push(self, token: int) -> list[Event]:
+        """Takes the next token and returns what it brought."""
+        self._delta = None
+        events: list[Event] = []
+        if self._content is not None:
+            self._push_content(self._content, token, events)
+        elif self._header is not None:
+            self._push_header(self._header, token, events)
+        else:
+            self._push_between(token, events)
+        self._position += 1
+        return events
+
+    def finish(self) -> list[Event]:
+        """Says that no more tokens come, and returns what that brought: the rest of the current message."""
+        self._delta = None
+        events: list[Event] = []
+        if self._content is not None:
+            self._end_content(self._content, None, self._position, events)
+        elif self._header is not None and self._strict and (self._ends.keys() & set(self._header)):
+            events += self._read_again(self._header)
+        elif self._header is not None:
+            self._end_header(self._header, None, self._position, events)
+        self._close_stray(self._position)
+        return events
+
+    def _read_again(self, header: list[int]) -> list[Event]:
+        """Reads a header that never ended as a lenient parser does, which finds the messages in it."""
+        self._strict = False
+        self._position -= len(header)
+        self._header = []
+        events = [event for token in header for event in self.push(token)]
+        return events + self.finish()
+
+    def _note(self, problem: str) -> None:
+        self.result.malformed.append(problem)
+
+    def _push_between(self, token: int, events: list[Event]) -> None:
+        if token == self._start:
+            self._open_header(self._position, None, [])
+        elif not self._strict and token in (self._channel, self._message):
+            self._note(f"token {self._position}: a message without <|start|>")
+            self._open_header(self._position, self._default_role, [token] if token == self._channel else [])
+            if token == self._message:
+                self._begin_content([], events)
+        else:
+            if self._stray_start is None:
+                self._stray_start = self._position
+            if len(self._stray) < _SHOWN:
+                self._stray.append(token)
+
+    def _open_header(self, position: int, role: Role | None, tokens: list[int]) -> None:
+        self._close_stray(position)
+        self._header, self._header_start, self._next_role = tokens, position, role
+
+    def _close_stray(self, end: int) -> None:
+        if self._stray_start is not None:
+            self.result.stray.append((self._stray_start, end))
+            text = shorten(self._tokenizer.decode(self._stray))
+            self._note(f"tokens {self._stray_start} to {end - 1} outside of any message: {text}")
+        self._stray_start, self._stray = None, []
+
+    def _push_header(self, header: list[int], token: int, events: list[Event]) -> None:
+        if token == self._message:
+            self._begin_content(header, events)
+        elif token in self._ends and not self._strict:
+            self._end_header(header, self._ends[token], self._position + 1, events)
+        elif token == self._start and not self._strict:
+            if header or self._header_start < self._position:
+                self._end_header(header, None, self._position, events)
+            self._open_header(self._position, None, [])
+        else:
+            header.append(token)
+
+    def _read_header(self, header: list[int], fields: bool) -> Header:
+        data = self._tokenizer.decode_bytes(header)
+        text = data.decode("utf-8", "replace")
+        read = read_header(text, self._next_role, fields=fields)
+        for problem in read.malformed or irregularities(read):
+            self._note(f"token {self._header_start}: {problem}")
+        if text.encode() != data or not all(token in self._tokenizer for token in header):
+            self._note(f"token {self._header_start}: header: not valid UTF-8")
+        return read
+
+    def _begin_content(self, header: list[int], events: list[Event]) -> None:
+        read = self._read_header(header, fields=True)
+        self._header, self._next_role = None, None
+        self._content = _Content(read, self._header_start)
+        events.append(MessageStart(read))
+
+    def _end_header(self, header: list[int], stop: str | None, end: int, events: list[Event]) -> None:
+        """A header that ends without `<|message|>`: its words are content, unless it was merely cut short."""
+        start, role = self._header_start, self._next_role
+        cut_short = stop is None and (role is None or self._channel in header or self._begins_header(header))
+        read = None if cut_short or not header else self._read_header(header, fields=False)
+        self._header, self._next_role = None, None
+        if read is None:
+            text = shorten(self._tokenizer.decode(header[:_SHOWN]))
+            self._note(f"token {start}: a header without <|message|>: {text}")
+            if end > start:
+                self.result.stray.append((start, end))
+            return
+        self._note(f"token {start}: no <|message|> between header and content")
+        events.append(MessageStart(read))
+        if read.rest:
+            events.append(Delta(read.rest, read))
+        self._add_message(read, read.rest, stop, (start, end), events)
+
+    def _begins_header(self, tokens: list[int]) -> bool:
+        return _HEADER_BEGUN.match(self._tokenizer.decode(tokens)) is not None
+
+    def _add_message(
+        self, header: Header, text: str, stop: str | None, span: tuple[int, int], events: list[Event]
+    ) -> None:
+        message = ParsedMessage(
+            header.role,
+            text,
+            header.name,
+            header.recipient,
+            header.channel,
+            header.content_type,
+            stop,
+            span,
+            header.written,
+        )
+        if self._completes:
+            self._note_meaning(message)
+        self.result.messages.append(message)
+        events.append(MessageEnd(message))
+
+    def _note_meaning(self, message: ParsedMessage) -> None:
+        """Notes a message of a completion that is for nobody, and a call that is none."""
+        kind = meaning(message, self._tools).kind
+        start, end = message.span
+        if kind == "nothing":
+            who = shorten(message.name or message.role)
+            self._note(f"token {start}: a message of {who}, not of the assistant: {shorten(message.text)}")
+        elif message.stop == "<|call|>" and kind != "call":
+            self._note(f"token {end - 1}: <|call|> after a message that calls no tool")
+
+    def _push_content(self, content: _Content, token: int, events: list[Event]) -> None:
+        if token in self._ends:
+            self._end_content(content, self._ends[token], self._position + 1, events)
+            return
+        if token == self._start and not self._strict:
+            self._note(f"token {self._position}: <|start|> before the end of a message")
+            self._end_content(content, None, self._position, events)
+            self._open_header(self._position, None, [])
+            return
+        if token in self._special:
+            self._note_once(content, f"{self._special[token]} in the content")
+        elif token not in self._tokenizer:
+            self._note_once(content, "a token outside the vocabulary in the content")
+        self._bytes += self._tokenizer.decode_bytes((token,))
+        text = self._decode(content)
+        if text:
+            self._delta = text
+            content.text.append(text)
+            events.append(Delta(text, content.header))
+
+    def _note_once(self, content: _Content, problem: str) -> None:
+        if problem not in content.noted:
+            content.noted.add(problem)
+            self._note(f"token {self._position}: {problem}")
+
+    def _decode(self, content: _Content) -> str:
+        """The text that has become certain: up to one invalid sequence a token, as openai-harmony gives it
+        out.
+        """
+        try:
+            text = self._bytes.decode()
+        except UnicodeDecodeError as error:
+            text = self._bytes[: error.start].decode()
+            if error.reason == "unexpected end of data":
+                del self._bytes[: error.start]
+                return text
+            self._note_once(content, "not valid UTF-8 in the content")
+            if len(self._bytes) > _BACKLOG:
+                return self._flush()
+            del self._bytes[: error.end]
+            return text + "\ufffd"
+        self._bytes.clear()
+        return text
+
+    def _flush(self) -> str:
+        text = self._bytes.decode("utf-8", "replace")
+        self._bytes.clear()
+        return text
+
+    def _end_content(self, content: _Content, stop: str | None, end: int, events: list[Event]) -> None:
+        if self._bytes:
+            text = self._flush()
+            if "\ufffd" in text:
+                self._note_once(content, "not valid UTF-8 in the content")
+            content.text.append(text)
+            events.append(Delta(text, content.header))
+        self._content = None
+        self._add_message(content.header, "".join(content.text), stop, (content.start, end), events)
+
+
+def parse(
+    tokens: Iterable[int], tokenizer: Tokenizer, role: Role | None = "assistant", *, strict: bool = False
+) -> ParsedCompletion:
+    """The messages of a completion and what was malformed about it; arguments as for StreamParser. Never
+    raises.
+    """
+    parser = StreamParser(tokenizer, role, strict=strict)
+    for token in tokens:
+        parser.push(token)
+    parser.finish()
+    return parser.result

@@ -1,0 +1,178 @@
+"""Text to token ids and back, through tiktoken, from a checkpoint's own tokenizer.json."""
+
+import codecs
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Self
+
+import tiktoken
+
+from gptoss_jax.errors import CheckpointError, UsageError
+from gptoss_jax.text.pieces import PieceSplitter, has_long_run
+from gptoss_jax.text.tokenizer_json import read_tokenizer_json
+
+_LONG = 2000  # characters of a run from which tiktoken's regex engine may overflow its stack
+_UNKNOWN = "\ufffd".encode()
+
+# o200k_harmony's ids (tiktoken_ext/openai_public.py): a vocabulary with these is that one, whose unnamed ids up to
+# the model's 201088 outputs are reserved tokens.
+_O200K_ORDINARY = 199_998
+_O200K_MARKS = {
+    "<|startoftext|>": 199998,
+    "<|endoftext|>": 199999,
+    "<|return|>": 200002,
+    "<|constrain|>": 200003,
+    "<|channel|>": 200005,
+    "<|start|>": 200006,
+    "<|end|>": 200007,
+    "<|message|>": 200008,
+    "<|call|>": 200012,
+}
+_O200K_END = 201_088
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer: immutable, safe to share between threads.
+
+    Text never becomes a special token: `encode` treats "<|end|>" as any other text. Special tokens come from
+    `encode_special` alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pattern: str,
+        vocab: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        ranks: Mapping[bytes, int] | None = None,
+    ) -> None:
+        """`vocab` maps token bytes to ids, and `ranks` to merge priorities where these are not the ids
+        themselves.
+        """
+        self.name = name
+        self._ranks = dict(vocab if ranks is None else ranks)
+        self._ids = None if ranks is None else {rank: vocab[token] for token, rank in ranks.items()}
+        self._special = dict(special_tokens)
+        self._bytes = {token_id: token for token, token_id in vocab.items()}
+        self._bytes |= {token_id: text.encode() for text, token_id in special_tokens.items()}
+        self._vocab_size = max(self._bytes) + 1
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={})
+        self._splitter = PieceSplitter(pattern)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Self:
+        """The tokenizer of a checkpoint directory (or of a tokenizer.json itself).
+
+        Raises CheckpointError naming the file and the field if it is missing, malformed or not byte-level
+        BPE.
+        """
+        file = Path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        content = read_tokenizer_json(file)
+        special = _with_reserved(content.vocab, content.special_tokens)
+        ranks = None if content.ranks is content.vocab else content.ranks
+        try:
+            return cls(file.parent.name, content.pattern, content.vocab, special, ranks)
+        except Exception as error:  # the two regex engines raise types of their own
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{file}: pre_tokenizer: the pattern cannot be compiled: {reason}") from None
+
+    @classmethod
+    def from_name(cls, name: str = "o200k_harmony") -> Self:
+        """An encoding that tiktoken knows by name, from its cache or its server.
+
+        Raises UsageError if there is no such encoding or it can be had from neither.
+        """
+        if name not in tiktoken.list_encoding_names():
+            raise UsageError(f"tokenizer: expected a directory or a tiktoken encoding, found {name!r}")
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except (OSError, ValueError, ImportError) as error:
+            raise UsageError(
+                f"tokenizer: {name} is neither in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor can it be downloaded: "
+                f"{type(error).__name__}"
+            ) from None
+        return cls(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Every special token's text and id."""
+        return dict(self._special)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self._vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`, none of them special, in time linear in its length.
+
+        A lone surrogate, which UTF-8 cannot hold, is read as U+FFFD.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ranks = self._encode_long(text) if has_long_run(text, _LONG) else self._encoding.encode_ordinary(text)
+        return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
+
+    def _encode_long(self, text: str) -> list[int]:
+        pieces = self._splitter.pieces(text)
+        if pieces is None:
+            return self._encoding.encode_ordinary(text)
+        return [rank for piece in pieces for rank in self._encoding._core_bpe.encode_single_piece(piece.encode())]
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token such as "<|start|>"; raises UsageError if the vocabulary has none of
+        that name.
+        """
+        if name not in self._special:
+            raise UsageError(f"tokenizer {self.name}: has no special token {name}")
+        return self._special[name]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token; raises UsageError for an id outside the vocabulary."""
+        if token not in self._bytes:
+            raise UsageError(f"tokenizer {self.name}: expected a token id below {self.vocab_size}, found {token}")
+        return self._bytes[token]
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The joined bytes of `tokens`; an id outside the vocabulary gives U+FFFD."""
+        return b"".join([self._bytes.get(token, _UNKNOWN) for token in tokens])
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `tokens`; what is not UTF-8 gives U+FFFD."""
+        return self.decode_bytes(tokens).decode("utf-8", "replace")
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._bytes
+
+
+class StreamDecoder:
+    """Decodes tokens as they arrive: a character is given out once all of its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token: "" in the middle of a character."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """What an unfinished character leaves: U+FFFD, or "" if there is none. The decoder can then start
+        anew.
+        """
+        return self._decoder.decode(b"", final=True)
+
+
+def _with_reserved(vocab: Mapping[bytes, int], special: dict[str, int]) -> dict[str, int]:
+    """`special` with the reserved tokens that o200k_harmony has and a checkpoint's tokenizer.json leaves
+    out.
+    """
+    if len(vocab) != _O200K_ORDINARY or not _O200K_MARKS.items() <= special.items():
+        return special
+    named = {text: token_id for text, token_id in special.items() if token_id < _O200K_END}
+    taken = set(_O200K_MARKS.values())
+    reserved = {f"<|reserved_{i}|>": i for i in range(_O200K_ORDINARY, _O200K_END) if i not in taken}
+    return {**named, "<|endofprompt|>": 200018, **reserved}

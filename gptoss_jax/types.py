@@ -1,0 +1,246 @@
+"""What a request asks for, and what comes back: plain data, no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from gptoss_jax.errors import UsageError, expect
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What form a request's answer has: exactly one of these. Raises UsageError for anything else.
+
+    Args:
+      json: a JSON schema, as an object or as its text.
+      regex: a regular expression that the whole answer matches.
+      choice: texts, one of which is the answer.
+      grammar: a context-free grammar, in Lark's or llama.cpp's (GBNF) notation.
+      json_object: any JSON object.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [
+            field.name for field in dataclasses.fields(self) if getattr(self, field.name) not in (None, False)
+        ]
+        if len(given) != 1:
+            kinds = ", ".join(field.name for field in dataclasses.fields(self))
+            raise UsageError(f"structured_outputs: expected one of {kinds}, found {' and '.join(given) or 'none'}")
+        [name] = given
+        value, choice = getattr(self, name), self.choice
+        texts = (
+            isinstance(choice, Sequence)
+            and not isinstance(choice, str)
+            and all(isinstance(c, str) for c in choice)
+        )
+        fine, expected = {
+            "json": (isinstance(value, str | Mapping), "a JSON schema"),
+            "regex": (isinstance(value, str), "a regular expression"),
+            "choice": (texts and bool(choice), "texts to choose from"),
+            "grammar": (isinstance(value, str), "the text of a grammar"),
+            "json_object": (value is True, "true"),
+        }[name]
+        expect(fine, f"structured_outputs.{name}", expected, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are chosen. Raises UsageError for a value out of range.
+
+    Args:
+      max_tokens: most tokens to generate; None for as many as the context holds.
+      temperature: 0 takes the likeliest token; otherwise divides the logits.
+      top_p: keeps the smallest set of likeliest tokens whose probability reaches it.
+      top_k: keeps this many of the likeliest tokens, and those as likely as the last of them; 0 or -1 for all.
+      min_p: keeps tokens at least this likely relative to the likeliest.
+      seed: makes a request's tokens repeatable, whatever else is in the batch, but for the rounding of logits, which in
+        bfloat16 depends on how many tokens a step has; None draws one.
+      stop: strings that end the text, and are left out of it.
+      stop_token_ids: tokens that end the request, besides the checkpoint's own; their text is left out, too.
+      ignore_eos: go on past the checkpoint's own stop tokens: those of generation_config.json, or of config.json where
+        it names none, and harmony's.
+      logprobs: how many of the likeliest tokens to report at each position, besides the chosen one; None for
+        no report.
+      n: how many completions of the prompt, whose pages they share; the i-th uses seed + i.
+      min_tokens: tokens before which nothing that ends the request may be chosen.
+      repetition_penalty: above 1 makes tokens of prompt and output less likely: divides their positive logits,
+        multiplies their negative ones.
+      presence_penalty: subtracted from the logits of tokens in the output.
+      frequency_penalty: subtracted for each time that a token is in the output.
+      logit_bias: added to the logits of these tokens.
+      prompt_logprobs: as `logprobs`, for the tokens of the prompt.
+      structured_outputs: the form that the answer must have: in a chat the text of its final channel, else all of it.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        fine = self.max_tokens is None or is_int(self.max_tokens, 1)
+        self._check("max_tokens", fine, "an integer from 1, below 2**31")
+        self._check("temperature", is_number(self.temperature, 0, 1e6), "a number from 0 to 1e6")
+        self._check("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1")
+        self._check("top_k", is_int(self.top_k, 0), "an integer from 0, below 2**31")
+        self._check("min_p", is_number(self.min_p, 0, 1), "a number from 0 to 1")
+        self._check("seed", self.seed is None or is_int(self.seed, 0, 2**64 - 1), "an integer from 0, below 2**64")
+        self._check("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
+        self._check("stop_token_ids", all(is_int(t, 0) for t in self.stop_token_ids), "token ids")
+        self._check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+        self._check("n", is_int(self.n, 1, 1024), "an integer from 1 to 1024")
+        self._check("min_tokens", is_int(self.min_tokens, 0), "an integer from 0, below 2**31")
+        fine = is_number(self.repetition_penalty, 0, 1e6) and self.repetition_penalty > 0
+        self._check("repetition_penalty", fine, "a number above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, is_number(getattr(self, name), -2, 2), "a number from -2 to 2")
+        bias = self.logit_bias or {}
+        fine = len(bias) <= 1024 and all(is_int(t, 0) and is_number(b, -1e6, 1e6) for t, b in bias.items())
+        self._check("logit_bias", fine, "at most 1024 token ids with a number each")
+        fine = self.prompt_logprobs is None or is_int(self.prompt_logprobs, 0, 20)
+        self._check("prompt_logprobs", fine, "an integer from 0 to 20")
+        self._check("logprobs", self.logprobs is None or is_int(self.logprobs, 0, 20), "an integer from 0 to 20")
+        if self.structured_outputs is not None:
+            # Only a stop token can follow a complete answer.
+            self._check("min_tokens", self.min_tokens == 0, "0 with structured_outputs")
+            self._check("ignore_eos", not self.ignore_eos, "false with structured_outputs")
+
+    def _normalise(self) -> None:
+        """Take what JSON and other libraries make of a value: null, a lone string, keys as text, -1 for all."""
+        put = partial(object.__setattr__, self)
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            value = () if value is None else (value,) if isinstance(value, str) else value
+            self._check(name, isinstance(value, Sequence) and not isinstance(value, str), "a list")
+            put(name, tuple(value))
+        if self.top_k == -1:
+            put("top_k", 0)
+        if self.logit_bias is not None:
+            self._check("logit_bias", isinstance(self.logit_bias, Mapping), "token ids with a number each")
+            keys = [int(key) if isinstance(key, str) and key.isdecimal() else key for key in self.logit_bias]
+            put("logit_bias", dict(zip(keys, self.logit_bias.values(), strict=True)))
+        if isinstance(form := self.structured_outputs, Mapping):
+            known = {field.name for field in dataclasses.fields(StructuredOutputsParams)}
+            for name in sorted(form.keys() - known):
+                raise UsageError(f"structured_outputs.{name}: expected one of {', '.join(sorted(known))}")
+            put("structured_outputs", StructuredOutputsParams(**form))
+        fine = self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams)
+        self._check("structured_outputs", fine, 'an object such as {"regex": "[0-9]+"}')
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what has been generated changes the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def _check(self, name: str, fine: bool, expected: str) -> None:
+        expect(fine, name, expected, getattr(self, name))
+
+
+def is_int(value: Any, least: int, most: int = 2**31 - 1) -> bool:
+    """Whether it is an integer from `least` to `most`."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
+
+
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Whether it is a number from `least` to `most`."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and bool(least <= value <= most)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, before temperature: of the chosen token, and of the likeliest."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclasses.dataclass
+class CompletionOutput:
+    """One generated sequence.
+
+    `text` is all of its text (None without a tokenizer), in a chat the final answer's. `message` is a chat's
+    OpenAI-style assistant message (content, thinking, tool_calls), and `malformed` says where its form is broken.
+    """
+
+    index: int
+    token_ids: list[int]
+    text: str | None
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None
+    message: dict[str, Any] | None = None
+    malformed: Sequence[str] = ()
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """A request's prompt and what was generated for it.
+
+    `prompt_logprobs` has None for the first token. `cached_tokens` of the prompt were taken up from earlier ones. Of
+    `drafted_tokens`, guessed where the engine guesses, `accepted_tokens` stood.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+Scope = Literal["text", "final", "final or call"]
+"""Where a form applies: to all of a completion, or to harmony's final channel; with calls of tools instead, or not."""
+
+
+class TokenConstraint(Protocol):
+    """What a sequence's next token may be."""
+
+    def fill(self, words: np.ndarray) -> None:
+        """Set the bits of the tokens that may come next in uint32 words, which are all ones."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that came."""
+        ...
+
+
+class ConstraintMaker(Protocol):
+    """Makes the constraint of a completion. Raises UsageError for a form that cannot be used."""
+
+    def __call__(self, form: StructuredOutputsParams, scope: Scope) -> TokenConstraint:
+        """One constraint for one completion."""
+        ...

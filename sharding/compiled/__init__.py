@@ -1,0 +1,1 @@
+"""What compiled programs hold, communicate and take, on machines that are here or not."""

@@ -1,0 +1,1 @@
+"""Processes on several hosts that run one program together."""

@@ -1,0 +1,130 @@
+"""Any process of a cluster but the first: it does what process 0 says."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sharding.errors import ClusterError
+from sharding.processes.cluster import END_SECONDS, PROTOCOL, START_SECONDS, Cluster, ping
+from sharding.processes.links import Gone, Link, connect, forward, listen
+from sharding.processes.membership import Membership
+from sharding.processes.process import exit_now, report
+
+
+class Follower(Cluster):
+    """Any other process: it does what process 0 says."""
+
+    def __init__(self, member: Membership) -> None:
+        super().__init__(member)
+        self._inbox: queue.Queue[Any] = queue.Queue()
+        self._link: Link | None = None
+        self._forwarder: socket.socket | None = None
+        self._left = False
+
+    def meet(self, patience: float) -> None:
+        """Wait for the others; see `start`."""
+        try:
+            connection = connect(self.member.host, self.member.port, patience)
+        except OSError as error:
+            raise ClusterError(
+                f"process 0 does not answer at {self.member.address} within {patience:.0f} s: "
+                f"{error.strerror or error}"
+            ) from None
+        self._link = Link(connection)
+        self._link.send(self._hello("control"))
+        # Process 0 answers Ctrl-C for all: a terminal that several processes share sends it to each.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._start_thread(self._watch, self._link)
+        self._start_thread(ping, self._link)
+
+    def _hello(self, kind: str) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "protocol": PROTOCOL,
+            "process": self.process_id,
+            "num_processes": self.num_processes,
+        }
+
+    def _watch(self, link: Link) -> None:
+        try:
+            while (message := link.receive())["kind"] not in ("end", "stopped", "refused"):
+                if message["kind"] != "ping":
+                    self._inbox.put(message)
+        except Gone as gone:
+            if not self._ending.is_set():
+                report(f"process 0 is gone: {gone}")
+                exit_now(1)
+            return
+        self.exit_code = message["code"]
+        if message["why"]:
+            report(message["why"])
+        self._ending.set()
+        if message["kind"] != "end":
+            exit_now(self.exit_code)
+        self._inbox.put(None)
+        # The main thread may be stuck in a computation that process 0 has left.
+        time.sleep(END_SECONDS)
+        if not self._left:
+            exit_now(self.exit_code)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """See Cluster."""
+        self._send({"kind": "facts", "facts": dict(facts)})
+        message = self._inbox.get()
+        if message is None:
+            self.end(self.exit_code)
+        elif message["differences"]:
+            raise ClusterError(message["differences"])
+
+    def broadcast(self, value: Any = None) -> Any:
+        """See Cluster."""
+        message = self._inbox.get()
+        return None if message is None else message["value"]
+
+    def end(self, code: int, reason: str = "") -> None:
+        """See Cluster."""
+        if not self._ending.is_set():
+            self._fail(code, reason)
+            code = self.exit_code or code
+        self._left = True
+        self._send({"kind": "bye"})
+        self._leave(code)
+
+    def _fail(self, code: int, reason: str) -> None:
+        """Tell process 0, which reports to all and ends them."""
+        if self._link is not None:
+            self._send({"kind": "failed", "code": code, "why": reason})
+            if self._ending.wait(2 * END_SECONDS):
+                return
+        report(reason)
+        exit_now(code)
+
+    def _send(self, message: Any) -> None:
+        assert self._link is not None
+        with contextlib.suppress(Gone):
+            self._link.send(message)
+
+    def _service_port(self) -> int:
+        if self._forwarder is None:
+            self._forwarder = listen("127.0.0.1", 0)
+            self._start_thread(self._forward, self._forwarder)
+        return self._forwarder.getsockname()[1]
+
+    def _forward(self, server: socket.socket) -> None:
+        while True:
+            local, _ = server.accept()
+            try:
+                network = connect(self.member.host, self.member.port, START_SECONDS)
+                Link(network).send(self._hello("jax"))
+            except (OSError, Gone):
+                local.close()
+                continue
+            forward(network, local)

@@ -1,0 +1,233 @@
+"""Process 0 of a cluster: it listens, compares, decides and tells the others."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from sharding.errors import ClusterError
+from sharding.processes.cluster import END_SECONDS, PROTOCOL, START_SECONDS, Cluster, ping
+from sharding.processes.links import NOTE_SECONDS, SILENCE_SECONDS, Gone, Link, connect, forward, listen
+from sharding.processes.membership import Membership
+from sharding.processes.process import exit_now, report
+
+TWICE_SECONDS = 3.0
+"""Within which a second Ctrl-C means: at once."""
+
+
+class Leader(Cluster):
+    """Process 0: it listens, compares, decides and tells the others."""
+
+    def __init__(self, member: Membership) -> None:
+        super().__init__(member)
+        self._links: dict[int, Link] = {}
+        self._inboxes: dict[int, queue.Queue[Any]] = {i: queue.Queue() for i in range(1, member.num_processes)}
+        self._all_met = threading.Event()
+        self._wrong = ""
+        self._lock = threading.Lock()
+        self._port = 0
+
+    def meet(self, patience: float) -> None:
+        """Wait for the others; see `start`."""
+        try:
+            server = listen("", self.member.port)
+        except OSError as error:
+            raise ClusterError(f"{self.member.address}: cannot listen: {error.strerror}") from None
+        self._start_thread(self._accept, server)
+        if threading.current_thread() is threading.main_thread():
+            ours, theirs = socket.socketpair()
+            theirs.setblocking(False)
+            signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+            self._start_thread(self._watch_interrupts, ours, theirs)
+        started = time.monotonic()
+        noted = False
+        while not self._all_met.wait(0.2):
+            waited = time.monotonic() - started
+            missing = _listed(set(self._inboxes) - set(self._links))
+            if self._wrong:
+                raise ClusterError(self._wrong)
+            if waited > patience:
+                raise ClusterError(f"{missing} did not come to {self.member.address} within {patience:.0f} s")
+            if waited > NOTE_SECONDS and not noted:
+                noted = True
+                print(f"waiting at {self.member.address} for {missing}", file=sys.stderr, flush=True)
+        if self._wrong:
+            raise ClusterError(self._wrong)
+
+    def _accept(self, server: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            self._start_thread(self._welcome, connection)
+
+    def _welcome(self, connection: socket.socket) -> None:
+        link = Link(connection)
+        try:
+            hello = link.hello()
+            process, count, kind = (hello[key] for key in ("process", "num_processes", "kind"))
+        except (Gone, KeyError, TypeError):
+            # Not one of ours: a port scanner, a health check.
+            link.close()
+            return
+        if kind == "jax":
+            with contextlib.suppress(OSError):
+                forward(connection, connect("127.0.0.1", self._service_port(), START_SECONDS))
+            return
+        with self._lock:
+            if hello.get("protocol") != PROTOCOL:
+                self._refuse(link, f"process {process} runs another version of this program")
+            elif count != self.num_processes:
+                self._refuse(
+                    link, f"--num-processes: process 0 has {self.num_processes}, process {process} has {count}"
+                )
+            elif process not in self._inboxes or process in self._links:
+                self._refuse(link, f"--process-id: {process} is used by two processes")
+            else:
+                self._links[process] = link
+                self._start_thread(self._watch, process, link)
+                self._start_thread(ping, link)
+                if len(self._links) == len(self._inboxes):
+                    self._all_met.set()
+
+    def _watch_interrupts(self, signals: socket.socket, _kept_open: socket.socket) -> None:
+        """Python answers Ctrl-C between computations; a second one soon after the first ends them as well."""
+        last = -math.inf
+        while number := signals.recv(1):
+            if number[0] == signal.SIGINT:
+                if time.monotonic() - last < TWICE_SECONDS:
+                    self._ending.set()
+                    self._tell({"kind": "end", "code": 130, "why": ""}, patience=1)
+                    time.sleep(0.5)
+                    exit_now(130)
+                last = time.monotonic()
+
+    def _refuse(self, link: Link, why: str) -> None:
+        with contextlib.suppress(Gone):
+            link.send({"kind": "refused", "code": 2, "why": why})
+        self._wrong = why
+
+    def _watch(self, process: int, link: Link) -> None:
+        try:
+            while True:
+                message = link.receive()
+                if message["kind"] == "failed":
+                    self._on_failure(process, message["code"], message["why"])
+                elif message["kind"] != "ping":
+                    self._inboxes[process].put(message)
+        except Gone as gone:
+            self._inboxes[process].put(None)
+            self._on_death(process, str(gone))
+
+    def _on_failure(self, process: int, code: int, why: str) -> None:
+        # Where every process fails alike, this one's own report is the better one.
+        if not self._ending.wait(END_SECONDS / 2):
+            self._end_all(code, f"process {process}: {why}")
+
+    def _on_death(self, process: int, how: str) -> None:
+        if not self._ending.is_set():
+            self._end_all(1, f"process {process} is gone: {how}")
+
+    def _end_all(self, code: int, why: str) -> NoReturn:
+        self._ending.set()
+        report(why)
+        self._tell({"kind": "stopped", "code": code, "why": why}, patience=1)
+        # A connection that is closed with something unread in it may lose what was sent.
+        time.sleep(0.5)
+        exit_now(code)
+
+    def _tell(self, message: Any, patience: float = SILENCE_SECONDS) -> None:
+        for link in list(self._links.values()):
+            # The thread that watches the link reports it.
+            with contextlib.suppress(Gone):
+                link.send(message, patience)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """See Cluster."""
+        said: dict[int, Mapping[str, Any]] = {0: facts}
+        for process, inbox in self._inboxes.items():
+            if (message := inbox.get()) is None:
+                time.sleep(START_SECONDS)  # The thread that watches ends the process.
+            said[process] = message["facts"]
+        verdict = differences(said)
+        self._tell({"kind": "verdict", "differences": verdict})
+        if verdict:
+            raise ClusterError(verdict)
+
+    def broadcast(self, value: Any = None) -> Any:
+        """See Cluster."""
+        self._tell({"kind": "value", "value": value})
+        return value
+
+    def end(self, code: int, reason: str = "") -> None:
+        """See Cluster."""
+        self._ending.set()
+        self._tell({"kind": "end", "code": code, "why": reason}, patience=1)
+        deadline = time.monotonic() + END_SECONDS
+        for process in self._links:
+            with contextlib.suppress(queue.Empty):
+                while (message := self._inboxes[process].get(timeout=max(0.0, deadline - time.monotonic()))) and (
+                    message["kind"] != "bye"
+                ):
+                    pass
+        self._leave(code)
+
+    def _service_port(self) -> int:
+        with self._lock:
+            if not self._port:
+                self._port = _free_port()
+            return self._port
+
+
+def differences(said: Mapping[int, Mapping[str, Any]]) -> str:
+    """What processes say differently, as one line; empty if nothing."""
+    lines = []
+    for name in dict.fromkeys(name for facts in said.values() for name in facts):
+        groups: list[tuple[Any, set[int]]] = []
+        for process, facts in sorted(said.items()):
+            value = facts.get(name)
+            for known, processes in groups:
+                if known == value:
+                    processes.add(process)
+                    break
+            else:
+                groups.append((value, {process}))
+        if len(groups) > 1:
+            lines.append(
+                f"{name}: "
+                + ", ".join(
+                    f"{_listed(p)} {'have' if len(p) > 1 else 'has'} {_shown(value)}" for value, p in groups
+                )
+            )
+    return "; ".join(lines)
+
+
+def _listed(processes: set[int]) -> str:
+    """`process 1`, or `processes 1, 4-7`."""
+    runs: list[list[int]] = []
+    for process in sorted(processes):
+        if runs and process == runs[-1][1] + 1:
+            runs[-1][1] = process
+        else:
+            runs.append([process, process])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"process{'es' if len(processes) > 1 else ''} {text}"
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _free_port() -> int:
+    with listen("127.0.0.1", 0) as probe:
+        return probe.getsockname()[1]

@@ -1,0 +1,79 @@
+"""Specs of weights, and the creators that need no checkpoint. Run as a script, it is the process of one test."""
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import weight_specs
+from gptoss_jax.model.placement import _preparation, partition_for
+from gptoss_jax.model.weights import WeightSpec, abstract_creator, random_creator
+from pallas_kernels import platform
+from pallas_kernels.mxfp4_matmul import current_layout
+from tests.checkpoints.files import CONFIG, assert_padded, padded, sharding_of
+
+
+def test_padding_must_hold_what_is_stored() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        WeightSpec("w", (4, 4), (None, None), stored_shape=(4, 5))
+
+
+@pytest.mark.parametrize("implementation", [pytest.param("threefry2x32", marks=pytest.mark.long), "rbg"])
+def test_random_weights_depend_on_neither_sharding_nor_padding(implementation: str) -> None:
+    """In a process of its own, with eight devices."""
+    result = subprocess.run(
+        [sys.executable, __file__, implementation],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "same" in result.stdout
+
+
+def random_weights(implementation: str) -> None:
+    key = jax.random.key(3, impl=implementation)
+    whole = random_creator(key)
+    for shape in ((4, 2), (2, 4)):
+        mesh = Mesh(np.array(jax.devices()).reshape(shape), ("expert", "tensor"))
+        place = sharding_of(mesh)
+        sharded, abstract = random_creator(key, sharding=place), abstract_creator(sharding=place)
+        for spec in [spec for spec in weight_specs(CONFIG) if re.search(r"layers\.0\.mlp|embed", spec.name)]:
+            for wanted in {spec, padded(spec)}:
+                # One device's key would have to be copied to the others for each weight.
+                with jax.transfer_guard_device_to_device("disallow_explicit"):
+                    found = sharded(wanted)
+                assert_padded(found, whole(spec))
+                assert_padded(whole(wanted), whole(spec))
+                leaves = zip(jax.tree.leaves(found), jax.tree.leaves(abstract(wanted)), strict=True)
+                for array, declared in leaves:
+                    assert (array.shape, array.dtype) == (declared.shape, declared.dtype)
+                    assert array.sharding.is_equivalent_to(declared.sharding, array.ndim)
+                    assert array.sharding.is_equivalent_to(place(wanted), array.ndim)
+    print("same")
+
+
+def test_programs_that_make_weights_run_in_order(told: dict[str, Any]) -> None:
+    """Of small weights, too, and of one device."""
+    partition = partition_for(ModelConfig())
+    with platform("cuda"):
+        layout = current_layout()
+        assert layout is not None
+        creator = random_creator(jax.random.key(0, impl="rbg"))
+        told.clear()
+        creator(WeightSpec("w", (8, 4), (None, None)))
+        _preparation(partition, layout, 1, ("experts", "hidden", "expert_intermediate"))
+    order = {"xla_gpu_enable_pdl": False}
+    assert told == {"_draw": order, "run": order}
+
+
+if __name__ == "__main__":
+    random_weights(sys.argv[1])

@@ -1,0 +1,480 @@
+"""Several processes on this machine stand for several hosts; the processes are real, and so are their deaths."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from sharding import ClusterError
+from sharding.processes.leader import differences
+from sharding.processes.membership import Membership, membership
+
+ROOT = Path(__file__).parents[2]
+P1 = ROOT / "tests" / "golden" / "P1"
+LIMIT = 30
+"""Seconds within which the others must end after a process is gone."""
+
+QUICK = "--xla_backend_optimization_level=0"
+"""Compiling takes most of the time, as everywhere in the tests."""
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+class Processes:
+    """The same command as several processes, each with `devices` devices."""
+
+    def __init__(
+        self,
+        count: int,
+        devices: int,
+        *arguments: str,
+        own: dict[int, tuple[str, ...]] | None = None,
+        env: dict[int, dict[str, str]] | None = None,
+    ) -> None:
+        address = free_address()
+        self.running = []
+        for i in range(count):
+            place = ("--coordinator-address", address, "--num-processes", str(count), "--process-id", str(i))
+            self.running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *arguments, *place, *(own or {}).get(i, ())],
+                    cwd=ROOT,
+                    env=os.environ
+                    | {
+                        "JAX_PLATFORMS": "cpu",
+                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+                        "JAX_COMPILATION_CACHE_DIR": os.environ["XDG_CACHE_HOME"],
+                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+                    }
+                    | (env or {}).get(i, {}),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    def outcomes(self, timeout: float = 120, stdin: str = "") -> list[Outcome]:
+        """How each one ended; all are killed if one has not by then."""
+        deadline = time.monotonic() + timeout
+        try:
+            ends = []
+            for process in self.running:
+                out, err = process.communicate(stdin, timeout=max(1, deadline - time.monotonic()))
+                ends.append(Outcome(process.returncode, out, err))
+            return ends
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        for process in self.running:
+            process.kill()
+
+
+GENERATE = ("gptoss_jax.generate", "--model", str(P1), "--dtype", "float32")
+
+
+def requests(folder: Path) -> Path:
+    golden = np.load(P1 / "golden.npz")
+    lines = [
+        {"id": "greedy", "prompt_tokens": golden["greedy0_prompt"].tolist(), "max_tokens": 8, "ignore_eos": True},
+        {
+            "id": "drawn",
+            "prompt_tokens": [1, 2, 3],
+            "max_tokens": 8,
+            "temperature": 1,
+            "seed": 7,
+            "ignore_eos": True,
+        },
+    ]
+    path = folder / "in.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def tokens(path: Path) -> dict[str, list[int]]:
+    return {line["id"]: line["token_ids"] for line in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+    """What one process without a mesh makes of the requests."""
+    folder = tmp_path_factory.mktemp("alone")
+    command = (*GENERATE, "--batch", str(requests(folder)), "--output", str(folder / "out.jsonl"))
+    subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+    return tokens(folder / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    [
+        (2, 4, None),
+        pytest.param(4, 2, None, marks=pytest.mark.slow),
+        pytest.param(4, 2, "data=2,expert=2,tensor=2", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_give_the_tokens_of_one(
+    tmp_path: Path, alone: dict[str, list[int]], count: int, devices: int, mesh: str | None
+) -> None:
+    output = tmp_path / "out.jsonl"
+    batch = ("--batch", str(requests(tmp_path)), "--output", str(output))
+    ends = Processes(count, devices, *GENERATE, *batch, *(("--mesh", mesh) if mesh else ())).outcomes(300)
+    assert [end.code for end in ends] == [0] * count, ends
+    assert tokens(output) == alone
+    golden = np.load(P1 / "golden.npz")["greedy0_tokens"][:8].tolist()
+    assert alone["greedy"] == golden
+    assert [end.out for end in ends] == [""] * count
+    assert [end.err for end in ends[1:]] == [""] * (count - 1)
+
+
+@pytest.mark.slow
+def test_structured_output_over_two_processes(tmp_path: Path) -> None:
+    asked = [
+        {"id": "regex", "prompt": "What is 17 + 25?", "structured_outputs": {"regex": "[0-9]{3}"}},
+        {
+            "id": "json",
+            "prompt": "3 - 5",
+            "n": 2,
+            "temperature": 1,
+            "seed": 3,
+            "structured_outputs": {"json": {"enum": [1, "b"]}},
+        },
+        {"id": "free", "prompt": "What is 17 + 25?"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    command = ("gptoss_jax.generate", "--dtype", "float32", "--max-new-tokens", "120", "--max-num-seqs", "4")
+    batch = (*command, "--batch", str(tmp_path / "in.jsonl"), "--output")
+    ends = Processes(2, 1, *batch, str(tmp_path / "two.jsonl")).outcomes(300)
+    assert [end.code for end in ends] == [0, 0], ends
+    subprocess.run([sys.executable, "-m", *batch, str(tmp_path / "one.jsonl")], cwd=ROOT, check=True)
+    assert tokens(tmp_path / "two.jsonl") == tokens(tmp_path / "one.jsonl")
+    texts = {
+        line["id"]: line["text"] for line in map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines())
+    }
+    assert len(texts["regex"]) == 3
+    assert json.loads(texts["json"]) in (1, "b")
+    assert texts["free"] == "17 + 25 = 42"
+
+
+@pytest.mark.slow
+def test_four_processes_of_two_devices() -> None:
+    prompt = np.load(P1 / "golden.npz")["greedy0_prompt"].tolist()
+    expected = np.load(P1 / "golden.npz")["greedy0_tokens"][:4].tolist()
+    flags = ("--prompt-tokens", ",".join(map(str, prompt)), "--json", "--max-new-tokens", "4")
+    ends = Processes(4, 2, *GENERATE, *flags).outcomes()
+    assert [end.code for end in ends] == [0] * 4, ends
+    assert json.loads(ends[0].out)["token_ids"] == expected
+    assert [(end.out, end.err) for end in ends[1:]] == [("", "")] * 3
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_where_it_was_and_chat_answers(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    batch = (*GENERATE, "--batch", str(requests(tmp_path)), "--output", str(output))
+    output.write_text(json.dumps({"id": "greedy"}) + "\n")
+    ends = Processes(2, 2, *batch).outcomes()
+    assert [end.code for end in ends] == [0, 0], ends
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["greedy", "drawn"]
+    ends = Processes(2, 2, *batch).outcomes()
+    assert [end.code for end in ends] == [0, 0], ends
+    assert "2 of 2 requests" in ends[0].err
+    chat = Processes(2, 2, "gptoss_jax.chat", "--max-new-tokens", "8")
+    ends = chat.outcomes(stdin="hello\n/reset\nhello\n")
+    assert [end.code for end in ends] == [0, 0], ends
+    first, second = ends[0].out[: len(ends[0].out) // 2], ends[0].out[len(ends[0].out) // 2 :]
+    assert first == second != ""
+    assert ends[1].out == ends[1].err == ""
+
+
+LONG = (*GENERATE, "--max-new-tokens", "2000", "--prompt-tokens", "1,2,3", "--json")
+
+
+def decoding(folder: Path) -> Processes:
+    """Two processes in the midst of a long generation."""
+    source, output = folder / "in.jsonl", folder / "out.jsonl"
+    more = {"prompt_tokens": [1, 2, 3], "ignore_eos": True}
+    lines = [{"id": "short", "max_tokens": 2} | more, {"id": "long", "max_tokens": 2000} | more]
+    source.write_text("\n".join(json.dumps(line) for line in lines))
+    processes = Processes(2, 1, *GENERATE, "--batch", str(source), "--output", str(output))
+    deadline = time.monotonic() + 120
+    while not output.exists() or not output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return processes
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        (0, signal.SIGKILL),
+        (1, signal.SIGKILL),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
+def test_one_that_dies_ends_the_others(tmp_path: Path, victim: int, number: signal.Signals) -> None:
+    processes = decoding(tmp_path)
+    gone, other = processes.running[victim], processes.running[1 - victim]
+    gone.send_signal(number)
+    try:
+        _, error = other.communicate(timeout=LIMIT)
+    finally:
+        processes.kill()
+    assert other.returncode == 1
+    assert f"error: process {victim} is gone: " in error
+    assert "Check failure" not in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.5, 1.5, 2.5, 3.5, 4.5, 6])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_dies_at_any_time_ends_the_others(victim: int, delay: float) -> None:
+    processes = Processes(2, 1, *LONG)
+    gone, other = processes.running[victim], processes.running[1 - victim]
+    time.sleep(delay)
+    assert gone.poll() is None
+    gone.kill()
+    try:
+        out, error = other.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        # One that had not come yet is waited for.
+        assert delay < 2
+        return
+    finally:
+        processes.kill()
+    assert other.returncode == 1, error
+    assert out == ""
+    assert error.count("error: ") == 1
+    assert f"error: process {victim} is gone: " in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_interrupting_process_0_ends_all(tmp_path: Path) -> None:
+    processes = decoding(tmp_path)
+    for process in reversed(processes.running):  # As a terminal does it.
+        process.send_signal(signal.SIGINT)
+    ends = processes.outcomes(LIMIT)
+    assert [end.code for end in ends] == [130, 130], ends
+    assert ends[0].err.endswith("interrupted\n")
+    assert ends[1].err == ""
+
+
+PROTOCOL = """
+import sys
+from sharding.processes import cluster
+from sharding.processes import follower
+from sharding.processes import leader
+from sharding.processes import links
+from sharding.processes import multihost
+from sharding.processes import process
+from sharding.processes.membership import membership
+from sharding.errors import ClusterError
+links.SILENCE_SECONDS = 2.0
+links.PING_SECONDS = cluster.PING_SECONDS = 0.3
+cluster.END_SECONDS = leader.END_SECONDS = follower.END_SECONDS = 1.0
+report = process.report
+address, count, process, body = sys.argv[2], int(sys.argv[4]), int(sys.argv[6]), sys.argv[7]
+try:
+    cluster = multihost.start(membership(address, count, process), 5)
+    exec(body)
+    code, why = cluster.exit_code, ""
+except ClusterError as error:
+    code, why = 2, str(error)
+    if process == 0:
+        report(why)
+multihost.current().end(code, why)
+"""
+
+
+class Talkers(Processes):
+    """Processes that only talk to each other, without jax; each with a body of its own."""
+
+    def __init__(self, bodies: list[str], counts: list[int] | None = None, ids: list[int] | None = None) -> None:
+        address = free_address()
+        self.running = []
+        for i, body in enumerate(bodies):
+            count, process = (counts or [len(bodies)] * len(bodies))[i], (ids or list(range(len(bodies))))[i]
+            flags = ("--coordinator-address", address, "--num-processes", str(count), "--process-id", str(process))
+            self.running.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", PROTOCOL, *flags, body],
+                    cwd=ROOT,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+
+def test_broadcasts_of_any_size() -> None:
+    told = "print(len(cluster.broadcast('\u00e9' * 30_000_000)), file=sys.stderr)"
+    ends = Talkers([told, told.replace("'\u00e9' * 30_000_000", "")]).outcomes(30)
+    assert [(end.code, end.err) for end in ends] == [(0, "30000000\n")] * 2
+
+
+def test_facts_that_differ_are_grouped() -> None:
+    same = {"dtype": "bfloat16", "version": 1}
+    assert differences({0: same, 1: same}) == ""
+    other = {"dtype": "bfloat16", "version": 2, "more": [1]}
+    text = differences({0: same, 1: other, 2: other, 3: same, 4: other})
+    assert text == (
+        "version: processes 0, 3 has 1, processes 1-2, 4 has 2; "
+        "more: processes 0, 3 has none, processes 1-2, 4 has [1]"
+    ).replace("3 has", "3 have").replace("4 has", "4 have")
+
+
+@pytest.mark.parametrize(
+    ("counts", "ids", "expected"),
+    [
+        ([2, 3], [0, 1], "--num-processes: process 0 has 2, process 1 has 3"),
+        ([3, 3, 3], [0, 1, 1], "--process-id: 1 is used by two processes"),
+        ([3, 3], [0, 1], "process 2 did not come to"),
+    ],
+)
+def test_processes_that_do_not_belong_together(counts: list[int], ids: list[int], expected: str) -> None:
+    ends = Talkers(["cluster.agree({})"] * len(ids), counts, ids).outcomes(30)
+    assert [end.code for end in ends] == [2] * len(ids), ends
+    assert all(expected in end.err for end in ends), ends
+
+
+def test_process_0_that_does_not_answer() -> None:
+    (end,) = Talkers(["pass"], [2], [1]).outcomes(30)
+    assert end.code == 2
+    assert "process 0 does not answer at 127.0.0.1:" in end.err
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_silent_process_is_as_good_as_dead(victim: int) -> None:
+    talkers = Talkers(["cluster.agree({}); import time; time.sleep(60)"] * 3)
+    time.sleep(1.5)
+    talkers.running[victim].send_signal(signal.SIGSTOP)
+    others = [p for i, p in enumerate(talkers.running) if i != victim]
+    try:
+        for process in others:
+            _, error = process.communicate(timeout=10)
+            assert process.returncode == 1
+            assert error == f"error: process {victim} is gone: no sign of life for 2 s\n"
+    finally:
+        talkers.kill()
+
+
+def test_a_failure_names_its_process() -> None:
+    failing = "raise ClusterError('no such directory')"
+    ends = Talkers(["cluster.agree({}); import time; time.sleep(60)", f"cluster.agree({{}}); {failing}"]).outcomes(
+        20
+    )
+    assert [end.code for end in ends] == [2, 2]
+    assert [end.err for end in ends] == ["error: process 1: no such directory\n"] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (("h:1", None, None), "--coordinator-address: expected --num-processes and --process-id as well"),
+        (("h:1", 2, None), "--coordinator-address and --num-processes: expected --process-id as well"),
+        ((None, 2, 1), "expected --coordinator-address as well"),
+        (("h", 2, 1), "--coordinator-address: expected HOST:PORT, found 'h'"),
+        (("h:x", 2, 1), "--coordinator-address: expected HOST:PORT, found 'h:x'"),
+        (("h:1", 2, 2), "--process-id: expected 0 to 1 (--num-processes 2), found 2"),
+        (("h:1", 2, -1), "--process-id: expected 0 to 1"),
+        (("h:1", 0, 0), "--num-processes: expected 1 or more, found 0"),
+        (("h:1", 1, 1), "--process-id: expected 0 to 0"),
+    ],
+)
+def test_flags_that_do_not_go_together(values: tuple[str | None, int | None, int | None], expected: str) -> None:
+    with pytest.raises(ClusterError) as caught:
+        membership(*values)
+    assert expected in str(caught.value)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4096",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "2",
+}
+
+
+def test_slurm_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert membership() == Membership("node07:61440", 2, 1, ())
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.setenv("SLURM_LOCALID", "5")
+    assert membership() == Membership("node07:61440", 16, 1, (5,))
+    assert membership(num_processes=1) is None
+    assert membership("h:1", 2, 0) == Membership("h:1", 2, 0)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert membership() is None
+
+
+def test_a_pod_alone_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert membership() is None
+
+
+def test_different_flags_are_named() -> None:
+    ends = Processes(2, 1, *LONG, own={1: ("--temperature", "0.5", "--mesh", "expert=2")}).outcomes()
+    assert [end.code for end in ends] == [2, 2], ends
+    for end in ends:
+        assert "--temperature: process 0 has 0.0, process 1 has 0.5" in end.err
+        assert "--mesh: process 0 has none, process 1 has expert=2" in end.err
+        assert end.err.count("\n") == 1
+
+
+def test_different_versions_are_named(tmp_path: Path) -> None:
+    info = tmp_path / "flax-0.0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flax\nVersion: 0.0.1\n")
+    ends = Processes(2, 1, *LONG, env={1: {"PYTHONPATH": str(tmp_path)}}).outcomes()
+    assert [end.code for end in ends] == [2, 2], ends
+    assert all("process 1 has 0.0.1" in end.err and "flax: " in end.err for end in ends)
+
+
+def test_different_checkpoints_are_named(tmp_path: Path) -> None:
+    for file in P1.iterdir():
+        content = bytearray(file.read_bytes())
+        if file.suffix == ".safetensors":
+            content[-1] ^= 1
+        (tmp_path / file.name).write_bytes(content)
+    ends = Processes(2, 1, *LONG, own={1: ("--model", str(tmp_path))}).outcomes()
+    assert [end.code for end in ends] == [2, 2], ends
+    assert all("checkpoint model-00001-of-00001.safetensors: process 0 has 565008 bytes" in e.err for e in ends)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_lacks_is_named(tmp_path: Path) -> None:
+    ends = Processes(2, 1, *LONG, own={1: ("--model", str(tmp_path / "missing"))}).outcomes()
+    assert [end.code for end in ends] == [2, 2], ends
+    assert all("missing: no such directory" in end.err for end in ends)
+
+
+def test_an_error_of_process_0_ends_all() -> None:
+    ends = Processes(2, 1, *GENERATE, "--raw").outcomes(stdin=" ")
+    assert [end.code for end in ends] == [2, 2], ends
+    assert ends[0].err == "error: the prompt is empty\n"
+    assert ends[1].err == "error: process 0: the prompt is empty\n"

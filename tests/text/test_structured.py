@@ -1,0 +1,412 @@
+"""Structured output: whatever a model would say, its answer has the form, and nothing but an answer gets by."""
+
+import json
+import random
+import re
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax import LLM, SamplingParams, StructuredOutputsParams
+from gptoss_jax.checkpoints.loading import EMBEDDED, random_model
+from gptoss_jax.engine.engine import Engine, EngineOptions, Load
+from gptoss_jax.errors import UsageError
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.gpt_oss import GptOss
+from gptoss_jax.text.harmony import function_tools, parse, to_openai
+from gptoss_jax.text.structured import Grammars, check
+from gptoss_jax.text.tokenizer import Tokenizer
+from gptoss_jax.types import TokenConstraint
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 999}, "sure": {"type": "boolean"}},
+    "required": ["sum", "sure"],
+    "additionalProperties": False,
+}
+FORMS = {
+    "json": ({"json": SCHEMA}, lambda text: set(json.loads(text)) == {"sum", "sure"}),
+    "json text": ({"json": json.dumps(SCHEMA)}, lambda text: 0 <= json.loads(text)["sum"] <= 999),
+    "regex": ({"regex": "[a-f]{2,5}-[0-9]{1,3}é"}, re.compile("[a-f]{2,5}-[0-9]{1,3}é").fullmatch),
+    "choice": ({"choice": ['yes "sir"', "no\n", "<|end|>"]}, ['yes "sir"', "no\n", "<|end|>"].__contains__),
+    "lark": ({"grammar": 'start: "It is " /[0-9]{2}/ "."'}, re.compile(r"It is \d\d\.").fullmatch),
+    "gbnf": ({"grammar": 'root ::= "x" [0-9] ("," "y" [a-c])?'}, re.compile(r"x\d(,y[a-c])?").fullmatch),
+}
+VOCABULARY = 1064
+QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
+
+
+def asking(form: dict, **more: object) -> SamplingParams:
+    return SamplingParams(
+        **{"max_tokens": 100, "temperature": 0, "structured_outputs": StructuredOutputsParams(**form)} | more
+    )
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_dir(EMBEDDED)
+
+
+@cache
+def grammars() -> Grammars:
+    # As a model with more outputs than the tokenizer has tokens.
+    return Grammars(tokenizer(), VOCABULARY, eos())
+
+
+def eos() -> list[int]:
+    return [tokenizer().encode_special(name) for name in ("<|return|>", "<|call|>")]
+
+
+@cache
+def model() -> GptOss:
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        layer_types=("full_attention",),
+        max_position_embeddings=512,
+        eos_token_id=(),
+    )
+    return random_model(config, dtype="float32")
+
+
+def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[list[int]]], Load]:
+    """The completions of prompts that are alike, run together."""
+    settings = {
+        "max_num_seqs": 4,
+        "page_size": 16,
+        "long_prefill_token_threshold": 64,
+        "max_num_batched_tokens": 64,
+    } | options
+    engine = Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=grammars())
+    tokens = [[[] for _ in range(params.n)] for params in requests]
+    for name, params in enumerate(requests):
+        engine.add(str(name), range(1, 42 + name), params, "final" if name % 2 else "text")
+    while engine.unfinished:
+        for event in engine.step():
+            tokens[int(event.request_id)][event.index].append(event.token_id)
+    assert engine.load.pages_used == 0
+    return tokens, engine.load
+
+
+def babble(form: dict, scope: str, seed: int, most: int = 150) -> tuple[list[int], bool]:
+    """What a model writes that chooses any token that is allowed, marks more often than words; whether it ended."""
+    rng, marks = random.Random(seed), set(tokenizer().special_tokens.values())
+    constraint = grammars()(StructuredOutputsParams(**form), scope)
+    tokens: list[int] = []
+    while len(tokens) < most:
+        words = np.full(-(-VOCABULARY // 32), 0xFFFFFFFF, np.uint32)
+        constraint.fill(words)
+        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+        assert allowed
+        assert max(allowed) < tokenizer().vocab_size
+        special = [token for token in allowed if token in marks]
+        tokens.append(rng.choice(special if special and rng.random() < 0.3 else allowed))
+        constraint.accept(tokens[-1])
+        if tokens[-1] in eos():
+            return tokens, True
+    return tokens, False
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(FORMS)), st.sampled_from(["final", "final or call"]), st.integers(0, 10**9))
+def test_a_model_cannot_answer_in_another_form(name: str, scope: str, seed: int) -> None:
+    form, fits = FORMS[name]
+    tokens, ended = babble(form, scope, seed)
+    result = parse(tokens, tokenizer())
+    assert all(message.channel != "final" for message in result.messages[:-1])
+    if not ended:
+        return
+    assert not [problem for problem in result.malformed if "UTF-8" not in problem]
+    assert {message.channel for message in result.messages} <= {"analysis", "commentary", "final"}
+    assert {message.role for message in result.messages} == {"assistant"}
+    last = result.messages[-1]
+    if last.stop == "<|call|>":
+        assert scope == "final or call"
+        [call] = to_openai([last])["tool_calls"]
+        assert call["function"]["name"]
+        return
+    assert last.channel == "final"
+    assert last.stop == "<|return|>"
+    assert fits(last.text)
+    assert scope != "final" or "tool_calls" not in to_openai(result.messages)
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(sorted(FORMS)), st.integers(0, 10**9))
+def test_text_has_the_form_from_its_first_token(name: str, seed: int) -> None:
+    form, fits = FORMS[name]
+    tokens, ended = babble(form, "text", seed)
+    assert not ended or fits(tokenizer().decode(tokens[:-1]))
+
+
+def masked(text: str) -> str:
+    """What follows from the first token on that the mask of a chat with tools rules out; marks are special tokens."""
+    parts = re.split(r"(<\|[a-z_]+\|>)", text)
+    marks = tokenizer().special_tokens
+    tokens = [token for part in parts for token in ([marks[part]] if part in marks else tokenizer().encode(part))]
+    constraint = grammars()(StructuredOutputsParams(json_object=True), "final or call")
+    return tokenizer().decode(tokens[allowed(constraint, tokens) :])
+
+
+def allowed(constraint: TokenConstraint, tokens: list[int]) -> int:
+    """How many of these tokens the masks let come, one after another."""
+    for index, token in enumerate(tokens):
+        words = np.full(-(-VOCABULARY // 32), 0xFFFFFFFF, np.uint32)
+        constraint.fill(words)
+        if not words[token // 32] >> (token % 32) & 1:
+            return index
+        constraint.accept(token)
+    return len(tokens)
+
+
+@given(st.from_regex(r"[\w.-]+", fullmatch=True))
+@example("größe")
+@example("天気")
+@example("𝒙½")
+@example(".")
+@example("functions.")
+def test_any_name_of_a_tool_can_be_called(name: str) -> None:
+    function_tools([{"name": name}])
+    for header in (
+        f" to=functions.{name}<|channel|>commentary <|constrain|>json",
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json",
+        f"<|channel|>analysis to=functions.{name} code",
+    ):
+        assert masked(f"{header}<|message|>{{}}<|call|>") == ""
+
+
+@pytest.mark.parametrize("name", ["browser.search", "browser.open", "browser.find", "python"])
+def test_built_in_tools_can_be_called(name: str) -> None:
+    assert masked(f"<|channel|>analysis to={name} code<|message|>1<|call|>") == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "functions",
+        "functions.",
+        "browser.",
+        "python.",
+        "all",
+        "user",
+        "assistant",
+        "f(",
+        "functions.a/b",
+        "a\x00",
+        "a\x85b",
+        "a\u3000b",
+    ],
+)
+def test_what_names_no_tool_cannot_be_called(name: str) -> None:
+    assert masked(f" to={name}<|channel|>commentary<|message|>{{}}<|call|>").endswith("{}<|call|>")
+    assert masked(f"<|channel|>commentary to={name} <|constrain|>json<|message|>{{}}<|call|>").endswith(
+        "{}<|call|>"
+    )
+
+
+@pytest.mark.slow
+def test_an_answer_has_the_form_after_the_usual_reasoning() -> None:
+    # Of one size, so that few steps are compiled.
+    llm = LLM(engine=EngineOptions(max_num_seqs=1, page_size=256, enable_prefix_caching=False))
+    params = SamplingParams(max_tokens=100, temperature=0)
+    forms = [params, *(asking(form) for form, _ in FORMS.values())]
+    free, *bound = (output.outputs[0] for output in llm.chat([QUESTION] * len(forms), forms))
+    for completion, (_, fits) in zip(bound, FORMS.values(), strict=True):
+        assert completion.finish_reason == "stop"
+        assert fits(completion.text)
+        assert completion.message["thinking"] == free.message["thinking"]
+        assert not completion.malformed
+    [output] = llm.generate("What is 17 + 25?", asking({"regex": "[0-9]{3}"}))
+    assert re.fullmatch("[0-9]{3}", output.outputs[0].text)
+    assert output.outputs[0].finish_reason == "stop"
+
+
+BATCH = [
+    asking(FORMS["json"][0], n=3, temperature=2.0, seed=5),
+    asking(FORMS["regex"][0], temperature=1.0, seed=1, max_tokens=50),
+    asking(FORMS["json"][0], temperature=2.0, seed=6),
+    SamplingParams(max_tokens=40, temperature=0),
+]
+
+
+def test_forms_hold_through_preemption() -> None:
+    together, load = run(BATCH, kv_cache_memory=30_000, enable_prefix_caching=False)
+    for completion in together[0] + together[2]:
+        assert FORMS["json"][1](tokenizer().decode(completion[:-1]))
+    assert load.preemptions > 0
+
+
+@pytest.mark.long
+def test_an_answer_is_the_same_in_any_company() -> None:
+    together, _ = run(BATCH)
+    tokens, load = run(BATCH, kv_cache_memory=30_000, enable_prefix_caching=False, num_speculative_tokens=3)
+    assert tokens == together
+    assert load.preemptions > 0
+    assert load.drafted > 0
+    for name, params in enumerate(BATCH):
+        others = [SamplingParams(max_tokens=1)] * name
+        assert run([*others, params])[0][name] == together[name]
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        ({}, "found none"),
+        ({"regex": "a", "json_object": True}, "regex and json_object"),
+        ({"regex": 5}, "structured_outputs.regex"),
+        ({"choice": []}, "structured_outputs.choice"),
+        ({"choice": "abc"}, "structured_outputs.choice"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"json": "{"}, "not valid JSON"),
+        ({"json": "[]"}, "found list"),
+        ({"json": {"type": "strange"}}, "strange"),
+        ({"json": {"type": "string", "contains": 3}}, "contains"),
+        ({"json": {"enum": {1}}}, "structured_outputs.json"),
+        ({"grammar": "start: nothing"}, "nothing"),
+        ({"grammar": "root ::= ("}, "structured_outputs.grammar"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused_in_one_line(form: dict, named: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(named)) as caught:
+        check(StructuredOutputsParams(**form))
+    assert "\n" not in str(caught.value)
+
+
+# What pydantic 2.14 writes, the formats of JSON Schema that llguidance lacks, OpenAPI's, and made-up ones.
+ANNOTATIONS = [
+    "password",
+    "path",
+    "file-path",
+    "directory-path",
+    "json-string",
+    "uuid1",
+    "uuid4",
+    "binary",
+    "base64",
+    "base64url",
+    "ipvanyaddress",
+    "ipvanynetwork",
+    "ipv4network",
+    "ipv6network",
+    "ipv4interface",
+    "ipv6interface",
+    "multi-host-uri",
+    "name-email",
+    "regex",
+    "iri",
+    "iri-reference",
+    "uri-reference",
+    "uri-template",
+    "idn-email",
+    "idn-hostname",
+    "json-pointer",
+    "relative-json-pointer",
+    "byte",
+    "int32",
+    "int64",
+    "float",
+    "double",
+    "x-ours",
+    "",
+    "Straße",
+    'a"b',
+]
+PASSWORD = {"type": "string", "format": "password"}
+PLACES = {
+    "properties": {"type": "object", "properties": {"a": PASSWORD, "format": PASSWORD, "enum": PASSWORD}},
+    "items": {"type": "array", "items": PASSWORD},
+    "prefixItems": {"type": "array", "prefixItems": [PASSWORD], "items": False},
+    "items and additionalItems": {"type": "array", "items": [PASSWORD], "additionalItems": PASSWORD},
+    "additionalProperties": {"type": "object", "additionalProperties": PASSWORD},
+    "patternProperties": {"type": "object", "patternProperties": {"^a$": PASSWORD}},
+    "anyOf": {"anyOf": [PASSWORD, {"type": "null"}]},
+    "oneOf": {"oneOf": [PASSWORD, {"type": "null"}]},
+    "allOf": {"allOf": [PASSWORD, {"minLength": 2}]},
+    "types": {"type": ["string", "null"], "format": "password"},
+    "no type": {"format": "password"},
+    "another type": {"type": "integer", "format": "int32"},
+    "enum": {"type": "string", "enum": ["a", "b"], "format": "password"},
+    "$defs": {"$ref": "#/$defs/format", "$defs": {"format": PASSWORD}},
+    "definitions": {"$ref": "#/definitions/const", "definitions": {"const": PASSWORD}},
+    "anywhere": {"$ref": "#/components/schemas/enum", "components": {"schemas": {"enum": PASSWORD}}},
+    "a list": {"$ref": "#/ours/0", "ours": [PASSWORD]},
+    "default": {"type": "object", "default": {"format": "password"}, "examples": [{"format": "password"}]},
+}
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_a_format_that_is_not_known_is_no_constraint(name: str) -> None:
+    schema = {"type": "string", "format": name, "maxLength": 9}
+    check(StructuredOutputsParams(json=schema))
+    assert fits(schema, '"any text"')
+    assert not fits(schema, '"more than nine"')
+    assert fits({"type": "integer", "format": name}, "12")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_format_is_no_constraint_wherever_a_schema_can_be(place: str) -> None:
+    check(StructuredOutputsParams(json=PLACES[place]))
+    check(StructuredOutputsParams(json=json.dumps(PLACES[place])))
+    check(StructuredOutputsParams(json=PLACES[place] | {"x-guidance": {"whitespace_flexible": False}}))
+    with pytest.raises(UsageError, match="not"):
+        # Other keywords that cannot be kept to remain an error.
+        check(StructuredOutputsParams(json=PLACES[place] | {"not": {"minLength": 3}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("date", "2024-02-29", "2024-13-01"),
+        ("ipv4", "127.0.0.1", "127.0.0.256"),
+        ("uuid", "123e4567-e89b-12d3-a456-426614174000", "123e4567"),
+        ("email", "a@example.org", "a"),
+    ],
+)
+def test_a_format_that_is_known_is_a_constraint(name: str, good: str, bad: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"format": {"type": "string", "format": name}},
+        "required": ["format"],
+    }
+    for wrapped in (schema, {"anyOf": [schema]}, {"$ref": "#/$defs/a", "$defs": {"a": schema}}):
+        assert fits(wrapped, f'{{"format": "{good}"}}')
+        assert not fits(wrapped, f'{{"format": "{bad}"}}')
+
+
+def test_values_that_look_like_a_format_are_values() -> None:
+    value = {"format": "password"}
+    for schema in ({"const": value}, {"enum": [value]}, {"type": "object", "properties": {"a": {"const": value}}}):
+        text = json.dumps(value if "properties" not in schema else {"a": value})
+        assert fits(schema, text)
+        assert not fits(schema, text.replace(json.dumps(value), "{}"))
+
+
+def fits(schema: dict, text: str) -> bool:
+    tokens = [*tokenizer().encode(text), tokenizer().encode_special("<|return|>")]
+    return allowed(grammars()(StructuredOutputsParams(json=schema), "text"), tokens) == len(tokens)
+
+
+@pytest.mark.parametrize(
+    "more", [{"ignore_eos": True}, {"min_tokens": 5}, {"structured_outputs": {"regexp": "a"}}]
+)
+def test_settings_that_contradict_a_form(more: dict) -> None:
+    with pytest.raises(UsageError, match=r"min_tokens|ignore_eos|structured_outputs.regexp"):
+        asking({"regex": "a"}, **more)
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(UsageError, match=r"gptoss-jax\[structured\]"):
+        check(StructuredOutputsParams(regex="a"))
