@@ -89,6 +89,11 @@ def forced_backend() -> str:
     return _forced_backend.get()
 
 
+def dispatch_settings() -> tuple[str, str | None]:
+    """What `use_backend` and `platform` have set, for functions that keep what they trace: they need one for each."""
+    return _forced_backend.get(), _forced_platform.get()
+
+
 def current_platform(mesh: Mesh | AbstractMesh | None = None) -> str:
     """The platform that ops are traced for; with a mesh, on its devices."""
     forced = _forced_platform.get()

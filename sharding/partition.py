@@ -40,10 +40,14 @@ class Partition:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Put in force what `constrain`, `on_shards` and `sharding.experts` follow; entered while tracing."""
+        """Put in force what `constrain`, `on_shards` and `sharding.experts` follow; entered while tracing.
+
+        Whatever mesh a caller has set with `jax.set_mesh`: JAX runs nothing on shards of another.
+        """
         token = _CURRENT.set(self)
         try:
-            yield
+            with self.on_its_devices():
+                yield
         finally:
             _CURRENT.reset(token)
 

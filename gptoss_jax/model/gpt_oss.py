@@ -7,7 +7,8 @@ k experts of a token, V vocabulary.
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from gptoss_jax.model.config import ModelConfig, RopeConfig
 from gptoss_jax.model.kv_cache import HEADS, KEYS, QUERIES, KeyValues, Rotation, WholeSequence
 from gptoss_jax.model.placement import partition_for
 from gptoss_jax.model.weights import Creator, WeightSpec
+from gptoss_jax.runtime.xla_options import in_order, may_have_options
+from pallas_kernels import dispatch_settings
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.routing import route
@@ -246,10 +249,13 @@ class GptOss(nnx.Module):
         self.lm_head = nnx.Param(create(WeightSpec("lm_head.weight", table, ("vocab", "hidden"))))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Tokens int32 [B, T] -> logits float32 [B, T, V], positions from 0."""
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-        x_BTD, _ = self.hidden(tokens_BT, positions_BT, WholeSequence())
-        return self.unembed(x_BTD)
+        """Tokens int32 [B, T] -> logits float32 [B, T, V], positions from 0.
+
+        Each shape compiles once, for all models of the same config and mesh; inside a caller's own transformation the
+        model is part of what that compiles. The call is pure: state that a module changes on the way is not kept.
+        """
+        options = in_order(self.partition.mesh) if may_have_options() else None
+        return _compiled(tuple((options or {}).items()))(self, tokens_BT, dispatch_settings())
 
     def hidden[KV: KeyValues](self, tokens_BT: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """The last hidden state [B, T, D] of tokens at given positions, and the keys and values after."""
@@ -284,6 +290,25 @@ class GptOss(nnx.Module):
                 ("samples", *inner, "vocab"),
                 batch=len(x),
             )
+
+
+@cache
+def _compiled(
+    options: tuple[tuple[str, str | bool], ...],
+) -> Callable[[GptOss, jax.Array, tuple[str, str | None]], jax.Array]:
+    """The program of `GptOss.__call__` under these options of XLA.
+
+    The weights are its arguments, so it sees their current values and keeps none of them. What `use_backend` and
+    `platform` have set decides what is traced, and is therefore static.
+    """
+
+    @partial(jax.jit, static_argnames="settings", compiler_options=dict(options) or None)
+    def gpt_oss(model: GptOss, tokens_BT: jax.Array, settings: tuple[str, str | None]) -> jax.Array:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        x_BTD, _ = model.hidden(tokens_BT, positions_BT, WholeSequence())
+        return model.unembed(x_BTD)
+
+    return gpt_oss
 
 
 def weight_specs(config: ModelConfig) -> list[WeightSpec]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+from jax.extend.core import get_opaque_trace_state
 from jax.sharding import AbstractMesh, Mesh
 
 from pallas_kernels import current_platform
@@ -18,3 +20,13 @@ def in_order(mesh: Mesh | AbstractMesh | None) -> dict[str, str | bool] | None:
     (benchmarks/RESULTS.md).
     """
     return {"xla_gpu_enable_pdl": False} if current_platform(mesh) == "cuda" else None
+
+
+def may_have_options() -> bool:
+    """Whether a program called here may have compiler options: not while something is traced or differentiated.
+
+    JAX refuses them in a program that is part of another.
+    """
+    with jax.core.eval_context():
+        untraced = get_opaque_trace_state()
+    return get_opaque_trace_state() == untraced

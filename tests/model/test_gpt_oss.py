@@ -141,12 +141,13 @@ def test_sliding_layers_hold_no_more_than_the_window() -> None:
     assert [store.shape[:2] for store in cache.stores[:2]] == [(1, 128), (4096, 32)]
 
 
-def test_positions_are_exact_at_the_end_of_the_context() -> None:
-    """The same tokens give the same attention when everything moves by 131 000 positions."""
+@pytest.mark.parametrize("first", [32768 - 20, 65536 - 20, 98304 - 20, 131072 - 40])
+def test_positions_are_exact_to_the_end_of_the_context(first: int) -> None:
+    """The same tokens give the same attention wherever they begin, across what 16 bits hold, too."""
     config = dataclasses.replace(TINY, max_position_embeddings=131072, layer_types=("full_attention",) * 3)
     model = GptOss(config, random_creator(jax.random.key(0), jnp.float32))
     tokens = jax.random.randint(jax.random.key(1), (1, 40), 0, config.vocab_size)
     positions = jnp.arange(40)[None]
-    near, _ = model.hidden(tokens, positions, WholeSequence())
-    far, _ = model.hidden(tokens, positions + 131000, WholeSequence())
+    hidden = jax.jit(lambda model, tokens, positions: model.hidden(tokens, positions, WholeSequence())[0])
+    near, far = (hidden(model, tokens, positions + start) for start in (0, first))
     np.testing.assert_allclose(near, far, rtol=0, atol=5e-2)

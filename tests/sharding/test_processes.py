@@ -250,15 +250,23 @@ def test_one_that_dies_ends_the_others(tmp_path: Path, victim: int, number: sign
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_dies_at_any_time_ends_the_others(victim: int, delay: float) -> None:
     processes = Processes(2, 1, *LONG)
+    gone, other = processes.running[victim], processes.running[1 - victim]
     time.sleep(delay)
-    processes.running[victim].kill()
+    assert gone.poll() is None
+    gone.kill()
     try:
-        processes.running[1 - victim].communicate(timeout=LIMIT)
+        out, error = other.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         # One that had not come yet is waited for.
         assert delay < 2
+        return
     finally:
         processes.kill()
+    assert other.returncode == 1, error
+    assert out == ""
+    assert error.count("error: ") == 1
+    assert f"error: process {victim} is gone: " in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
