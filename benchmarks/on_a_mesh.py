@@ -21,7 +21,7 @@ from benchmarks.several_gpus import ALL_TO_ALL, ENDED, STEPS, Job, Row, progress
 if TYPE_CHECKING:
     import numpy as np
 
-    from gptoss_jax.benching.batch import Case
+    from gptoss_jax.benching.batch import Workload
     from gptoss_jax.benching.latency import Prepared
     from gptoss_jax.model.config import ModelConfig
     from gptoss_jax.model.gpt_oss import GptOss
@@ -179,12 +179,12 @@ def load(job: Job) -> GptOss | None:
     """The model on the mesh, or a row that says why not."""
     import jax
 
-    from gptoss_jax.benching import workload
+    from gptoss_jax.benching.workload import load as load_weights
 
     named = None if job.model == "embedded" else job.model
     model: GptOss | None = None
     with failing(job, "weights"):
-        model = jax.block_until_ready(workload.load(named, job.mesh, "bfloat16", 0, rules_of(job)))
+        model = jax.block_until_ready(load_weights(named, job.mesh, "bfloat16", 0, rules_of(job)))
         emit(job.name | weights(model))
     return model
 
@@ -353,15 +353,15 @@ def logits_of(
 def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
     """An engine for each batch, with its steps compiled, of several at once; what fails has a row with the reason."""
     from gptoss_jax.benching import latency
-    from gptoss_jax.benching.batch import Case
+    from gptoss_jax.benching.batch import Workload
     from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.types import SamplingParams
 
     def one(batch: int) -> Prepared | None:
-        case = Case(batch, job.prompt_tokens, job.output_tokens)
-        options = EngineOptions(enable_prefix_caching=False, kv_cache_memory=cache_memory(model, case))
+        workload = Workload(batch, job.prompt_tokens, job.output_tokens)
+        options = EngineOptions(enable_prefix_caching=False, kv_cache_memory=cache_memory(model, workload))
         with failing(job, "speed", batch=batch):
-            return latency.prepare(model, options, SamplingParams(temperature=0), case, 0, progress=False)
+            return latency.prepare(model, options, SamplingParams(temperature=0), workload, 0, progress=False)
         return None
 
     with ThreadPoolExecutor() as pool:
@@ -369,8 +369,8 @@ def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
     return {batch: prepared for batch, prepared in found.items() if prepared is not None}
 
 
-def cache_memory(model: GptOss, case: Case) -> int:
-    """Bytes of a device for the case: as many tokens of each sequence as `benching.batch.start` asks for at most.
+def cache_memory(model: GptOss, workload: Workload) -> int:
+    """Bytes of a device for the workload: as many tokens of each sequence as `benching.batch.start` asks for at most.
 
     But of others' prompts, beside which a sequence decodes, several are in a step.
     """
@@ -382,11 +382,13 @@ def cache_memory(model: GptOss, case: Case) -> int:
     from gptoss_jax.model.kv_cache import page_bytes, ring_bytes
 
     partition, config, dtype = model.partition, model.config, model.embed_tokens[...].dtype
-    slots = -(-case.batch // partition.degree("batch"))
+    slots = -(-workload.batch // partition.degree("batch"))
     heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
     pace = Pace.of(jax.default_backend(), None, None, None)
-    beside = -(-case.batch * case.prompt_tokens // pace.max_num_batched_tokens)
-    tokens = case.prompt_tokens + case.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.num_decode_steps
+    beside = -(-workload.batch * workload.prompt_tokens // pace.max_num_batched_tokens)
+    tokens = (
+        workload.prompt_tokens + workload.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.num_decode_steps
+    )
     # A table of at least 64 pages, as in a cache that takes all that is free.
     pages = max(slots * -(-tokens // EngineOptions.page_size), 64)
     page = page_bytes(config, EngineOptions.page_size, dtype, heads)
@@ -402,11 +404,11 @@ def speed(job: Job, prepared: Prepared, turns: Turns) -> tuple[Row, list[Collect
 
     with turns.alone():
         one = measure(prepared, Ceilings(*job.ceilings), job.repeats, profile=False)
-    names = ("rate", "step", "device", "floor", "prefill_rate", "first_token", "last_first_token")
-    row: Row = {"part": "speed", "batch": one.case.batch, **{name: getattr(one, name) for name in names}}
+    names = ("rate", "step", "device_step", "floor", "prefill_rate", "first_token", "last_first_token")
+    row: Row = {"part": "speed", "batch": one.workload.batch, **{name: getattr(one, name) for name in names}}
     if prepared.model.partition.mesh is None:
         return row, []
-    taken = [of_a_step(c, one.rounds) for c in one.collectives if not c.conditional]
+    taken = [of_a_step(c, one.steps_per_launch) for c in one.collectives if not c.conditional]
     row |= {
         "collectives": sum(c.count for c in taken),
         "collective_bytes": sum(c.num_bytes for c in taken),
