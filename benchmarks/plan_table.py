@@ -39,7 +39,7 @@ HEADER = (
     "temporaries and code",
     "of usable GiB",
     "fits",
-    "decode: tok/s at most",
+    "decode: max tok/s",
     "bound by",
 )
 
@@ -96,7 +96,7 @@ def row(model: str, plan: dict[str, Any]) -> list[str]:
     held = best["weight_bytes"] + best["cache_bytes"]
     rest = f"{(best['bytes'] - held) / GIB:.1f}" if best["compiled"] else "not compiled"
     used = f"{best['bytes'] / GIB:.1f} of {best['usable_bytes'] / GIB:.1f}"
-    speed = [f"{decode['most_tokens_per_second']:.0f}", decode["bound_by"]] if best["fits"] else ["", ""]
+    speed = [f"{decode['max_tokens_per_second']:.0f}", decode["bound_by"]] if best["fits"] else ["", ""]
     parts = [f"{best[name] / GIB:.1f}" for name in ("weight_bytes", "cache_bytes")]
     fits = "yes" if best["fits"] else "no"
     return [

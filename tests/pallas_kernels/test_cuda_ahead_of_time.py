@@ -210,7 +210,7 @@ def test_the_engine_s_decode_step(card: Mesh) -> None:
         step = decode_step(config, partition, 1, 1024)
         experts = step.structure.model(step.weights).layers[0].mlp.down_proj.get_value()
         assert isinstance(experts, GpuExperts)
-        compiled = dataclasses.replace(step, kind=dataclasses.replace(step.kind, rounds=4)).lower().compile()
+        compiled = dataclasses.replace(step, shape=dataclasses.replace(step.shape, rounds=4)).lower().compile()
     assert (compiled.as_text() or "").count("__gpu$xla.gpu.triton") == 8 + 9 + 1
     # No room for a copy of the paged layer's keys and values.
     assert compiled.memory_analysis().temp_size_in_bytes < max(map(held_bytes, step.state.cache.stores))
