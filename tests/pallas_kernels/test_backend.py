@@ -48,7 +48,7 @@ def test_alike_layers_trace_a_kernel_once() -> None:
 
 
 def test_a_fall_back_on_an_accelerator_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    backend._told.clear()
+    backend._warned.clear()
     with pallas_kernels.platform("cuda"), caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert dispatch("op", BACKENDS, plain, jnp.zeros((2, 3))) == PLAIN

@@ -113,7 +113,7 @@ def agrees(backend: str, arguments: dict, absent: int) -> None:
         "expert_ids_Tk": jnp.where(ids == absent, len(arguments["down_bias_ED"]) + 1, ids),
     }
     if backend == "triton_vector":
-        most = triton_vector.MOST_ROWS // ids.shape[1]
+        most = triton_vector.MAX_ROWS // ids.shape[1]
         arguments |= {n: a[:most] for n, a in arguments.items() if n.endswith(("TD", "Tk"))}
     want = expected(arguments)
     got = computed(prepared(arguments, backend), backend=backend)
@@ -289,7 +289,7 @@ def test_both_tpu_forms_on_any_routing(
     ids = arguments["expert_ids_Tk"]
     arguments |= {"expert_ids_Tk": jnp.where(ids == seed % 5, experts, ids)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic_tpu, "MOST_TOKENS", most)
+        patch.setattr(mosaic_tpu, "MAX_TOKENS", most)
         got = computed(prepared(arguments, "mosaic_tpu"), backend="mosaic_tpu")
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=5e-3)
 
