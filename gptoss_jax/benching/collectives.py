@@ -20,18 +20,18 @@ from sharding.compiled.program import Collectives
 Operation = Callable[[jax.Array, tuple[str, ...], int], jax.Array]
 
 
-def alone_seconds(
+def isolated_seconds(
     mesh: Mesh,
     collectives: Sequence[Collectives],
     shared: Callable[[], AbstractContextManager[None]] = nullcontext,
-    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    exclusive: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> float:
     """Seconds of these collectives run back to back, with the same sizes and device groups and no other work.
 
     Each collective depends on the previous one, as in a model's layers. The time of the same program without the
     collectives is subtracted, so that the time of the links and of the collective library remains. Collectives in
     conditional branches are left out, as in `sharding.compiled.bounds`. All devices must belong to this process.
-    Programs are compiled within the context `shared` and timed within `alone`.
+    Programs are compiled within the context `shared` and timed within `exclusive`.
     """
     taken = [c for c in collectives if c.axes and not c.conditional]
     if not taken:
@@ -46,7 +46,7 @@ def alone_seconds(
 
         with ThreadPoolExecutor() as pool:
             programs = list(pool.map(compiled, (True, False)))
-    with alone():
+    with exclusive():
         with_collectives, without = (median_seconds(partial(program, *arrays)) for program in programs)
     return max(0.0, with_collectives - without)
 
