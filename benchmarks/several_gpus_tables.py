@@ -133,7 +133,7 @@ def speed(rows: list[Row], devices: int) -> list[str]:
         "Efficiency: throughput relative to one device in this run times the number of devices. Collectives of a "
         "decode step: their number in the compiled program, the bytes of their arrays on a device, the lower bound of "
         "their time on the links, and their isolated time: that of the same collectives back to back on the same mesh, "
-        "less that of the same program without them. A ragged all-to-all counts its whole array, including unused space.",
+        "less that of the same program without them. A ragged all-to-all counts its whole array with unused space.",
         "",
         "### Which strategy is faster",
         "",

@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that are not here; needs jax-cuda13-plugin and -pjrt, and skips without them."""
+"""The kernels compiled ahead of time for GPUs; skipped without jax-cuda13-plugin and jax-cuda13-pjrt."""
 
 import dataclasses
 import os
@@ -155,7 +155,7 @@ def test_paged_attention(card: Mesh, batch: int, length: int, page_size: int, pa
 def test_caches_of_other_dtypes(
     card: Mesh, tokens: DTypeLike, cache: DTypeLike, length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ampere cannot convert float8: there its ops are the reference, and each says so."""
+    """Ampere cannot convert float8: its ops fall back to the reference, and each logs a warning."""
     q, k = (jax.ShapeDtypeStruct((2, length, heads, WIDTH), tokens) for heads in (HEADS, KV_HEADS))
     kv, pages = (jax.ShapeDtypeStruct((*shape, KV_HEADS, 2 * WIDTH), cache) for shape in ((2, 640), (100, 64)))
     sinks, at = jax.ShapeDtypeStruct((HEADS,), tokens), int32(2, length)

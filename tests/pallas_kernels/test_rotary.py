@@ -83,7 +83,7 @@ def test_any_shape_and_place_equal_the_reference(examples: int) -> None:
     check()
 
 
-def test_a_page_past_the_last_keeps_a_token_out() -> None:
+def test_a_token_with_a_page_past_the_last_is_not_stored() -> None:
     x = jnp.ones((1, 2, 1, 16))
     pages, slots = jnp.asarray([[1, 2]], jnp.int32), jnp.asarray([[3, 0]], jnp.int32)
     _, kv = rotate_and_store(
