@@ -1,1 +1,1 @@
-"""Measurements: of kernels alone, and of whole steps."""
+"""Benchmarks of kernels, loading, the planner and several GPUs."""

@@ -1,10 +1,10 @@
-"""Compare each op on the device with its reference in float32, beside what plain bfloat16 computation loses.
+"""Compare each op's error on the device with that of the bfloat16 reference, both against the float32 reference.
 
 python -m benchmarks.check_kernels [--ops expert_mlp attention ...] [--share 1/4]
 
-A line an op and shape: the error of the op and that of the reference in bfloat16, both relative to the float32
-reference's norm. The exit code is 1 if an op's error is more than 10 % above bfloat16's, or not a number. Most of the
-time goes into compiling: `--share 1/4` to `--share 4/4` are the same cases in four processes.
+Each line is an op and a shape: the error of the op and that of the reference in bfloat16, relative to the float32
+reference's norm. The exit code is 1 if an op's error is NaN or more than 10 % above that of the bfloat16 reference.
+Most of the time is spent compiling: `--share 1/4` to `--share 4/4` split the cases over four processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
-from pallas_kernels.rotary import rotate_and_keep
+from pallas_kernels.rotary import rotate_and_store
 from pallas_kernels.routing import route
 
 HIDDEN, HEADS, KV_HEADS, WIDTH = 2880, 64, 8, 64
@@ -42,10 +42,10 @@ ATTENTION_SHAPES: list[tuple[int, int, int, int | None]] = [
     (1, 2048, 2048, None),
     (1, 512, 131072, None),
 ]
-"""Sequences, queries of each, keys and window."""
+"""Sequences, queries per sequence, keys and window."""
 
 Case = tuple[str, Callable[[], tuple[float, float]]]
-"""A case, and what measures the op's error and that of bfloat16."""
+"""A name, and a function that returns the error of the op and that of the bfloat16 reference."""
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
@@ -53,7 +53,7 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
 
 
 def compare(function: Callable[..., Any], *args: Any) -> tuple[float, float]:
-    """Errors of `function(backend, *args)` by the device's kernels, and by the reference in bfloat16."""
+    """Errors of `function(backend, *args)` with the device's kernels, and with the reference in bfloat16."""
     want = jax.jit(lambda *a: function("reference", *a))(*to_float32(args))
     plain = jax.jit(lambda *a: function("reference", *a))(*args)
     got = jax.jit(lambda *a: function(None, *a))(*args)
@@ -61,7 +61,7 @@ def compare(function: Callable[..., Any], *args: Any) -> tuple[float, float]:
 
 
 def random_experts(seed: int, experts: int, parts: int) -> GpuExperts:
-    """Random packed weights whose scales differ from group to group; padding is zero, as it is when prepared."""
+    """Random packed weights whose scales differ between groups; padding is zero, as in prepared weights."""
     blocks = -(-HIDDEN // BLOCK)
     keys = jax.random.split(jax.random.key(seed))
     words = jax.random.bits(keys[0], (experts, parts, blocks, HIDDEN, WORDS), jnp.uint16)
@@ -85,7 +85,7 @@ def expert_cases() -> Iterator[Case]:
 
         counts = (1, 2, 64, 256, 1024, 8192) if experts == 32 else (1, 8, 256, 2048)
         routings = [(count, "uniform") for count in counts] + [(1, "absent"), (64, "absent"), (300, "one")]
-        # Enough rows an expert for the kernels for many.
+        # Enough rows per expert for the kernels for many rows.
         routings += [(2048, "absent"), (64 * experts + 1, "one")]
         for count, routing in routings:
             ids = expert_ids(count, experts, routing)
@@ -94,7 +94,7 @@ def expert_cases() -> Iterator[Case]:
 
 
 def expert_ids(count: int, experts: int, routing: str) -> jax.Array:
-    """int32 [count, k]: four experts a token, or of these the ids that 3 divides absent, or all tokens on the last."""
+    """int32 [count, k]: four experts per token; "absent" removes the ids divisible by 3, "one" uses only the last."""
     if routing == "one":
         return jnp.full((count, 1), experts - 1, jnp.int32)
     ids = lax.top_k(jax.random.uniform(jax.random.key(count), (count, experts)), 4)[1]
@@ -102,7 +102,7 @@ def expert_ids(count: int, experts: int, routing: str) -> jax.Array:
 
 
 def some_queries(q: jax.Array, positions: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries whose attention a reference can hold in memory, spread over all of them, and their indices."""
+    """At most `most` evenly spaced queries, for which the reference fits in memory; with positions and indices."""
     index = jnp.linspace(0, q.shape[1] - 1, min(most, q.shape[1])).astype(jnp.int32)
     return q[:, index], positions[:, index], index
 
@@ -119,7 +119,7 @@ def attention_cases() -> Iterator[Case]:
 def attention_errors(
     batch: int, length: int, keys: int, window: int | None, *, paged: bool
 ) -> tuple[float, float]:
-    """With the keys in a row, or in pages in any order."""
+    """Errors of the op and of the bfloat16 reference, with contiguous keys or with pages in random order."""
     sinks = normal(0, HEADS)
     q, kv = normal(1, batch, length, HEADS, WIDTH), normal(2, batch, keys, KV_HEADS, 2 * WIDTH)
     kv_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
@@ -139,12 +139,12 @@ def attention_errors(
 
 @cache
 def plain_attention(window: int | None) -> Callable[..., jax.Array]:
-    """The reference, compiled once for both forms."""
+    """The reference, compiled once for contiguous and paged keys."""
     return jax.jit(partial(attention, window=window, sm_scale=1 / math.sqrt(WIDTH), backend="reference"))
 
 
 def in_pages(kv: jax.Array, page_size: int = 32) -> tuple[jax.Array, jax.Array]:
-    """The pages of each sequence, in any order, and the store with the keys and values in them."""
+    """A page table in random order, and the pages with the keys and values."""
     batch, keys = kv.shape[:2]
     pages = keys // page_size
     table = jax.random.permutation(jax.random.key(3), batch * pages).reshape(batch, pages).astype(jnp.int32)
@@ -162,7 +162,7 @@ def rotary_cases() -> Iterator[Case]:
         store = normal(5, 2 * batch, 32, KV_HEADS, 2 * WIDTH)
 
         def turn(backend: str | None, q: Any, k: Any, v: Any, store: Any, positions: Any, pages: Any) -> Any:
-            return rotate_and_keep(
+            return rotate_and_store(
                 q,
                 k,
                 v,
@@ -176,7 +176,7 @@ def rotary_cases() -> Iterator[Case]:
                 backend=backend,
             )
 
-        yield f"rotate_and_keep {batch} sequences", partial(compare, turn, q, k, v, store, positions, pages)
+        yield f"rotate_and_store {batch} sequences", partial(compare, turn, q, k, v, store, positions, pages)
 
 
 def dense_cases() -> Iterator[Case]:
@@ -200,7 +200,7 @@ def dense_cases() -> Iterator[Case]:
 
 
 def route_cases() -> Iterator[Case]:
-    """The normed tokens and each expert's weight, which is zero unless it was chosen."""
+    """Compares the normalised tokens, and each expert's weight, which is zero unless it was chosen."""
     for experts, tokens in ((32, 1), (32, 64), (128, 1), (128, 64), (32, 512)):
         router, bias = normal(0, experts, HIDDEN, scale=HIDDEN**-0.5), normal(1, experts)
 
@@ -217,14 +217,14 @@ def route_cases() -> Iterator[Case]:
 CASES = {
     "expert_mlp": expert_cases,
     "attention": attention_cases,
-    "rotate_and_keep": rotary_cases,
+    "rotate_and_store": rotary_cases,
     "linear": dense_cases,
     "route": route_cases,
 }
 
 
 def main() -> int:
-    """Print a line a case; 1 if one is worse than allowed."""
+    """Print one line per case; return 1 if an error is larger than allowed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--share", type=share, default=(1, 1), metavar="I/N", help="every N-th case from the I-th")
@@ -242,7 +242,7 @@ def main() -> int:
 
 
 def share(text: str) -> tuple[int, int]:
-    """The type of --share."""
+    """Parse --share."""
     first, _, count = text.partition("/")
     if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         raise argparse.ArgumentTypeError(f"expected a share such as 1/4, found {text!r:.60}")

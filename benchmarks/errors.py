@@ -1,4 +1,4 @@
-"""How far results are from a float32 reference's."""
+"""Relative errors against a float32 reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """The norm of the difference over that of `want`; of two pytrees, the largest over their arrays."""
+    """The norm of the difference divided by that of `want`; for pytrees, the maximum over their arrays."""
 
     def one(got: jax.Array, want: jax.Array) -> float:
         got, want = got.astype(jnp.float32).reshape(-1), want.astype(jnp.float32).reshape(-1)
@@ -19,5 +19,5 @@ def relative_error(got: Any, want: Any) -> float:
 
 
 def to_float32(tree: Any) -> Any:
-    """The same numbers in float32 where they are in bfloat16; others, and packed ones, as they are."""
+    """Cast the bfloat16 arrays of a pytree to float32; others, such as packed weights, stay as they are."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)

@@ -1,4 +1,4 @@
-"""Time each op's backends at the released shapes, beside the floor that the memory or the multipliers set.
+"""Time the ops at the released shapes, and compare with the floor set by memory bandwidth or peak FLOP/s.
 
 python -m benchmarks.kernels --ops expert_mlp attention --tokens 1 64 --json
 """
@@ -24,12 +24,12 @@ from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
 from pallas_kernels.routing import route
 
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12}
-"""Dense bf16, from the maker's data sheets."""
+"""Dense bf16 operations per second, from the vendor's data sheet."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One op at one shape: `step(carry, set)` runs it, and the two counts bound its time."""
+    """One op at one shape: `step(carry, set)` runs it; `bytes` and `flops` bound its time."""
 
     name: str
     step: Callable[[jax.Array, Any], jax.Array]
@@ -40,14 +40,14 @@ class Case:
 
 
 def random_experts(key: jax.Array, experts: int, parts: int, rows: int, contracting: int) -> GpuExperts:
-    """Random packed weights of rows of norm near 1, made in the kernels' layout."""
+    """Random packed weights in the kernels' layout, whose rows have a norm near 1."""
     blocks = -(-contracting // BLOCK)
     words = jax.random.bits(key, (experts, parts, blocks, rows, WORDS), jnp.uint16)
     return GpuExperts(words, jnp.full((experts, parts, blocks, rows), 0x78787878, jnp.uint32), contracting)
 
 
 def expert_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
-    """The expert op: routing drawn uniformly."""
+    """The expert op, with uniform routing."""
     experts, k = config.num_local_experts, config.num_experts_per_tok
     hidden, inner = config.hidden_size, config.intermediate_size
     keys = jax.random.split(jax.random.key(0), 4)
@@ -75,7 +75,7 @@ def expert_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
 
 
 def attention_cases(config: ModelConfig, batches: list[int], contexts: list[int]) -> Iterator[Case]:
-    """Decode of one token a sequence over a full and a sliding layer, then prefill of one whole prompt."""
+    """Decode of one token per sequence in a full and a sliding layer, then prefill of one whole prompt."""
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sinks = jnp.zeros(heads, jnp.bfloat16)
 
@@ -108,7 +108,7 @@ def attention_cases(config: ModelConfig, batches: list[int], contexts: list[int]
 
 
 def linear_cases(config: ModelConfig) -> Iterator[Case]:
-    """The dense projections of a single token, each between two reductions that tie the chain."""
+    """The dense projections of a single token; each step depends on the previous one."""
     hidden = config.hidden_size
     heads = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -133,7 +133,7 @@ def linear_cases(config: ModelConfig) -> Iterator[Case]:
 
 
 def route_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
-    """Norm, router and top k."""
+    """Norm, router and top-k."""
     experts, hidden = config.num_local_experts, config.hidden_size
 
     def step(x: jax.Array, own: Any) -> jax.Array:
@@ -156,13 +156,13 @@ def route_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
 
 
 def main() -> None:
-    """Run the cases that the flags choose and print a row for each."""
+    """Run the cases selected by the flags, and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=["expert_mlp", "attention", "linear", "route"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256, 2048, 8192])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 131072])
     parser.add_argument("--experts", type=int, default=32, help="32 for gpt-oss-20b, 128 for gpt-oss-120b")
-    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
     flags = parser.parse_args()
     config = dataclasses.replace(ModelConfig(), num_local_experts=flags.experts)
     few = [t for t in flags.tokens if t <= 256]

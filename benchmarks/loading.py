@@ -1,11 +1,11 @@
-"""What loading a checkpoint takes, in time and memory, when each of several processes holds a part of the experts.
+"""Time and memory of loading a checkpoint in several processes, each of which holds a shard of the experts.
 
     python benchmarks/loading.py --layers 24 --processes 2
 
-It writes a checkpoint of gpt-oss-20b's shapes with cheap random bytes, starts the processes (four CPU devices
-each, joined by jax.distributed, experts split over the processes), and compares with reading as many bytes from
-the page cache with as many threads. Memory is what the processes allocate: pages of files that the system may drop
-at any time are not counted.
+The benchmark writes a checkpoint of gpt-oss-20b's shapes with random bytes, starts the processes (with four CPU
+devices each, connected by jax.distributed, experts sharded over the processes), and compares with reading the same
+number of bytes from the page cache with the same number of threads. Memory is what the processes allocate; file pages,
+which the system may evict at any time, are not counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_checkpoint(directory: Path, layers: int, config_file: Path) -> int:
-    """Write a checkpoint of the config's shapes with fewer layers; returns its size in bytes."""
+    """Write a checkpoint of the config's shapes with this number of layers; returns its size in bytes."""
     from gptoss_jax.checkpoints.safetensors_file import DTYPES
     from gptoss_jax.checkpoints.writer import save_safetensors, stored_tensors
     from gptoss_jax.model.config import ModelConfig
@@ -42,7 +42,7 @@ def make_checkpoint(directory: Path, layers: int, config_file: Path) -> int:
     config = ModelConfig.from_file(config_file)
     config = dataclasses.replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
     tensors = stored_tensors(weight_specs(config))
-    # Bytes below 128: no scale is NaN, no float infinite.
+    # Bytes below 127, so that no scale is NaN and no float infinite.
     noise = np.random.default_rng(0).integers(0, 127, 1 << 24, np.uint8)
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
@@ -54,14 +54,14 @@ def make_checkpoint(directory: Path, layers: int, config_file: Path) -> int:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process without file pages."""
+    """Resident bytes of this process without file pages."""
     status = Path("/proc/self/status").read_text()
     fields = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")}
     return 1024 * (int(fields["RssAnon"]) + int(fields["RssShmem"]))
 
 
 class Peak:
-    """The largest `anonymous_bytes` seen while the block ran."""
+    """Records the maximum of `anonymous_bytes` during the block."""
 
     def __enter__(self) -> Peak:
         self.bytes = anonymous_bytes()
@@ -80,7 +80,7 @@ class Peak:
 
 
 def one_process(directory: Path, address: str, processes: int, process: int, turns: int) -> None:
-    """Load this process's part, then read the same bytes plainly; prints the figures as JSON."""
+    """Load this process's shard, then read the same number of bytes directly; prints the figures as JSON."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -92,7 +92,7 @@ def one_process(directory: Path, address: str, processes: int, process: int, tur
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
 
     def sharding(spec: WeightSpec) -> NamedSharding:
-        # Tables and attention too: replicas on CPU devices would each cost memory.
+        # Embeddings and attention are sharded too, because replicas on CPU devices would each use memory.
         axis = next((i for i, size in enumerate(spec.shape) if size % mesh.size == 0), None)
         return NamedSharding(
             mesh, PartitionSpec(*("expert" if i == axis else None for i in range(len(spec.shape))))
@@ -110,7 +110,7 @@ def one_process(directory: Path, address: str, processes: int, process: int, tur
         gc.collect()
         return seconds, checkpoint.bytes_read, peak.bytes
 
-    # In turns, and the best of each: the system hands out memory at very different speeds.
+    # Alternate, and report the best of each, because the speed of memory allocation varies widely.
     plain, copies, loads, base = [], [], [], anonymous_bytes()
     wanted = sum(path.stat().st_size for path in directory.glob("*.safetensors")) // processes
     for turn in range(turns):
@@ -133,9 +133,10 @@ def one_process(directory: Path, address: str, processes: int, process: int, tur
 
 
 def plain_read(directory: Path, processes: int, process: int, wanted: int, keep: bool) -> float:
-    """Seconds to read `wanted` bytes of the files, another part in each process.
+    """Seconds to read `wanted` bytes of the files, different ones in each process.
 
-    They go into new memory as a loaded model does, or without `keep` into one small buffer a thread.
+    With `keep` the bytes are read into new memory, as when a model is loaded; otherwise into one small buffer per
+    thread.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -147,7 +148,7 @@ def plain_read(directory: Path, processes: int, process: int, wanted: int, keep:
     kept: list[mmap.mmap] = []
 
     def new_memory() -> mmap.mmap:
-        # Not malloc's, which would keep it for what comes next.
+        # mmap instead of malloc, which would reuse freed memory.
         memory = mmap.mmap(-1, CHUNK_BYTES)
         memory.madvise(mmap.MADV_HUGEPAGE)
         kept.append(memory)
@@ -169,7 +170,7 @@ def plain_read(directory: Path, processes: int, process: int, wanted: int, keep:
 
 
 def measure(directory: Path, processes: int, turns: int = 1) -> list[dict[str, float]]:
-    """Load a checkpoint with so many processes; the figures of each."""
+    """Load a checkpoint with this number of processes; returns the figures of each."""
     warm(directory)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -198,7 +199,7 @@ def measure(directory: Path, processes: int, turns: int = 1) -> list[dict[str, f
     outputs = [process.communicate()[0] for process in started]
     for process in started:
         if process.returncode:
-            raise SystemExit(f"a process ended with {process.returncode}")
+            raise SystemExit(f"a process ended with exit code {process.returncode}")
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
@@ -216,10 +217,10 @@ def report(size: int, figures: list[dict[str, float]], write: Callable[[str], ob
     write(f"checkpoint {size / 1e9:.2f} GB, {len(figures)} processes of {DEVICES} devices")
     for i, f in enumerate(figures):
         write(
-            f"process {i}: read {f['read_bytes'] / 1e9:.2f} GB in {f['load_s']:.2f} s; reading alone "
+            f"process {i}: loaded {f['read_bytes'] / 1e9:.2f} GB in {f['load_s']:.2f} s; reading only took "
             f"{f['plain_s']:.2f} s into new memory (ratio {f['load_s'] / f['plain_s']:.2f}), {f['copy_s']:.2f} s "
-            f"without keeping it; peak memory {f['peak_bytes'] / 1e9:.2f} GB, "
-            f"{(f['peak_bytes'] - size / len(figures)) / 1e9:.2f} GB above its part of the checkpoint"
+            f"into a small buffer; peak memory {f['peak_bytes'] / 1e9:.2f} GB, "
+            f"{(f['peak_bytes'] - size / len(figures)) / 1e9:.2f} GB above its share of the checkpoint"
         )
 
 
@@ -229,7 +230,7 @@ def main() -> None:
     flags.add_argument("--processes", type=int, default=2)
     flags.add_argument("--directory", type=Path, help="an existing checkpoint (default: a synthetic one)")
     flags.add_argument("--config", type=Path, default=ROOT / "configs" / "gpt_oss_20b.json")
-    flags.add_argument("--turns", type=int, default=3, help="times to load, of which the best counts")
+    flags.add_argument("--turns", type=int, default=3, help="number of loads, of which the fastest is reported")
     flags.add_argument("--address", help=argparse.SUPPRESS)
     flags.add_argument("--process", type=int, help=argparse.SUPPRESS)
     options = flags.parse_args()

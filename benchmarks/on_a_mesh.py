@@ -1,4 +1,4 @@
-"""What one process of several_gpus.py measures: takes a job as JSON, prints a JSON line for each row."""
+"""A measuring process of several_gpus.py: takes a job as JSON, and prints a JSON line for each row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.several_gpus import ALL_TO_ALL, ENDED, STEPS, Job, Row, progress
 if TYPE_CHECKING:
     import numpy as np
 
-    from gptoss_jax.benching.batch import Case
+    from gptoss_jax.benching.batch import Workload
     from gptoss_jax.benching.latency import Prepared
     from gptoss_jax.model.config import ModelConfig
     from gptoss_jax.model.gpt_oss import GptOss
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
     from sharding.compiled.program import Collectives
 
 SEQUENCES, LENGTH = 8, 32
-"""Tokens whose logits are compared: 206 MB of them with the released vocabulary."""
+"""Tokens whose logits are compared; the logits are 206 MB with the released vocabulary."""
 
-PARTS = (1, 2, 4, 8)
-"""In how many parts one device computes them, too."""
+SPLITS = (1, 2, 4, 8)
+"""Numbers of equal batches in which one device computes the sequences."""
 
 SUMS = ((17, 25), (3, 4), (120, 7), (99, 1), (640, 228), (15, 15), (402, 399), (8, 761))
-"""What the small model is asked to add."""
+"""Additions that the small model is asked for."""
 
-LOUDNESS = 16
+EMBEDDING_RMS = 16
 """Root mean square of the random token embeddings whose logits are compared.
 
-As drawn they are 0.02 to the 1 or so that a layer adds. What a router decides in the last bit is then as much of a
-token as the token itself, and after 24 layers bfloat16's error is as large as the logits (0.7 of them), so that nothing
-could be told from it. Trained layers each add little to what is there.
+Initialised embeddings have 0.02, while each layer adds about 1. A routing decision in the last bit would then change a
+token as much as the token's own embedding, and after 24 layers bfloat16's error would be as large as the logits (0.7 of
+them), too large for a comparison. Trained layers each add little to the residual stream.
 """
 
-UNLIKE = 1e-3
-"""Relative error of a token's float32 logits above which they are not the same."""
+DIFFERENT = 1e-3
+"""Relative error of a token's float32 logits above which the token counts as differing."""
 
 ANSWER_TOKENS = 96
 SMALL_CACHE = 64 << 20
@@ -61,7 +61,7 @@ def main() -> None:
     job = Job.read(sys.argv[1])
     also_compile_with(job.compiler_options)
     if job.parts == ("plan",):
-        with Turns(job).shared():
+        with MachineLock(job).shared():
             emit(plan(job))
     elif job.parts[0] in STEPS:
         emit(step(job))
@@ -70,13 +70,13 @@ def main() -> None:
 
 
 def emit(row: Row) -> None:
-    # In one piece: threads have rows, too.
+    # A single write, because several threads emit rows.
     sys.stdout.write(json.dumps(row) + "\n")
     sys.stdout.flush()
 
 
 def devices() -> Row:
-    """How many, of which of the planner's families (h100 for what is of none), and what one of them can do at most."""
+    """The row of the devices: number, kind, the planner's device family (h100 if unknown), and peak rates of one."""
     import jax
 
     from gptoss_jax.benching.ceilings import measure_ceilings
@@ -96,48 +96,48 @@ def devices() -> Row:
 
 
 def measure(job: Job) -> None:
-    """The parts of a mesh, small ones before the model is loaded; what fails has a row with the reason."""
+    """Measure a mesh, the small model first; a part that fails emits a row with the error."""
     from gptoss_jax.runtime.compile_cache import enable_compile_cache
 
     enable_compile_cache()
-    turns = Turns(job)
-    with turns.shared():
+    lock = MachineLock(job)
+    with lock.shared():
         if "tokens" in job.parts:
-            with failing(job, "tokens"):
+            with errors_as_rows(job, "tokens"):
                 emit(job.name | tokens(job))
-            # What of it is still held would count as the weights'.
+            # Memory that the small model still holds would count as the weights'.
             gc.collect()
         model = load(job) if {"logits", "speed"} & set(job.parts) else None
         if model is not None and "logits" in job.parts:
-            with failing(job, "logits"):
+            with errors_as_rows(job, "logits"):
                 emit(job.name | logits(job, model))
         prepared = prepare(job, model) if model is not None and "speed" in job.parts else {}
     found: dict[int, list[Collectives]] = {}
     for batch, one in prepared.items():
-        with failing(job, "speed", batch=batch):
-            row, found[batch] = speed(job, one, turns)
+        with errors_as_rows(job, "speed", batch=batch):
+            row, found[batch] = speed(job, one, lock)
             emit(job.name | row)
-    from gptoss_jax.benching.collectives import alone_seconds
+    from gptoss_jax.benching.collectives import isolated_seconds
 
     for batch, taken in found.items():
         if model is not None and model.partition.mesh is not None:
-            with failing(job, "collectives", batch=batch):
-                seconds = alone_seconds(model.partition.mesh, taken, turns.shared, turns.alone)
+            with errors_as_rows(job, "collectives", batch=batch):
+                seconds = isolated_seconds(model.partition.mesh, taken, lock.shared, lock.exclusive)
                 emit(job.name | {"part": "collectives", "batch": batch, "collective_alone": seconds})
 
 
-class Turns:
-    """Processes that run together share the machine while they prepare; who times something has it alone."""
+class MachineLock:
+    """A lock between concurrent processes: shared while they prepare, exclusive while one of them measures time."""
 
     def __init__(self, job: Job) -> None:
-        self._lock = Path(job.folder) / "turns.lock"
+        self._lock = Path(job.folder) / "machine.lock"
 
     def shared(self) -> contextlib.AbstractContextManager[None]:
-        """Among others, of whom none times anything."""
+        """Hold the lock together with other processes that prepare."""
         return self._locked(fcntl.LOCK_SH)
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """While no other process does anything."""
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock alone, to measure time."""
         return self._locked(fcntl.LOCK_EX)
 
     @contextlib.contextmanager
@@ -147,8 +147,8 @@ class Turns:
             yield
 
 
-class failing:
-    """Errors of devices and compilers, and of what a mesh cannot do, become a row of the part."""
+class errors_as_rows:
+    """Emits any exception in the block as a row of the part, and suppresses it."""
 
     def __init__(self, job: Job, part: str, **more: Any) -> None:
         self._row = job.name | {"part": part} | more
@@ -164,7 +164,7 @@ class failing:
 
 
 def reason(error: Exception) -> str:
-    """One line of an error."""
+    """The first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]:.300}"
 
@@ -176,21 +176,21 @@ def rules_of(job: Job) -> ShardingRules:
 
 
 def load(job: Job) -> GptOss | None:
-    """The model on the mesh, or a row that says why not."""
+    """The model on the mesh; None if it fails, after a row with the error."""
     import jax
 
-    from gptoss_jax.benching import workload
+    from gptoss_jax.benching.workload import load as load_weights
 
     named = None if job.model == "embedded" else job.model
     model: GptOss | None = None
-    with failing(job, "weights"):
-        model = jax.block_until_ready(workload.load(named, job.mesh, "bfloat16", 0, rules_of(job)))
+    with errors_as_rows(job, "weights"):
+        model = jax.block_until_ready(load_weights(named, job.mesh, "bfloat16", 0, rules_of(job)))
         emit(job.name | weights(model))
     return model
 
 
 def weights(model: GptOss) -> Row:
-    """Bytes of the weights on a device, and what the allocator of the fullest has in use for them."""
+    """Bytes of the weights on a device, and the most bytes that the allocator of any device has in use."""
     import jax
 
     from gptoss_jax.engine.step import Structure
@@ -208,7 +208,7 @@ def config_of(job: Job) -> ModelConfig:
 
 
 def tokens(job: Job) -> Row:
-    """The shipped model's greedy answers, and with how many tokens they begin as one device's do."""
+    """Counts of the embedded model's greedy answers: correct ones, and equality and common prefix with one device's."""
     from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.serving.client import LLM
     from gptoss_jax.types import SamplingParams
@@ -222,49 +222,49 @@ def tokens(job: Job) -> Row:
         current_date="2026-01-01",
     )
     answers = [list(output.outputs[0].token_ids) for output in found]
-    right = sum(str(a + b) in (o.outputs[0].text or "") for (a, b), o in zip(SUMS, found, strict=True))
-    row: Row = {"part": "tokens", "answers": len(answers), "right": right, "tokens": sum(map(len, answers))}
+    correct = sum(str(a + b) in (o.outputs[0].text or "") for (a, b), o in zip(SUMS, found, strict=True))
+    row: Row = {"part": "tokens", "answers": len(answers), "correct": correct, "tokens": sum(map(len, answers))}
     kept = Path(job.folder) / "tokens.json"
     if job.mesh is None:
-        with kept_whole(kept) as path:
+        with written_atomically(kept) as path:
             path.write_text(json.dumps(answers))
         return row
-    alone = json.loads(found_by_one(kept).read_text())
-    same = [_common(*pair) for pair in zip(answers, alone, strict=True)]
-    identical = sum(ours == theirs for ours, theirs in zip(answers, alone, strict=True))
-    return row | {"identical": identical, "tokens_alike": sum(same)}
+    one_device = json.loads(one_device_file(kept).read_text())
+    common = [_common_prefix(*pair) for pair in zip(answers, one_device, strict=True)]
+    identical = sum(ours == theirs for ours, theirs in zip(answers, one_device, strict=True))
+    return row | {"identical": identical, "common_prefix": sum(common)}
 
 
 @contextlib.contextmanager
-def kept_whole(path: Path) -> Iterator[Path]:
-    """Where to write what is at `path` after the block; others may wait for it."""
+def written_atomically(path: Path) -> Iterator[Path]:
+    """Yields a file to write, which is renamed to `path` after the block; other processes may wait for it."""
     partial = path.with_name(f"partial.{path.name}")
     yield partial
     partial.rename(path)
 
 
-def found_by_one(path: Path) -> Path:
-    """What the process of one device keeps there, once it does. Raises RuntimeError if it has ended without it."""
+def one_device_file(path: Path) -> Path:
+    """Wait for a file of the one-device process. Raises RuntimeError if that process ended without writing it."""
     while not path.exists():
         ended = path.with_name(ENDED).exists() or not path.parent.exists()
         if ended and not path.exists():
-            raise RuntimeError("there is nothing of one device to compare with")
+            raise RuntimeError("one device has no result to compare with")
         time.sleep(0.1)
     return path
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """The length of what both begin with."""
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """The length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def logits(job: Job, model: GptOss) -> Row:
-    """Relative errors: of the mesh's logits, and of a float32 reference on the same mesh, from one device's.
+    """Relative errors of the mesh's logits, and of a float32 reference on the mesh, against one device.
 
-    One device computes the sequences also in as many parts as they have on the mesh: which ops compute them, and what
-    is rounded in between, depends on how many tokens there are. The bound is the largest error that it has so. Random
-    weights have near-ties in routing, where the last bit decides on another expert: hence medians over the tokens, too,
-    and how many tokens of the float32 reference are unlike.
+    One device also computes the sequences in as many batches as there are data-parallel ranks on the mesh, because the
+    choice of kernels and the rounding depend on the number of tokens. The bound is its largest error against float32
+    over all of `SPLITS`. Random weights have near-ties in routing, in which the last bit selects another expert; the
+    row therefore also has medians over the tokens, and the number of tokens that differ in the float32 reference.
     """
     import jax
     import numpy as np
@@ -272,31 +272,31 @@ def logits(job: Job, model: GptOss) -> Row:
     from benchmarks.errors import relative_error
 
     drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, (SEQUENCES, LENGTH), dtype=np.int32)
-    loudness = LOUDNESS if job.model != "embedded" else None
+    embedding_rms = EMBEDDING_RMS if job.model != "embedded" else None
     kept = Path(job.folder) / "logits.npz"
     if job.mesh is None:
-        possible = [n for n in PARTS if n <= jax.device_count()]
-        with kept_whole(kept) as path:
-            np.savez(path, **logits_of(model, drawn, loudness, possible))  # type: ignore[arg-type]
+        possible = [n for n in SPLITS if n <= jax.device_count()]
+        with written_atomically(kept) as path:
+            np.savez(path, **logits_of(model, drawn, embedding_rms, possible))  # type: ignore[arg-type]
         return {"part": "logits"}
-    degree = model.partition.degree("batch")
-    parts = degree if SEQUENCES % degree == 0 else 1
-    found = logits_of(model, drawn, loudness, (1,))
-    with np.load(found_by_one(kept)) as one:
-        alone, exact = one[f"in {parts}"], one["exact"]
+    ranks = model.partition.degree("batch")
+    splits = ranks if SEQUENCES % ranks == 0 else 1
+    found = logits_of(model, drawn, embedding_rms, (1,))
+    with np.load(one_device_file(kept)) as one:
+        one_device, exact = one[f"splits {splits}"], one["exact"]
         bound = max(relative_error(one[name], exact) for name in one.files if name != "exact")
     pairs = {
-        "one_from_float32": (alone, exact),
-        "from_one": (found["in 1"], alone),
-        "from_float32": (found["in 1"], exact),
+        "one_from_float32": (one_device, exact),
+        "from_one": (found["splits 1"], one_device),
+        "from_float32": (found["splits 1"], exact),
         "float32_from_one": (found["exact"], exact),
     }
     errors = {name: relative_error(*pair) for name, pair in pairs.items()}
     tokens = {name: by_token(*pair) for name, pair in pairs.items()}
     row: Row = {"part": "logits", **errors, "bound": bound, "within": errors["from_one"] <= bound}
     row |= {f"median_{name}": float(np.median(values)) for name, values in tokens.items()}
-    unlike = int(np.sum(tokens["float32_from_one"] > UNLIKE))
-    return row | {"unlike": unlike, "compared": tokens["float32_from_one"].size}
+    differing = int(np.sum(tokens["float32_from_one"] > DIFFERENT))
+    return row | {"differing": differing, "compared": tokens["float32_from_one"].size}
 
 
 def by_token(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -307,11 +307,11 @@ def by_token(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def logits_of(
-    model: GptOss, drawn: np.ndarray, loudness: float | None, parts: Sequence[int]
+    model: GptOss, drawn: np.ndarray, embedding_rms: float | None, splits: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """float32 [B, T, V] of tokens [B, T]: as the model computes ("in N" parts), and in float32 ("exact").
+    """Logits, float32 [B, T, V], of tokens [B, T]: the model's in N batches ("splits N"), and in float32 ("exact").
 
-    `loudness` is about the root mean square that the embeddings are brought to, exactly: by a power of two.
+    The embeddings are scaled to a root mean square near `embedding_rms`, by a power of two so that no bits are lost.
     """
     import jax
     import jax.numpy as jnp
@@ -323,13 +323,13 @@ def logits_of(
     from pallas_kernels import use_backend
 
     table = model.embed_tokens[...]
-    if loudness:
+    if embedding_rms:
         rms = jax.jit(lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))(table)
-        model.embed_tokens[...] = table * 2.0 ** round(math.log2(loudness / rms))
+        model.embed_tokens[...] = table * 2.0 ** round(math.log2(embedding_rms / rms))
     graph, weights = nnx.split(model)
 
     def compiled(weights: nnx.State, backend: str, precision: str | None, some: np.ndarray) -> Any:
-        # Made for the thread: who names the backend and the precision does so in it.
+        # The backend and the precision are thread-local settings, so they are set in the compiling thread.
         run = jax.jit(lambda weights, drawn: nnx.merge(graph, weights)(drawn))
         with use_backend(backend), jax.default_matmul_precision(precision):
             return run.lower(weights, some).compile(in_order(model.partition.mesh))
@@ -337,31 +337,31 @@ def logits_of(
     try:
         exact = to_float32(weights)
         with ThreadPoolExecutor() as pool:
-            # GPUs would round float32 products' operands to 11 bits.
+            # By default GPUs round the operands of float32 products to 11 bits.
             exact_program = pool.submit(compiled, exact, "reference", "highest", drawn)
-            programs = {n: pool.submit(compiled, weights, "auto", None, drawn[: len(drawn) // n]) for n in parts}
+            programs = {n: pool.submit(compiled, weights, "auto", None, drawn[: len(drawn) // n]) for n in splits}
         found = {"exact": np.asarray(exact_program.result()(exact, drawn))}
         for n, program in programs.items():
             pieces = [np.asarray(program.result()(weights, some)) for some in np.split(drawn, n)]
-            found[f"in {n}"] = np.concatenate(pieces)
+            found[f"splits {n}"] = np.concatenate(pieces)
         return found
     finally:
-        # Only now: the weights above are the model's own variables.
+        # Restored last, because the programs above run on the model's own variables.
         model.embed_tokens[...] = table
 
 
 def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
-    """An engine for each batch, with its steps compiled, of several at once; what fails has a row with the reason."""
+    """An engine with compiled steps for each batch size, prepared in parallel; a failure emits a row with the error."""
     from gptoss_jax.benching import latency
-    from gptoss_jax.benching.batch import Case
+    from gptoss_jax.benching.batch import Workload
     from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.types import SamplingParams
 
     def one(batch: int) -> Prepared | None:
-        case = Case(batch, job.prompt_tokens, job.output_tokens)
-        options = EngineOptions(enable_prefix_caching=False, kv_cache_memory=cache_memory(model, case))
-        with failing(job, "speed", batch=batch):
-            return latency.prepare(model, options, SamplingParams(temperature=0), case, 0, progress=False)
+        workload = Workload(batch, job.prompt_tokens, job.output_tokens)
+        options = EngineOptions(enable_prefix_caching=False, kv_cache_memory=cache_memory(model, workload))
+        with errors_as_rows(job, "speed", batch=batch):
+            return latency.prepare(model, options, SamplingParams(temperature=0), workload, 0, progress=False)
         return None
 
     with ThreadPoolExecutor() as pool:
@@ -369,10 +369,10 @@ def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
     return {batch: prepared for batch, prepared in found.items() if prepared is not None}
 
 
-def cache_memory(model: GptOss, case: Case) -> int:
-    """Bytes of a device for the case: as many tokens of each sequence as `benching.batch.start` asks for at most.
+def cache_memory(model: GptOss, workload: Workload) -> int:
+    """Bytes of KV cache per device for the workload, for the most tokens that `benching.batch.start` asks for.
 
-    But of others' prompts, beside which a sequence decodes, several are in a step.
+    The prompts beside which a sequence decodes share steps, so they add fewer tokens than `start` assumes.
     """
     import jax
 
@@ -382,31 +382,33 @@ def cache_memory(model: GptOss, case: Case) -> int:
     from gptoss_jax.model.kv_cache import page_bytes, ring_bytes
 
     partition, config, dtype = model.partition, model.config, model.embed_tokens[...].dtype
-    slots = -(-case.batch // partition.degree("batch"))
+    slots = -(-workload.batch // partition.degree("batch"))
     heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
     pace = Pace.of(jax.default_backend(), None, None, None)
-    beside = -(-case.batch * case.prompt_tokens // pace.max_num_batched_tokens)
-    tokens = case.prompt_tokens + case.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.num_decode_steps
-    # A table of at least 64 pages, as in a cache that takes all that is free.
+    beside = -(-workload.batch * workload.prompt_tokens // pace.max_num_batched_tokens)
+    tokens = (
+        workload.prompt_tokens + workload.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.num_decode_steps
+    )
+    # Page tables have at least 64 pages, as with a cache that uses all free memory.
     pages = max(slots * -(-tokens // EngineOptions.page_size), 64)
     page = page_bytes(config, EngineOptions.page_size, dtype, heads)
     return slots * ring_bytes(config, config.sliding_window, dtype, heads) + pages * page
 
 
-def speed(job: Job, prepared: Prepared, turns: Turns) -> tuple[Row, list[Collectives]]:
-    """Decode and prefill of a batch through the engine, tokens a second and seconds; and a step's collectives."""
+def speed(job: Job, prepared: Prepared, lock: MachineLock) -> tuple[Row, list[Collectives]]:
+    """Decode and prefill rates and times of a batch through the engine, and the collectives of a step."""
     from gptoss_jax.benching.ceilings import Ceilings
     from gptoss_jax.benching.latency import measure
     from sharding.compiled.bounds import lower_bound
     from sharding.compiled.topologies import parse_topology
 
-    with turns.alone():
+    with lock.exclusive():
         one = measure(prepared, Ceilings(*job.ceilings), job.repeats, profile=False)
-    names = ("rate", "step", "device", "floor", "prefill_rate", "first_token", "last_first_token")
-    row: Row = {"part": "speed", "batch": one.case.batch, **{name: getattr(one, name) for name in names}}
+    names = ("rate", "step", "device_step", "floor", "prefill_rate", "first_token", "last_first_token")
+    row: Row = {"part": "speed", "batch": one.workload.batch, **{name: getattr(one, name) for name in names}}
     if prepared.model.partition.mesh is None:
         return row, []
-    taken = [of_a_step(c, one.rounds) for c in one.collectives if not c.conditional]
+    taken = [per_step(c, one.steps_per_launch) for c in one.collectives if not c.conditional]
     row |= {
         "collectives": sum(c.count for c in taken),
         "collective_bytes": sum(c.num_bytes for c in taken),
@@ -416,21 +418,21 @@ def speed(job: Job, prepared: Prepared, turns: Turns) -> tuple[Row, list[Collect
     return row, taken
 
 
-def of_a_step(collectives: Collectives, rounds: int) -> Collectives:
-    """Of those of a launch of several steps; what a launch does once counts as once a step."""
-    count = max(1, round(collectives.count / rounds))
+def per_step(collectives: Collectives, steps: int) -> Collectives:
+    """A step's share of the collectives of a launch of several steps, at least one."""
+    count = max(1, round(collectives.count / steps))
     num_bytes = round(collectives.num_bytes / collectives.count * count)
     return dataclasses.replace(collectives, count=count, num_bytes=num_bytes)
 
 
 def step(job: Job) -> Row:
-    """One of the planner's steps, run: the devices' peak and seconds."""
+    """Run one of the planner's steps: the devices' peak memory and the step's seconds."""
     from benchmarks.plan_check import run
     from gptoss_jax.checkpoints.loading import EMBEDDED
 
     [name] = job.parts
     context, chunk = planned_lengths(job)
-    turns = Turns(job)
+    lock = MachineLock(job)
     try:
         return run(
             argparse.Namespace(
@@ -442,21 +444,21 @@ def step(job: Job) -> Row:
                 context=context,
                 chunk=chunk,
             ),
-            turns.shared,
-            turns.alone,
+            lock.shared,
+            lock.exclusive,
         )
     except Exception as error:
         return {"error": reason(error)}
 
 
 def planned_lengths(job: Job) -> tuple[int, int]:
-    """The context of the planner's steps, and the tokens of a chunk."""
+    """The context and the prefill chunk of the planner's steps, in tokens."""
     context = min(job.context, config_of(job).max_position_embeddings)
     return context, min(512, context)
 
 
 def plan(job: Job) -> Row:
-    """The planner's figures for both steps. Real machines are planned as if absent, with nothing of theirs in use."""
+    """The planner's figures for both steps. GPUs are planned ahead of time, without using the devices."""
     from sharding.compiled.topologies import parse_topology, prepare_environment
 
     if not job.trial:

@@ -1,7 +1,7 @@
-"""The planner's memory and time against what a GPU really takes: python -m benchmarks.plan_check --topology h100:1x1x1
+"""Compare the planner's memory and time with those of a GPU: python -m benchmarks.plan_check --topology h100:1x1x1
 
-Each step runs in a process of its own, because a device remembers its peak for as long as the process lives. `--plan`
-takes what `python -m gptoss_jax.plan --mesh MESH --json` wrote on another machine; without it the plan is made here.
+Each step runs in a process of its own, because a device's peak memory is never reset within a process. `--plan` reads
+the output of `python -m gptoss_jax.plan --mesh MESH --json` from another machine; without it the plan is made here.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from gptoss_jax.commands.running import run_command
 
 GIB = 2**30
 
-ALONE, TIMED = 2, 8
-"""Launches before the peak is read, each waited for, and those that are timed."""
+WARM_UP, TIMED = 2, 8
+"""Blocking launches before the peak is read, and launches that are timed."""
 
 
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("configs/gpt_oss_20b.json"))
     parser.add_argument("--topology", default="h100:1x1x1")
-    parser.add_argument("--mesh", default="data=1", help="over the topology's devices, which must be here")
-    parser.add_argument("--batch-over-experts", action="store_true", help="as the planner's flag")
+    parser.add_argument("--mesh", default="data=1", help="mesh of the topology's devices, which must be present")
+    parser.add_argument("--batch-over-experts", action="store_true", help="as in gptoss_jax.plan")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--chunk", type=int, default=512)
-    parser.add_argument("--plan", type=Path, help="the JSON of a plan")
+    parser.add_argument("--plan", type=Path, help="JSON file of a plan")
     parser.add_argument("--step", choices=("decode", "prefill"), help="run this step alone and print its JSON")
     return parser
 
@@ -46,10 +46,10 @@ def main() -> None:
         print(json.dumps(run(options)))
         return
     plan = planned(options)
-    print(f"{'':8} {'GiB':32} {'':10}  ms of a step")
+    print(f"{'':8} {'GiB':32} {'':10}  ms per step")
     print(
         f"{'step':8} {'planned':>10} {'compiled':>10} {'peak used':>10} {'difference':>10} "
-        f"{'least':>9} {'expected':>9} {'took':>9} {'difference':>10}"
+        f"{'bound':>9} {'expected':>9} {'measured':>9} {'difference':>10}"
     )
     for name in ("decode", "prefill"):
         used = json.loads(output([sys.executable, "-m", "benchmarks.plan_check", *sys.argv[1:], "--step", name]))
@@ -59,21 +59,22 @@ def main() -> None:
         seconds = step["least_seconds"], step["expected_seconds"], used["seconds"]
         ms = [f"{1e3 * t:9.2f}" if t else " " * 9 for t in seconds]
         print(f"{name:8} {' '.join(gib)} {difference(total, peak)} {' '.join(ms)} {difference(*seconds[1:])}")
-        if waits_for_host(used):
+        if host_bound(used):
+            milliseconds = 1e3 * used["dispatch_seconds"]
             print(
-                f"{name}: the host needs {1e3 * used['dispatch_seconds']:.2f} ms to start a step; the device may wait"
+                f"{name}: the host needs {milliseconds:.2f} ms to launch a step; the device may be idle meanwhile"
             )
         if peak and used["peak_before"] == peak:
-            print(f"{name}: the peak was reached while the weights were made; take a larger --batch or --context")
+            print(f"{name}: the peak occurred while the weights were made; use a larger --batch or --context")
 
 
-def waits_for_host(used: dict[str, Any]) -> bool:
-    """Whether starting a step takes the host about as long as the step took, which then does not tell the device's."""
+def host_bound(used: dict[str, Any]) -> bool:
+    """Whether launching a step takes about as long as the step, so that the time is not the device's."""
     return used["dispatch_seconds"] > 0.9 * used["seconds"]
 
 
 def difference(planned: float | None, measured: float | None) -> str:
-    """How far off a plan is."""
+    """The relative error of a plan, as text."""
     return f"{f'{100 * (planned / measured - 1):+.2f} %' if planned and measured else 'unknown':>10}"
 
 
@@ -89,10 +90,10 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def output(command: list[str]) -> str:
-    """What a command prints; if it fails, this one ends with its exit code."""
+    """The standard output of a command; if it fails, exits with its exit code."""
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
-        # It has said why.
+        # The command has reported the error.
         sys.exit(ended.returncode)
     return ended.stdout
 
@@ -100,22 +101,22 @@ def output(command: list[str]) -> str:
 def run(
     options: argparse.Namespace,
     shared: Callable[[], AbstractContextManager[None]] = nullcontext,
-    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    exclusive: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Any]:
-    """Load a random model, run the step a few times, and read what the devices say they used: of the fullest, bytes.
+    """Load a random model, run the step a few times, and read the peak bytes of the device that used most.
 
-    `seconds` and `dispatch_seconds` are those of `in_flight`. Among processes that take turns at the devices, all but
-    the timing is within `shared`, and that is within `alone`.
+    `seconds` and `dispatch_seconds` are those of `in_flight`. The step is prepared within the context `shared` and
+    timed within `exclusive`, for processes that share the devices.
     """
     with shared():
         compiled, arguments, found = prepare(options)
-    with alone():
+    with exclusive():
         seconds, dispatch_seconds = in_flight(compiled, *arguments)
     return found | {"seconds": seconds, "dispatch_seconds": dispatch_seconds}
 
 
 def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dict[str, Any]]:
-    """The compiled step, its arguments after it has run, and the bytes that were in use before, at most and by plan."""
+    """Run the step; returns it compiled, its arguments for another call, and bytes: peak, peak before, and compiled."""
     import jax
     import numpy as np
 
@@ -140,7 +141,7 @@ def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dic
     _, weights = Structure.of(model)
     shape = cache_shape(partition, options.batch, options.context)
     cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)
-    # Tokens that are all alike would choose the same experts, and few would be read.
+    # Equal tokens would choose the same experts, so few would be read.
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, config.vocab_size, step.state.last.shape, np.int32)
     state = DeviceState(cache, jax.device_put(drawn, step.state.last.sharding))
@@ -149,7 +150,7 @@ def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dic
     inputs = dataclasses.replace(inputs, prefill_tokens=prompts)
     jax.block_until_ready((weights, state))
     before = stats()
-    for _ in range(ALONE):
+    for _ in range(WARM_UP):
         result, state = compiled(weights, state, inputs)
         jax.block_until_ready((result, state))
     found = {"peak": stats(), "peak_before": before, "compiled": ProgramMemory.of(compiled).total}
@@ -157,10 +158,10 @@ def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dic
 
 
 def in_flight(compiled: Any, weights: Any, state: Any, inputs: Any) -> tuple[float, float]:
-    """Seconds of a launch, from one's end to another's, and of the host's call that starts one.
+    """Seconds between the ends of consecutive launches, and of the host's call that dispatches one.
 
-    While the device is busy with a launch the next one is started, so that it need not wait for the host, which hands
-    over some 400 arrays each time.
+    Each launch is dispatched while the device is busy with the previous one, so that it does not wait for the host,
+    which passes some 400 arrays per launch.
     """
     import jax
 
@@ -178,7 +179,7 @@ def in_flight(compiled: Any, weights: Any, state: Any, inputs: Any) -> tuple[flo
 
 
 def late_inputs(inputs: Any, slots: int, context: int) -> Any:
-    """Inputs of a step at the end of the context: every sequence has pages of its own, and the last positions."""
+    """Inputs of a step at the end of the context: every sequence has its own pages, and the last positions."""
     import jax
     import numpy as np
 
@@ -206,7 +207,7 @@ def late_inputs(inputs: Any, slots: int, context: int) -> Any:
 
 
 def stats() -> int | None:
-    """The most bytes that any device has had in use; None where they do not count."""
+    """Peak bytes in use, the maximum over devices; None on platforms without memory statistics."""
     import jax
 
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.devices()]

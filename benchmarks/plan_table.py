@@ -1,6 +1,6 @@
-"""Which released model fits which slice: python -m benchmarks.plan_table (extra: aot).
+"""Table of which released model fits on which slice: python -m benchmarks.plan_table (extra: aot).
 
-The long table is docs/planner.md's, `--short` makes the README's.
+The table is in docs/planner.md; `--short` prints mesh and memory only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HEADER = (
     "temporaries and code",
     "of usable GiB",
     "fits",
-    "decode: tok/s at most",
+    "decode: max tok/s",
     "bound by",
 )
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--slices", nargs="+", default=SLICES)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--short", action="store_true", help="a row a slice: mesh and memory of each model")
+    parser.add_argument("--short", action="store_true", help="one row per slice: mesh and memory of each model")
     options = parser.parse_args()
 
     def plan(model: str, topology: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def show(cells: Sequence[str]) -> None:
-    """A row of a Markdown table; the first is followed by the line that ends a table's head."""
+    """Print a row of a Markdown table, and the separator after the header."""
     print("| " + " | ".join(cells) + " |", flush=True)
     if cells[0] in (HEADER[0], "slice"):
         print("|" + "---|" * len(cells))
@@ -96,7 +96,7 @@ def row(model: str, plan: dict[str, Any]) -> list[str]:
     held = best["weight_bytes"] + best["cache_bytes"]
     rest = f"{(best['bytes'] - held) / GIB:.1f}" if best["compiled"] else "not compiled"
     used = f"{best['bytes'] / GIB:.1f} of {best['usable_bytes'] / GIB:.1f}"
-    speed = [f"{decode['most_tokens_per_second']:.0f}", decode["bound_by"]] if best["fits"] else ["", ""]
+    speed = [f"{decode['max_tokens_per_second']:.0f}", decode["bound_by"]] if best["fits"] else ["", ""]
     parts = [f"{best[name] / GIB:.1f}" for name in ("weight_bytes", "cache_bytes")]
     fits = "yes" if best["fits"] else "no"
     return [

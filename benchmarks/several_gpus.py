@@ -1,18 +1,18 @@
-"""What sharding claims, measured on a host with several GPUs: python -m benchmarks.several_gpus --json rows.jsonl
+"""Correctness, speed and memory of sharded models on several GPUs: python -m benchmarks.several_gpus --json rows.jsonl
 
-For the model on each mesh, and where experts are split by both strategies of `sharding/experts.py`:
+For the model on each mesh, and with sharded experts for both strategies of `sharding/experts.py`, it measures:
 
-- logits: how far one device's are from a float32 reference on the same weights, and the mesh's from one device's
-- tokens: whether the shipped small model answers as on one device
-- speed: decode and prefill against one device in this run, and the collectives of a step: the least time that the
-  links need for their bytes, and the time that as many of the same size take alone on the same mesh
-- memory: the planner's bytes and expected times beside those of the devices
+- logits: the error of one device against a float32 reference on the same weights, and of the mesh against one device
+- tokens: whether the embedded model gives the same answers as on one device
+- speed: decode and prefill relative to one device in this run, and the collectives of a step: the lower bound of their
+  time on the links, and the time of the same collectives in isolation on the same mesh
+- memory: the planner's bytes and expected times, compared with those of the devices
 
-Each mesh is measured in processes of its own, so that one that fails leaves a row with the reason, and the rest goes
-on. Most of their time goes into compiling: `--together 5` has five at once, which share the devices' memory as they
-need it, and take turns at what is timed. Where it runs out, collectives may wait for good: more than five are too many
-for 80 GB. Rows are told on standard error, and saved in `--json`, as soon as they are known; the tables come at the
-end, also of a run that is interrupted. `--show` makes them from saved rows. Without several GPUs, to try it:
+Each mesh is measured in processes of its own. A process that fails leaves a row with the error, and the others
+continue. Most of the time is spent compiling: `--concurrency 5` runs five processes at once, which allocate device
+memory on demand, and measure times one at a time. If memory runs out, collectives may hang: more than five processes
+are too many for 80 GB. Rows are printed to standard error, and appended to `--json`, as soon as they are known. Tables
+are printed at the end, even if the run is interrupted. `--show` makes them from saved rows. To try it without GPUs:
 
 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.several_gpus \\
     --model embedded --batch 1,8 --prompt-tokens 32 --output-tokens 16
@@ -48,29 +48,29 @@ STEPS = ("decode", "prefill")
 ONE, REPLICATED, ALL_TO_ALL = "one device", "replicated", "all-to-all"
 
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
-"""Set before a process imports jax. NVLink multicast needs groups that the switches' fabric manager hands out: guests
-of a shared host may not have them, and a program that fails so can take the host's GPUs from others, too."""
+"""Environment that is set before a process imports jax. NVLink multicast needs groups from the switches' fabric
+manager, which guests of a shared host may not get, and a failure can make the GPUs unusable for other guests, too."""
 
 MEMORY_SHARE = ".95"
-"""XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set: what sharding/compiled/devices.json calls usable."""
+"""Default of XLA_PYTHON_CLIENT_MEM_FRACTION: the usable memory of sharding/compiled/devices.json."""
 
 ENDED = "ended"
-"""The file in a job's folder that is there once nothing more of one device is to come."""
+"""A file in a job's folder that marks the end of the one-device process."""
 
 PROCESSES: set[subprocess.Popen[str]] = set()
-"""Those that measure now."""
+"""The measuring processes that are running."""
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one process measures: some `parts` of a `mesh`, or of its steps one (`decode`, `prefill`) or their plan.
+    """The work of one process: some `parts` for a `mesh`, or one of the planner's steps, or "plan".
 
-    `model` is a config.json or "embedded". The one device is the job without a mesh; it leaves what others are compared
-    with in `folder`. `topology` names the machine whose facts are the planner's and the links'. With `trial` the
-    devices here, which are no GPUs, are what the planner compiles for. `ceilings` are the fields of
-    `gptoss_jax.benching.ceilings.Ceilings`, and `compiler_options` what XLA is told beyond what the engine tells it.
+    `model` is a config.json or "embedded". The job without a mesh is the one-device reference, which leaves its results
+    in `folder` for the others. `topology` names the hardware for the planner and the link rates. With `trial` the
+    planner compiles for the local devices, which are not GPUs. `ceilings` are the fields of
+    `gptoss_jax.benching.ceilings.Ceilings`, and `compiler_options` are XLA options in addition to the engine's.
     """
 
     parts: tuple[str, ...]
@@ -90,18 +90,18 @@ class Job:
 
     @classmethod
     def read(cls, text: str) -> Job:
-        """From the JSON of its fields."""
+        """A job from the JSON of its fields."""
         fields = json.loads(text)
         return cls(**fields | {name: tuple(fields[name]) for name in ("parts", "batch", "ceilings")})
 
     @property
     def name(self) -> Row:
-        """What its rows begin with."""
+        """The fields that identify the job's rows."""
         return {"model": self.model, "mesh": self.mesh or ONE, "strategy": self.strategy}
 
     @property
     def planned_batch(self) -> int:
-        """Sequences in the cache of the planner's steps, as many in each part of any mesh of up to 8 devices."""
+        """Sequences in the KV cache of the planner's steps, divisible by the data-parallel ranks of up to 8 devices."""
         return -(-min(64, max(self.batch)) // 8) * 8
 
 
@@ -109,34 +109,39 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="configs/gpt_oss_20b.json", help='a config.json, or "embedded"')
     parser.add_argument(
-        "--meshes", nargs="+", metavar="MESH", help="such as expert=8 expert=4,tensor=2 (default: by the devices)"
+        "--meshes",
+        nargs="+",
+        metavar="MESH",
+        help="such as expert=8 expert=4,tensor=2 (default: depends on the devices)",
     )
     parser.add_argument("--batch", type=_sizes, default=(1, 8, 64, 256), metavar="N,...")
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N")
-    parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="measured runs of a speed (default: 1)"
-    )
-    parser.add_argument("--context", type=int, default=8192, metavar="N", help="of the planner's steps")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs per batch (default: 1)")
+    parser.add_argument("--context", type=int, default=8192, metavar="N", help="context of the planner's steps")
     parser.add_argument("--parts", type=_parts, default=PARTS, metavar=",".join(PARTS))
-    parser.add_argument("--together", type=int, default=1, metavar="N", help="processes at once (default: 1)")
+    parser.add_argument(
+        "--concurrency", type=int, default=1, metavar="N", help="concurrent processes (default: 1)"
+    )
     parser.add_argument(
         "--compiler-options",
         type=json.loads,
         default={},
         metavar="JSON",
-        help="of XLA, such as '{\"xla_...\": true}'",
+        help="XLA options, such as '{\"xla_...\": true}'",
     )
-    parser.add_argument("--topology", metavar="NAME", help="facts of the devices, such as h100 (default: theirs)")
+    parser.add_argument("--topology", metavar="NAME", help="device family, such as h100 (default: detected)")
     parser.add_argument(
         "--limit",
         type=float,
         default=600,
         metavar="SECONDS",
-        help="of a process, waiting for turns included (default: 600)",
+        help="time limit of a process, including waits for the others (default: 600)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file, one JSON a line")
-    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="only make tables, of saved rows")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the rows to this file, one JSON object per line"
+    )
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="only print tables, of saved rows")
     return parser
 
 
@@ -159,20 +164,20 @@ def main() -> None:
     check(options)
     os.environ.update(NO_MULTICAST)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
-    if options.together > 1:
+    if options.concurrency > 1:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    # As Ctrl-C does, so that the tables are still made.
+    # Handled like Ctrl-C, so that the tables are still printed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows: list[Row] = []
     try:
         for row in measured(options):
             rows.append(row)
-            tell(row)
+            report(row)
             if options.json:
                 with options.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     except KeyboardInterrupt:
-        progress("interrupted: tables of what is known")
+        progress("interrupted: printing tables of the rows so far")
     print(tables(rows))
 
 
@@ -183,9 +188,9 @@ def saved(path: Path) -> list[Row]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Before anything runs. Raises GptOssError or ShardingError."""
-    least = {"prompt_tokens": 1, "output_tokens": 8, "repeats": 1, "context": 1, "together": 1}
-    for name, value in least.items():
+    """Check the options before anything runs. Raises GptOssError or ShardingError."""
+    minimum = {"prompt_tokens": 1, "output_tokens": 8, "repeats": 1, "context": 1, "concurrency": 1}
+    for name, value in minimum.items():
         found = getattr(options, name)
         expect(found >= value, f"--{name.replace('_', '-')}", f"a number from {value}", found)
     expect(min(options.batch) >= 1, "--batch", "numbers from 1", min(options.batch))
@@ -208,7 +213,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows, the devices' first, each as soon as it is known."""
+    """Yields all rows as soon as they are known, that of the devices first."""
     (machine,) = run(["devices"], options.limit, None)
     yield machine
     if "error" in machine:
@@ -235,11 +240,11 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
         tasks = [partial(main_rows, one, options.limit) for one in jobs if one.parts]
         if "memory" in options.parts:
             tasks += [partial(memory, one, options.limit) for one in jobs]
-        yield from together(tasks, options.together)
+        yield from run_tasks(tasks, options.concurrency)
 
 
 def main_rows(job: Job, limit: float) -> Iterator[Row]:
-    """The rows of a mesh's process; of one device's, the others are told when there are no more."""
+    """The rows of a job's process; at the end of the one-device job, creates the file ENDED for the others."""
     progress(f"{job.mesh or ONE}, {job.strategy}")
     try:
         yield from run([json.dumps(dataclasses.asdict(job))], limit, job)
@@ -248,14 +253,14 @@ def main_rows(job: Job, limit: float) -> Iterator[Row]:
             (Path(job.folder) / ENDED).touch()
 
 
-def together(tasks: Sequence[Callable[[], Iterator[Row]]], most: int) -> Iterator[Row]:
-    """The rows of all tasks as they come, of `most` at once: the next ones start when all of these have ended.
+def run_tasks(tasks: Sequence[Callable[[], Iterator[Row]]], concurrency: int) -> Iterator[Row]:
+    """Yields the rows of all tasks. Tasks run in waves of `concurrency`; a wave starts when the previous one has ended.
 
-    Their processes end with this. What a task raises is raised here.
+    Exceptions of a task are raised here. Remaining processes are killed when the generator is closed.
     """
     try:
-        for first in range(0, len(tasks), most):
-            yield from _wave(tasks[first : first + most])
+        for first in range(0, len(tasks), concurrency):
+            yield from _wave(tasks[first : first + concurrency])
     finally:
         for process in list(PROCESSES):
             process.kill()
@@ -286,15 +291,15 @@ def _wave(tasks: Sequence[Callable[[], Iterator[Row]]]) -> Iterator[Row]:
 
 
 def default_meshes(count: int) -> list[str]:
-    """Each axis alone, and what is most likely to be used of mixed ones."""
-    alone = [f"{axis}={count}" for axis in ("expert", "tensor", "data")]
+    """Each axis on its own, and the most common combinations."""
+    single = [f"{axis}={count}" for axis in ("expert", "tensor", "data")]
     half = count // 2
     mixed = [f"expert={half},tensor=2", f"data=2,expert={half}"] if count >= 4 else []
-    return alone + mixed + (["data=2,expert=2,tensor=2"] if count == 8 else [])
+    return single + mixed + (["data=2,expert=2,tensor=2"] if count == 8 else [])
 
 
 def cases_of(meshes: Sequence[str]) -> Iterator[tuple[str | None, str]]:
-    """One device, then each mesh under the strategies that differ on it."""
+    """Pairs of mesh and strategy: one device, then each mesh with the strategies that differ on it."""
     yield None, REPLICATED
     for mesh in meshes:
         yield mesh, REPLICATED
@@ -303,7 +308,7 @@ def cases_of(meshes: Sequence[str]) -> Iterator[tuple[str | None, str]]:
 
 
 def memory(job: Job, limit: float) -> Iterator[Row]:
-    """The planner's steps, run in a process each, beside the plan, which is made meanwhile: it needs no GPU."""
+    """Run each of the planner's steps in a process, and compare with the plan, which is made meanwhile on the CPU."""
     pool = ThreadPoolExecutor(1)
     try:
         planning = pool.submit(lambda: list(run([json.dumps(of(job, "plan"))], limit, None)))
@@ -312,7 +317,7 @@ def memory(job: Job, limit: float) -> Iterator[Row]:
             [plan] = planning.result()
             yield job.name | {"part": "memory", "step": step} | compared(plan, used, step)
     finally:
-        # Whoever interrupts this does not wait for a plan before the tables.
+        # An interrupted run prints its tables without waiting for the plan.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -321,7 +326,7 @@ def of(job: Job, part: str) -> Row:
 
 
 def compared(plan: Row, used: Row, step: str) -> Row:
-    """The planner's figures (bytes, and seconds at least and expected) beside the devices', and their differences."""
+    """The planner's bytes, lower bound and expected seconds, with the devices' figures and the differences."""
     row: Row = {}
     if "meshes" in plan:
         of_step = plan["meshes"][0]["steps"][step]
@@ -342,9 +347,10 @@ def compared(plan: Row, used: Row, step: str) -> Row:
 
 
 def run(arguments: list[str], limit: float, job: Job | None) -> Iterator[Row]:
-    """The rows of a measuring process as they come; if it fails, one more with the reason.
+    """Yields the rows of a measuring process; if it fails, one more row with the error.
 
-    Of a `job` of several rows each begins with its name; without one, exactly one row comes.
+    With a `job`, the process may have several rows, and the error row has the job's name. Without one, exactly one row
+    is yielded.
     """
     command = [sys.executable, "-m", "benchmarks.on_a_mesh", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -360,20 +366,20 @@ def run(arguments: list[str], limit: float, job: Job | None) -> Iterator[Row]:
                 yield json.loads(line)
         code = process.wait()
     finally:
-        overdue = not timer.is_alive()
+        timed_out = not timer.is_alive()
         timer.cancel()
         process.kill()
         PROCESSES.discard(process)
     if code and not (job is None and count):
-        reason = f"took longer than {limit:.0f} s" if overdue else f"ended with code {code}"
+        reason = f"took longer than {limit:.0f} s" if timed_out else f"ended with code {code}"
         yield (job.name if job else {}) | {
             "part": "process",
-            "error": f"{reason}; what is missing was not measured",
+            "error": f"{reason}; its missing rows were not measured",
         }
 
 
-def tell(row: Row) -> None:
-    """A row on standard error, numbers short."""
+def report(row: Row) -> None:
+    """Print a row to standard error, with short numbers."""
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
     progress("  " + " ".join(f"{name}={value}" for name, value in shown.items() if value is not None))
 

@@ -1,4 +1,4 @@
-"""Times on a device, and the bandwidth that they are held against."""
+"""Timing of programs on a device, and its read bandwidth for comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def seconds(function: Callable[..., Any], *args: Any, repeats: int = 7, inner: int = 3) -> float:
-    """The least time of one call of a jitted function, of `repeats` tries of `inner` calls in a row."""
+    """Seconds per call of a jitted function: the minimum over `repeats` of the mean of `inner` consecutive calls."""
     jax.block_until_ready(function(*args))
     best = float("inf")
     for _ in range(repeats):
@@ -26,9 +26,9 @@ def seconds(function: Callable[..., Any], *args: Any, repeats: int = 7, inner: i
 def chained_seconds(
     step: Callable[..., jax.Array], carry: jax.Array, sets: Sequence[Any], calls: int = 24
 ) -> float:
-    """Time of one `step(carry, set)`, in a program of `calls` that depend on each other and rotate over the sets.
+    """Seconds per `step(carry, set)`, in one program of `calls` dependent steps that cycle through the sets.
 
-    Rotating over more than the cache holds makes each call read memory; one program makes the host's part small.
+    If the sets together exceed the cache, each step reads memory; a single program makes host overhead negligible.
     """
 
     @jax.jit
@@ -41,6 +41,6 @@ def chained_seconds(
 
 
 def read_bandwidth(megabytes: int = 4096) -> float:
-    """Bytes a second of a sum over an array far larger than any cache."""
+    """Bytes per second of a sum over an array far larger than any cache."""
     x = jnp.ones((megabytes * 256, 1024), jnp.float32)
     return x.nbytes / seconds(jax.jit(lambda x: jnp.sum(x, axis=1)), x)

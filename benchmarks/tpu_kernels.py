@@ -1,11 +1,11 @@
-"""The TPU kernels compiled for chips that are not here: the bytes that they copy, and their vector memory.
+"""The TPU kernels compiled ahead of time: the bytes that they copy, and their VMEM.
 
 python -m benchmarks.tpu_kernels --chips v5e v6e                (extra: aot)
 
-Bytes are counted, not measured: a kernel's grid is gone through with a real routing or real lengths, and a block is
-counted where its index changes, as the pipeline copies it. The least possible is the released bytes of the experts
-that tokens chose, or the keys and values that queries see, with what goes in and comes out. The vector memory is
-the compiler's own number, of the compiled program.
+Bytes are counted, not measured: a kernel's grid is iterated with a real routing or real lengths, and a block is
+counted when its index changes, as the pipeline copies it then. The minimum is the released bytes of the experts that
+tokens chose, or the keys and values that queries attend to, plus inputs and outputs. VMEM is as reported by the
+compiler.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROW_BYTES = KV_HEADS * 2 * WIDTH * 2
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An op at one shape: arguments are arrays, or their shapes where no value matters."""
+    """An op at one shape; arguments are arrays, or abstract where their values do not matter."""
 
     name: str
     function: Callable[..., jax.Array]
@@ -69,7 +69,7 @@ def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 def experts(count: int, rows: int, contracting: int, parts: int) -> tpu_layout.TpuExperts:
-    """The shapes of prepared weights."""
+    """Abstract prepared weights."""
     groups = contracting // GROUP
     packed = MXFP4Tensor(
         shape(count, rows, groups, GROUP // 2, dtype=jnp.uint8),  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def compiled(case: Case, chip: str) -> str:
 
 
 def vector_memory(program: str) -> dict[str, int]:
-    """Bytes of vector memory that each kernel of a compiled program uses."""
+    """Bytes of VMEM that each kernel of a compiled program uses."""
     kernels = {}
     for line in program.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
@@ -141,7 +141,7 @@ def vector_memory(program: str) -> dict[str, int]:
 
 
 def copied_bytes(case: Case) -> dict[str, int]:
-    """Bytes that each kernel of a case copies to and from its vector memory."""
+    """Bytes that each kernel of a case copies to and from VMEM."""
     counts: dict[str, int] = {}
 
     def recorded(_: Any, **options: Any) -> Callable[..., jax.Array]:
@@ -166,8 +166,8 @@ def _copied(spec: Any, out: Any, arguments: tuple[Any, ...]) -> int:
     total = 0
     for block, array in blocks:
         if block.block_shape is None:
-            # The attention kernel copies pages itself: a program all that its queries see. Where a block of keys is
-            # not a page, its first one is 0.
+            # The attention kernel copies pages itself: each program, all pages that its queries attend to. If a block
+            # of keys is not a page, the first one is 0.
             _, first, _, pages = scalars
             total += int(np.maximum(pages - first, 0).sum()) * math.prod(array.shape[1:]) * array.dtype.itemsize
             continue
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--models", nargs="+", choices=EXPERTS, default=list(EXPERTS))
     options = parser.parse_args()
-    header = ("", "MB copied", "least MB", "ratio", *(f"VMEM MiB, {chip}" for chip in options.chips))
+    header = ("", "MB copied", "minimum MB", "ratio", *(f"VMEM MiB, {chip}" for chip in options.chips))
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for case in cases(options.models):
         moved = copied_bytes(case)

@@ -1,10 +1,10 @@
-"""Whether processes that load a model at the same time hold the same weights.
+"""Check that processes which load a model at the same time get the same weights.
 
 python -m benchmarks.weights_alike --mesh tensor=4
 
-Of a config.json weights are drawn at random. Each process loads the model again and again, and sums up the bits of each
-weight on each device. What differs from most loads is told, and the exit code is 1 then. Several processes share the
-devices' memory: each takes its part before it starts.
+For a config.json the weights are random. Each process loads the model repeatedly, and computes checksums of each weight
+on each device. Differences from the majority of the loads are reported, and the exit code is 1 if there are any. The
+processes share the devices' memory: each preallocates its share.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from gptoss_jax.model.gpt_oss import GptOss
 
 BLOCKS = 64
-"""A weight's part on a device is summed up in this many blocks: whether all are wrong or some tells of the cause."""
+"""Checksums per weight and device, of equal blocks. The number of differing blocks is a hint at the cause."""
 
 CONTEXT = 0.027
-"""The share of a device's memory that a process takes beside JAX's."""
+"""Fraction of a device's memory that a process uses outside of JAX's allocator."""
 
-Sums = dict[str, tuple[int, ...]]
-"""Of each weight on each device, by name, such as `layers.0.self_attn.q_proj.weight on device 1`."""
+Checksums = dict[str, tuple[int, ...]]
+"""Checksums of each weight on each device, by a name such as `layers.0.self_attn.q_proj.weight on device 1`."""
 
 
 def main() -> int:
@@ -43,35 +43,35 @@ def main() -> int:
         "--model", default="configs/gpt_oss_20b.json", help='a checkpoint, a config.json, or "embedded"'
     )
     parser.add_argument("--mesh", metavar="MESH", help="such as tensor=4 (default: one device)")
-    parser.add_argument("--processes", type=int, default=4, metavar="N", help="at once (default: 4)")
-    parser.add_argument("--loads", type=int, default=4, metavar="N", help="of each process (default: 4)")
+    parser.add_argument("--processes", type=int, default=4, metavar="N", help="concurrent processes (default: 4)")
+    parser.add_argument("--loads", type=int, default=4, metavar="N", help="loads per process (default: 4)")
     options = parser.parse_args()
     if min(options.processes, options.loads) < 1 or options.processes * options.loads < 2:
-        raise UsageError("--processes, --loads: expected numbers from 1, and two loads at least")
+        raise UsageError("--processes, --loads: expected numbers from 1, and at least two loads in total")
     os.environ.update(NO_MULTICAST)
     share = float(MEMORY_SHARE) / options.processes - CONTEXT
     if share <= 0:
-        raise UsageError(f"--processes: {options.processes} leave no memory for each")
+        raise UsageError(f"--processes: {options.processes} processes leave no memory for each")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         running = [
-            pool.submit(sums_of_loads, number, options.model, options.mesh, options.loads)
+            pool.submit(checksums_of_loads, number, options.model, options.mesh, options.loads)
             for number in range(1, options.processes + 1)
         ]
         found = [process.result() for process in running]
-    told = list(unlike(found))
-    for line in told:
+    differing = list(differences(found))
+    for line in differing:
         print(line)
     loads = options.processes * options.loads
     print(
-        f"{loads} loads by {options.processes} processes, {len(found[0][0])} weights' parts on devices:"
-        f" {len(told)} differed"
+        f"{loads} loads by {options.processes} processes, {len(found[0][0])} weight shards on devices:"
+        f" {len(differing)} differed"
     )
-    return int(bool(told))
+    return int(bool(differing))
 
 
-def sums_of_loads(number: int, model: str, mesh: str | None, loads: int) -> list[Sums]:
-    """Those of each load; for a process of its own, whose `number` is told."""
+def checksums_of_loads(number: int, model: str, mesh: str | None, loads: int) -> list[Checksums]:
+    """The checksums of each load; runs in a process of its own, with this `number` in progress lines."""
     import jax
 
     from gptoss_jax.benching import workload
@@ -79,19 +79,19 @@ def sums_of_loads(number: int, model: str, mesh: str | None, loads: int) -> list
     start, found = time.monotonic(), []
     name = None if model == "embedded" else model
     for load in range(1, loads + 1):
-        found.append(sums(jax.block_until_ready(workload.load(name, mesh, "bfloat16", 0))))
+        found.append(checksums(jax.block_until_ready(workload.load(name, mesh, "bfloat16", 0))))
         progress(f"process {number}, load {load}: after {time.monotonic() - start:.0f} s")
     return found
 
 
-def sums(model: GptOss) -> Sums:
-    """Sums of the bits of all weights, block by block of each device's part."""
+def checksums(model: GptOss) -> Checksums:
+    """Checksums of all weights, for each block of each device's shard."""
     import jax
     from flax import nnx
 
     from gptoss_jax.runtime.xla_options import in_order
 
-    summed = jax.jit(_sums_of_blocks, compiler_options=in_order(model.partition.mesh))
+    summed = jax.jit(_block_checksums, compiler_options=in_order(model.partition.mesh))
     found: dict[str, jax.Array] = {}
     for path, weight in jax.tree.leaves_with_path(nnx.state(model)):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
@@ -100,8 +100,8 @@ def sums(model: GptOss) -> Sums:
     return {name: tuple(values.tolist()) for name, values in jax.device_get(found).items()}
 
 
-def _sums_of_blocks(x: jax.Array) -> jax.Array:
-    """[BLOCKS] uint32, in which each place has its odd factor: hardly any change leaves the sums as they are."""
+def _block_checksums(x: jax.Array) -> jax.Array:
+    """uint32 [BLOCKS]: sums of the elements' bits, each times an odd factor that depends on its position."""
     import jax
     import jax.numpy as jnp
 
@@ -112,14 +112,14 @@ def _sums_of_blocks(x: jax.Array) -> jax.Array:
     return (words * factors).reshape(BLOCKS, -1).sum(1, dtype=jnp.uint32)
 
 
-def unlike(found: Sequence[Sequence[Sums]]) -> Iterator[str]:
-    """What differs from what most loads have; `found` is each process's, of each load."""
+def differences(found: Sequence[Sequence[Checksums]]) -> Iterator[str]:
+    """A line for each difference from the majority; `found` has the checksums by process and load."""
     every = [load for process in found for load in process]
-    usual = {name: Counter(load[name] for load in every).most_common(1)[0][0] for name in every[0]}
+    majority = {name: Counter(load[name] for load in every).most_common(1)[0][0] for name in every[0]}
     for number, process in enumerate(found, 1):
         for count, load in enumerate(process, 1):
             for name, values in load.items():
-                blocks = [i for i, (a, b) in enumerate(zip(values, usual[name], strict=True)) if a != b]
+                blocks = [i for i, (a, b) in enumerate(zip(values, majority[name], strict=True)) if a != b]
                 if blocks:
                     of = f"{len(blocks)} of {BLOCKS} blocks, from {blocks[0]} to {blocks[-1]}"
                     yield f"process {number}, load {count}: {name}: {of}"

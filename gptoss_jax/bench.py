@@ -1,4 +1,4 @@
-"""python -m gptoss_jax.bench: how fast a model runs here, beside what the device could do."""
+"""python -m gptoss_jax.bench: measure a model on this machine, and compare it with the device's peak rates."""
 
 from __future__ import annotations
 
@@ -23,37 +23,43 @@ if TYPE_CHECKING:
     from gptoss_jax.types import SamplingParams
 
 
-ALIKE = {"num_prompts": 64, "input_len": 512, "output_len": 128}
-"""What `throughput` runs without a trace, unless flags say otherwise."""
+UNTRACED = {"num_prompts": 64, "input_len": 512, "output_len": 128}
+"""Default requests of `throughput` without a trace."""
 
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = command_parser("bench", "Measure how fast a model runs here; a subcommand's --help lists its flags.")
+    parser = command_parser(
+        "bench", "Measure a model on this machine. The --help of a subcommand lists its flags."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="latency|throughput|start")
-    latency = _add(commands, "latency", "Time to first token and time a step of alike requests that run together.")
+    latency = _add(
+        commands, "latency", "Time to first token and decode step time of a batch of equally long requests."
+    )
     latency.add_argument("--batch-size", type=sizes, default=[1], metavar="N,...", help="requests (default: 1)")
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
     latency.add_argument(
         "--sampling",
         nargs="?",
         const="all",
-        metavar="WAY,...",
-        help="what ways to choose tokens add to a step, such as top_p,logprobs (without a name: all)",
+        metavar="MODE,...",
+        help="measure what these sampling modes add to a step, such as top_p,logprobs (without a value: all)",
     )
-    throughput = _add(commands, "throughput", "Tokens a second of many requests, and what each of them sees.")
+    throughput = _add(commands, "throughput", "Tokens per second of many requests, and the latency of each.")
     throughput.add_argument("--num-prompts", type=int, metavar="N", help="default: 64, all at once")
     throughput.add_argument(
         "--trace",
         type=Path,
         metavar="FILE.jsonl",
-        help="requests that come one by one: {arrival_s, prompt_tokens, output_tokens} a line",
+        help="requests with arrival times: one {arrival_s, prompt_tokens, output_tokens} per line",
     )
     add_max_num_seqs(throughput)
     throughput.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs (default: 1)")
-    throughput.set_defaults(**dict.fromkeys(ALIKE))
+    throughput.set_defaults(**dict.fromkeys(UNTRACED))
     start = _add(
-        commands, "start", "Seconds from a process's start to its first tokens, compile cache cold and warm."
+        commands,
+        "start",
+        "Time from the start of a process to its first tokens, with a cold and with a warm compile cache.",
     )
     start.add_argument("--started-at", type=float, help=argparse.SUPPRESS)
     return parser
@@ -61,23 +67,37 @@ def flags() -> argparse.ArgumentParser:
 
 def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
-    lengths = name == "latency"
-    kind, help_ = (sizes, " (several: each in turn)") if lengths else (int, "")
-    default: Any = [512] if lengths else 512
+    if name == "latency":
+        parser.add_argument(
+            "--input-len",
+            type=sizes,
+            default=[512],
+            metavar="N,...",
+            help="random prompt tokens per request, each length measured in turn (default: 512)",
+        )
+    else:
+        parser.add_argument(
+            "--input-len",
+            type=int,
+            default=512,
+            metavar="N",
+            help="random prompt tokens per request (default: 512)",
+        )
     parser.add_argument(
-        "--input-len", type=kind, default=default, metavar="N", help=f"of random tokens; default: 512{help_}"
+        "--output-len", type=int, default=128, metavar="N", help="output tokens per request (default: 128)"
     )
-    parser.add_argument("--output-len", type=int, default=128, metavar="N", help="of each request (default: 128)")
     add_model_flags(parser, "a checkpoint's directory or Hub name, or a config.json for random weights")
     add_engine_flags(parser, max_num_seqs=False)
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     sampling.add_argument("--top-p", type=float, default=1.0)
     sampling.add_argument("--top-k", type=int, default=0, metavar="K")
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, prompts and draws")
+    sampling.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of random weights, prompts and sampling"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    output.add_argument("--plot", type=Path, metavar="FILE.png|svg|pdf", help="draw it (extra: plot)")
+    output.add_argument("--plot", type=Path, metavar="FILE.png|svg|pdf", help="write a figure (extra: plot)")
     return parser
 
 
@@ -104,15 +124,15 @@ def _check(options: argparse.Namespace) -> None:
     if options.command == "latency" and options.output_len < 8:
         raise UsageError(f"--output-len: expected 8 or more steps to measure, found {options.output_len}")
     if options.command == "throughput":
-        for name, usual in ALIKE.items():
+        for name, default in UNTRACED.items():
             if getattr(options, name) is None:
-                setattr(options, name, usual)
+                setattr(options, name, default)
             elif options.trace:
-                raise UsageError(f"--{name.replace('_', '-')}: not with --trace, whose lines say it")
+                raise UsageError(f"--{name.replace('_', '-')}: not with --trace, which defines the requests")
 
 
 def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams]:
-    """The engine's and the sampling flags. Raises UsageError."""
+    """The engine options and sampling parameters of the flags. Raises UsageError."""
     from gptoss_jax.runtime.compile_cache import enable_compile_cache
 
     enable_compile_cache()
@@ -123,26 +143,28 @@ def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams
 def _load(options: argparse.Namespace) -> GptOss:
     from gptoss_jax.benching.workload import load
 
-    _progress(f"loading {options.model or 'the model that ships with the project'}")
+    _progress(f"loading {options.model or 'the embedded model'}")
     return load(options.model, options.mesh, options.dtype, options.seed)
 
 
 def _check_room(model: GptOss, named: str, prompt: int, output: int) -> None:
     room = model.config.max_position_embeddings
     if prompt + output > room:
-        raise UsageError(f"{named}: {prompt} and {output} new ones exceed the model's context of {room}")
+        raise UsageError(
+            f"{named}: {prompt} prompt and {output} output tokens exceed the model's context of {room}"
+        )
 
 
 def _latency(options: argparse.Namespace) -> int:
     engine_options, params = _prepare(options)
     from gptoss_jax.benching import report
-    from gptoss_jax.benching.batch import Case
+    from gptoss_jax.benching.batch import Workload
     from gptoss_jax.benching.ceilings import measure_ceilings
     from gptoss_jax.benching.latency import measure, prepare
-    from gptoss_jax.benching.sampling import ways
+    from gptoss_jax.benching.sampling import sampling_modes
 
-    chosen = ways(options.sampling) if options.sampling else ()
-    # Before the weights take the memory that a large copy needs.
+    modes = sampling_modes(options.sampling) if options.sampling else ()
+    # Measured before the weights are loaded, because a large copy needs the memory.
     ceilings = measure_ceilings(options.dtype)
     model = _load(options)
     _check_room(model, "--input-len", max(options.input_len), options.output_len)
@@ -150,15 +172,15 @@ def _latency(options: argparse.Namespace) -> int:
     for prompt_tokens in options.input_len:
         for batch in options.batch_size:
             _progress(f"batch {batch}, prompts of {prompt_tokens} tokens")
-            case = Case(batch, prompt_tokens, options.output_len)
-            # The cache takes a share of what is free, so the last one's must be gone.
+            workload = Workload(batch, prompt_tokens, options.output_len)
+            # The KV cache takes a share of the free memory, so the previous engine's must have been freed.
             gc.collect()
-            prepared = prepare(model, engine_options, params, case, options.seed, warm_up=options.warm_up)
-            one = measure(prepared, ceilings, options.repeats, sampling=chosen)
+            prepared = prepare(model, engine_options, params, workload, options.seed, warm_up=options.warm_up)
+            one = measure(prepared, ceilings, options.repeats, sampling=modes)
             del prepared
             _progress(
-                f"  {1e3 * one.step:.3f} ms a step, {one.rate:.0f} tok/s, "
-                f"last first token after {1e3 * one.last_first_token:.1f} ms"
+                f"  {1e3 * one.step:.3f} ms per step, {one.rate:.0f} tok/s, "
+                f"time to the last first token {1e3 * one.last_first_token:.1f} ms"
             )
             found.append(one)
     if options.plot:
@@ -171,22 +193,24 @@ def _latency(options: argparse.Namespace) -> int:
 def _throughput(options: argparse.Namespace) -> int:
     engine_options, params = _prepare(options)
     from gptoss_jax.benching import report
-    from gptoss_jax.benching.throughput import alike, measure, rehearse, repeated
+    from gptoss_jax.benching.throughput import measure, median_run, rehearse, simultaneous
     from gptoss_jax.commands.traces import read_trace
     from gptoss_jax.engine.engine import Engine
 
     if options.trace:
         arrivals = read_trace(options.trace)
     else:
-        arrivals = alike(options.num_prompts, options.input_len, options.output_len)
+        arrivals = simultaneous(options.num_prompts, options.input_len, options.output_len)
     model = _load(options)
     longest = max(arrivals, key=lambda arrival: arrival.prompt_tokens + arrival.output_tokens)
     named = f"--trace: {options.trace}: prompt_tokens" if options.trace else "--input-len"
     _check_room(model, named, longest.prompt_tokens, longest.output_tokens)
     engine = Engine(model, engine_options, eos_token_ids=())
     engine.warm_up(rehearse=None if options.warm_up else lambda: rehearse(engine, params, arrivals))
-    _progress(f"{len(arrivals)} requests, run until nothing is left to compile; {options.repeats} such runs count")
-    one = repeated([measure(engine, params, arrivals, options.seed + i) for i in range(options.repeats)])
+    _progress(
+        f"{len(arrivals)} requests; {options.repeats} measured runs, each repeated until it compiles nothing"
+    )
+    one = median_run([measure(engine, params, arrivals, options.seed + i) for i in range(options.repeats)])
     if options.plot:
         plotting.save(report.throughput_figure(one), options.plot)
     _show(options, dataclasses.asdict(one), report.throughput_table(one))
@@ -206,7 +230,7 @@ def _start(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _start_here(options: argparse.Namespace) -> int:
-    """What a fresh process does: its phases go to standard output, as JSON."""
+    """Measure the phases of this fresh process, and print them as JSON."""
     from gptoss_jax.benching.start import Stopwatch
 
     watch = Stopwatch(options.started_at)
@@ -229,18 +253,19 @@ def _start_here(options: argparse.Namespace) -> int:
     watch.lap("engine")
     rng = np.random.default_rng(options.seed)
     params = dataclasses.replace(params, max_tokens=options.output_len, ignore_eos=True)
-    again = Stopwatch(0.0)
-    for request in ("first", "again"):
+    second = Stopwatch(0.0)
+    for request in ("first", "second"):
         engine.add(request, random_prompt(rng, model.config.vocab_size, options.input_len), params)
-        again.lap("added")
+        second.lap("added")
         while not engine.step():
             pass
-        (watch if request == "first" else again).lap("first_token")
+        (watch if request == "first" else second).lap("first_token")
         while engine.unfinished:
             engine.step()
         if request == "first":
             watch.lap("more_tokens")
-    print(json.dumps({"phases": watch.phases, "total": watch.total, "again": again.phases["first_token"]}))
+    found = {"phases": watch.phases, "total": watch.total, "second_request": second.phases["first_token"]}
+    print(json.dumps(found))
     return 0
 
 
@@ -262,10 +287,10 @@ def _show(options: argparse.Namespace, found: dict[str, Any], table: str) -> Non
     if options.json:
         print(json.dumps(facts | found))
         return
-    told = ", ".join(
+    heading = ", ".join(
         f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value and key != "command"
     )
-    print(f"{told}\n\n{table}")
+    print(f"{heading}\n\n{table}")
 
 
 def _progress(message: str) -> None:

@@ -1,4 +1,4 @@
-"""python -m gptoss_jax.plan: whether a model fits a machine that is not here, and how fast it could be there."""
+"""python -m gptoss_jax.plan: whether a model fits on hardware that is not present, and how fast it could run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def flags() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = command_parser(
         "plan",
-        "Compile a model's prefill and decode steps for a machine that need not be here, and report the memory they "
-        "take on each device, what they communicate, and the least and the expected time they take.",
+        "Compile a model's prefill and decode steps for hardware that need not be present, and report their memory "
+        "per device, their collectives, and the lower bound and the expected value of their time.",
     )
     parser.add_argument(
         "--model",
@@ -44,30 +44,34 @@ def flags() -> argparse.ArgumentParser:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--mesh", metavar="AXIS=N,...", help="this mesh (default: the one estimated to be the best)"
+        "--mesh", metavar="AXIS=N,...", help="plan this mesh (default: the one with the best estimate)"
     )
-    which.add_argument("--search", action="store_true", help="every sensible factorisation of the devices")
+    which.add_argument("--search", action="store_true", help="rank every sensible mesh of the devices")
     parser.add_argument(
-        "--top", type=int, default=3, metavar="N", help="with --search: compile the N best (default: 3)"
+        "--top", type=int, default=3, metavar="N", help="with --search: compile the N best meshes (default: 3)"
     )
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in the cache (default: 8)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in the KV cache (default: 8)")
     parser.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help=f"tokens of each (default: {CONTEXT}, or the model's longest if that is less)",
+        help=f"tokens per sequence (default: {CONTEXT}, or the model's limit if that is less)",
     )
-    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens a prefill call (default: 512)")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
+        "--chunk", type=int, default=512, metavar="N", help="tokens per prefill step (default: 512)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of all weights but the experts"
     )
     parser.add_argument(
         "--batch-over-experts",
         action="store_true",
-        help="attention splits its sequences over the expert axis too, for large batches",
+        help="shard the sequences over the expert axis too, for large batches",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png|svg|pdf", help="draw memory and time of each mesh")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png|svg|pdf", help="plot the memory and time of each mesh"
+    )
     return parser
 
 
@@ -89,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     longest = config.max_position_embeddings
     context = options.context or min(CONTEXT, longest)
     if context > longest:
-        raise UsageError(f"--context: the model's longest is {longest}, found {context}")
+        raise UsageError(f"--context: expected at most the model's {longest}, found {context}")
     prepare_environment()
     from gptoss_jax.planner import plans, report
     from sharding import BATCH_OVER_EXPERTS, ShardingRules
@@ -100,7 +104,7 @@ def _run(options: argparse.Namespace) -> int:
     devices = topology.devices()
     if options.mesh:
         partition = plans.partition_of(request, options.mesh, devices)
-        request = _divided(request, partition.degree("batch"))
+        request = _round_up(request, partition.degree("batch"))
         found = [plans.compile_plan(request, partition, plans.estimate(request, partition))]
     else:
         found = plans.search(request, devices, options.top if options.search else 1, _progress)
@@ -123,11 +127,11 @@ def _check(options: argparse.Namespace) -> None:
         plotting.check(options.plot)
 
 
-def _divided(request: Request, parts: int) -> Request:
-    """The request with as many sequences as each part of the batch has room for."""
-    batch = -(-request.batch // parts) * parts
+def _round_up(request: Request, ranks: int) -> Request:
+    """The request with its batch rounded up to a multiple of the data-parallel ranks."""
+    batch = -(-request.batch // ranks) * ranks
     if batch != request.batch:
-        _progress(f"--batch: {request.batch} sequences over {parts} parts of the batch take the room of {batch}")
+        _progress(f"--batch: rounding {request.batch} sequences up to {batch}, for {ranks} data-parallel ranks")
     return dataclasses.replace(request, batch=batch)
 
 

@@ -1,4 +1,4 @@
-"""Ops with a plain-JAX reference as their meaning, and one file for each faster backend."""
+"""Ops defined by a plain-JAX reference, with faster Pallas backends, each in a file of its own."""
 
 from pallas_kernels.backend import (
     backend_names,

@@ -1,9 +1,10 @@
-"""Which backend computes an op: tried in order, the plain-JAX reference last.
+"""Backend selection: an op's backends are tried in order, and the plain-JAX reference is the fallback.
 
-The platform is decided when the op is traced: that of a `platform` block, else of the devices of the mesh in
-context, else of the default device. A program that is compiled ahead of time for other hardware than the host's
-is therefore traced inside `platform("cuda")` or `platform("tpu")`, or under `jax.set_mesh` of the target's mesh.
-What a traced function has picked stays picked in its compiled form: enter these blocks around the first call.
+The platform is determined when the op is traced: it is that of an enclosing `platform` block, else of the devices of
+the mesh in context, else of the default device. A program that is compiled ahead of time for other hardware must
+therefore be traced inside `platform("cuda")` or `platform("tpu")`, or under `jax.set_mesh` of the target's mesh.
+A compiled function keeps the backends that were selected while it was traced, so enter these blocks around the first
+call.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 _logger = logging.getLogger(__name__)
 _forced_backend: ContextVar[str] = ContextVar("forced_backend", default="auto")
 _forced_platform: ContextVar[str | None] = ContextVar("forced_platform", default=None)
-_told: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
 _platforms: dict[str, frozenset[str]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A way to compute an op on some platforms.
+    """An implementation of an op for some platforms.
 
-    `function` takes the op's arguments and `interpret`, which is True where the hardware is absent, and raises
-    NotImplementedError, with the reason, for what it does not cover.
+    `function` takes the op's arguments and `interpret`, which is True where the hardware is absent. It raises
+    NotImplementedError, with the reason, for arguments that it does not support.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Backend:
 
 
 class _Setting:
-    """Sets a context variable at once; as a context manager, until the end of the block."""
+    """Sets a context variable immediately; as a context manager, restores it at the end of the block."""
 
     def __init__(self, variable: ContextVar[Any], value: Any) -> None:
         self._variable = variable
@@ -61,31 +62,31 @@ class _Setting:
 
 
 def use_backend(name: str) -> _Setting:
-    """Compute every op by this backend: "auto" for the platform's, "reference", or a name such as "triton".
+    """Select the backend of every op: "auto" for the platform's, "reference", or a name such as "triton".
 
-    Works as a setter, and as a context manager that restores what was set before. An op that has no backend of
-    the name picks as under "auto"; one whose named backend does not cover the arguments raises.
+    Works as a setter, and as a context manager that restores the previous setting. Ops without a backend of this name
+    select one as under "auto". An op whose named backend does not support the arguments raises NotImplementedError.
     """
     return _Setting(_forced_backend, name)
 
 
 def backend_names() -> list[str]:
-    """What `use_backend` can be told: "auto", "reference", and the backends of the ops that have been imported."""
+    """The names that `use_backend` accepts: "auto", "reference", and the backends of the ops imported so far."""
     return ["auto", "reference", *sorted(_platforms)]
 
 
 def backend_platforms(name: str) -> frozenset[str]:
-    """The platforms whose hardware runs the backend of a name; none for "auto" and "reference"."""
+    """The platforms on which the named backend runs natively; empty for "auto" and "reference"."""
     return _platforms.get(name, frozenset())
 
 
 def platform(name: Platform) -> _Setting:
-    """Trace for this platform, whatever the host has; a setter and a context manager as `use_backend` is."""
+    """Trace for this platform instead of the host's; a setter and a context manager like `use_backend`."""
     return _Setting(_forced_platform, name)
 
 
 def forced_backend() -> str:
-    """What `use_backend` has set."""
+    """The name set by `use_backend`."""
     return _forced_backend.get()
 
 
@@ -95,7 +96,7 @@ def dispatch_settings() -> tuple[str, str | None]:
 
 
 def current_platform(mesh: Mesh | AbstractMesh | None = None) -> str:
-    """The platform that ops are traced for; with a mesh, on its devices."""
+    """The platform that ops are traced for; `mesh` replaces the mesh in context."""
     forced = _forced_platform.get()
     if forced is not None:
         return forced
@@ -121,11 +122,11 @@ def dispatch[Result](
     plain_on: frozenset[str] = frozenset(),
     **kwargs: Any,
 ) -> Result:
-    """Compute `op` by the named backend, or by the first one of the platform that covers the arguments.
+    """Compute `op` with the named backend, or with the first of the platform's that supports the arguments.
 
-    A named backend whose hardware is absent is interpreted. Falling back to the reference on an accelerator is
-    logged as a warning, once for each op and reason, but for platforms of `plain_on`, whose compiler needs no kernel
-    to do the op well.
+    A named backend is interpreted where its hardware is absent. A fallback to the reference on an accelerator is
+    logged as a warning, once per op and reason. Platforms in `plain_on` are exempt: their compiler needs no kernel to
+    compute the op well. Raises ValueError if the op has no backend of the name given by `backend`.
     """
     where = current_platform()
     name = backend or _forced_backend.get()
@@ -144,12 +145,12 @@ def dispatch[Result](
             except NotImplementedError as reason:
                 reasons.append(f"{candidate.name}: {reason}")
     if where not in {"cpu", *plain_on}:
-        _say_once(op, where, "; ".join(reasons) or "no backend for this platform", args)
+        _warn_once(op, where, "; ".join(reasons) or "no backend for this platform", args)
     return reference(*args, **kwargs)
 
 
 def _traced_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a backend's function, which alike layers then trace and lower once for all of them: that is slow."""
+    """Call a backend's function under `jit`, so that layers with equal shapes trace and lower it only once."""
     arrays = {name: value for name, value in kwargs.items() if isinstance(value, jax.Array)}
     static = tuple((name, value) for name, value in kwargs.items() if name not in arrays)
     return _compiled(function, static, args, arrays)
@@ -165,9 +166,9 @@ def _compiled(
     return function(*args, interpret=False, **dict(static), **arrays)
 
 
-def _say_once(op: str, where: str, reason: str, args: tuple[Any, ...]) -> None:
-    if (op, where, reason) in _told:
+def _warn_once(op: str, where: str, reason: str, args: tuple[Any, ...]) -> None:
+    if (op, where, reason) in _warned:
         return
-    _told.add((op, where, reason))
+    _warned.add((op, where, reason))
     shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(args))
-    _logger.warning("%s runs as its slow reference on %s (%s); arguments %s", op, where, reason, shapes)
+    _logger.warning("%s falls back to its slow reference on %s (%s); arguments %s", op, where, reason, shapes)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of all ops ask of an NVIDIA GPU."""
+"""NVIDIA GPU properties that the Triton kernels of all ops depend on."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 FLOAT8_CAPABILITY = 89
-"""The least compute capability, Ada's, whose GPUs convert float8_e4m3fn; Triton does it on no other."""
+"""Minimum compute capability, that of Ada, for which Triton converts float8_e4m3fn."""
 
 
 def capability() -> int | None:
-    """The compute capability, 80 for 8.0, of the GPU that is traced for, by the mesh in context or the device.
+    """Compute capability of the GPU that is traced for (the mesh's in context, or the device's), such as 80 for 8.0.
 
-    None where none is known.
+    Returns None if it is unknown.
     """
     try:
         return plt.get_gpu_info().compute_capability
@@ -22,10 +22,10 @@ def capability() -> int | None:
 
 
 def check_converts(dtype: DTypeLike) -> None:
-    """Raise NotImplementedError where kernels on the GPU that is traced for cannot convert a dtype.
+    """Raise NotImplementedError if kernels on the GPU that is traced for cannot convert a dtype.
 
-    Triton itself says so only once the kernel is lowered, when it is too late to fall back to the reference.
+    Triton reports this only when the kernel is lowered, which is too late to fall back to the reference.
     """
     have = capability()
     if jnp.dtype(dtype) == jnp.float8_e4m3fn and have is not None and have < FLOAT8_CAPABILITY:
-        raise NotImplementedError(f"compute capability {have / 10} converts no {jnp.dtype(dtype)}")
+        raise NotImplementedError(f"compute capability {have / 10} does not convert {jnp.dtype(dtype)}")

@@ -1,4 +1,4 @@
-"""What the TPU kernels of all ops ask of a chip."""
+"""TPU properties that the TPU kernels of all ops depend on."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ LANES = 128
 """Lanes of a vector register."""
 
 VMEM_LIMIT = 48 << 20
-"""What a kernel may take of a core's vector memory, 64 MiB on the chips that have least."""
+"""Bytes of a core's VMEM that a kernel may use; chips have at least 64 MiB."""
 
 Interpret = bool | pltpu.InterpretParams
-"""Whether a kernel is interpreted; by `InterpretParams` with the memories and copies of a TPU, races looked for."""
+"""Whether a kernel is interpreted. `InterpretParams` simulates TPU memories and DMAs, and detects races."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Whether it converts float4 itself, as a TPU7x does, and the cores that share a program, two on a v5p."""
+    """A chip's features: `float4` is native float4 conversion, as on TPU7x; `cores` share a program, two on v5p."""
 
     float4: bool = False
     cores: int = 1
 
     @classmethod
     def current(cls) -> Chip:
-        """The chip that is traced for, by the mesh in context or the device; where there is none, the plainest."""
+        """The chip that is traced for (the mesh's in context, or the device's); the default one if it is unknown."""
         try:
             info = pltpu.get_tpu_info()
         except ValueError:

@@ -1,1 +1,1 @@
-"""What `python -m gptoss_jax.bench` measures, and how it is told."""
+"""The measurements of `python -m gptoss_jax.bench` and their reports."""

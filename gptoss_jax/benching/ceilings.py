@@ -1,4 +1,4 @@
-"""What a device can do at most, measured in the run whose numbers are held against it."""
+"""Peak rates of a device, measured in the same run as the numbers that are compared with them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Of one device: bytes a second of a large copy, read plus written, and operations a second of a matrix product."""
+    """Peak rates of one device.
+
+    `copy_bytes` is bytes per second of a large copy, read plus written; `matmul_flops` is operations per second of a
+    large matrix product.
+    """
 
     copy_bytes: float
     matmul_flops: float
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """The median time of `run`, which returns what to wait for, after one that does not count."""
+    """Median seconds of `run`, which returns the arrays to block on, after one warm-up call."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -31,7 +35,7 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def measure_ceilings(dtype: str) -> Ceilings:
-    """Both for the default device; matrix products in `dtype`."""
+    """Measure the default device, with matrix products in `dtype`."""
     cpu = jax.default_backend() == "cpu"
     size, width, calls = (1 << 25, 1024, 2) if cpu else (1 << 28, 8192, 8)
     x = jnp.arange(size, dtype=jnp.uint32)

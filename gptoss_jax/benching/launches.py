@@ -1,4 +1,4 @@
-"""What the host starts on a GPU, from jax's profiler."""
+"""Counts of the launches that the host makes on a GPU, from JAX's profiler."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import jax
 
 @dataclasses.dataclass
 class Launches:
-    """Device graphs that the host launched, and kernels that it launched outside of them."""
+    """Number of CUDA graphs that the host launched, and of kernels that it launched outside graphs."""
 
     graphs: int = 0
-    lone_kernels: int = 0
+    kernels_outside_graphs: int = 0
 
     def count(self, calls: Iterable[str]) -> None:
-        """Add these calls of the driver, by name; others than launches do not count."""
+        """Add the launches among these CUDA driver calls, given by name; other calls are ignored."""
         for name in calls:
             self.graphs += name.startswith("cuGraphLaunch")
-            self.lone_kernels += name.startswith("cuLaunchKernel")
+            self.kernels_outside_graphs += name.startswith("cuLaunchKernel")
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Launches]:
-    """Trace the block; the result is filled in at its end."""
+def count_launches() -> Iterator[Launches]:
+    """Profile the block; the yielded counts are filled in when the block ends."""
     found = Launches()
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder)

@@ -1,4 +1,4 @@
-"""What each way to choose a batch's tokens adds to a step."""
+"""Time that each sampling mode adds to a step."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.benching.batch import REPLAYED_STEPS, Case, decoding
+from gptoss_jax.benching.batch import REPLAYED_STEPS, Workload, decoding
 from gptoss_jax.benching.ceilings import median_seconds
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.sampling import SamplingState, sample
 from gptoss_jax.errors import UsageError
 from gptoss_jax.types import SamplingParams, Scope, StructuredOutputsParams
 
-ROUNDS = 16
+GREEDY_CALLS = 16
 REPLAYS = 5
-"""Of which the median counts."""
+"""Number of replays, whose median is reported."""
 
-WAYS: dict[str, dict[str, Any]] = {
+SAMPLING_MODES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "top_k_top_p": {"temperature": 1.0, "top_p": 0.95, "top_k": 50},
     "top_p": {"temperature": 1.0, "top_p": 0.95},
@@ -35,43 +35,44 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def ways(text: str) -> tuple[str, ...]:
-    """The names of `WAYS` in a flag's text, "all" for every one. Raises UsageError."""
-    names = tuple(WAYS) if text == "all" else tuple(text.split(","))
+def sampling_modes(text: str) -> tuple[str, ...]:
+    """The names of `SAMPLING_MODES` in a flag's value; "all" means every one. Raises UsageError."""
+    names = tuple(SAMPLING_MODES) if text == "all" else tuple(text.split(","))
     for name in names:
-        if name not in WAYS:
-            raise UsageError(f"--sampling: expected some of {','.join(WAYS)}, found {name!r:.60}")
+        if name not in SAMPLING_MODES:
+            raise UsageError(f"--sampling: expected some of {','.join(SAMPLING_MODES)}, found {name!r:.60}")
     return names
 
 
-class EveryOther:
-    """A constraint that allows half of the vocabulary."""
+class HalfVocabulary:
+    """A constraint that always allows every other token of the vocabulary."""
 
     def fill(self, words: np.ndarray) -> None:
-        """Set the bits of the tokens that may come next."""
+        """Set the bits of the allowed tokens."""
         words[:] = 0x55555555
 
     def accept(self, token: int) -> None:
-        """Nothing follows from it."""
+        """Ignore the token: the constraint has no state."""
 
 
-def every_other(form: StructuredOutputsParams, scope: Scope) -> EveryOther:
-    """The constraint for any form."""
-    return EveryOther()
+def half_vocabulary(form: StructuredOutputsParams, scope: Scope) -> HalfVocabulary:
+    """Return the same constraint for every grammar."""
+    return HalfVocabulary()
 
 
 def sampling_seconds(
-    engine: Engine, case: Case, rng: np.random.Generator, ways: Iterable[str]
+    engine: Engine, workload: Workload, rng: np.random.Generator, modes: Iterable[str]
 ) -> dict[str, float]:
-    """The time of choosing the likeliest tokens, and how much more a step takes in each of `ways` with that.
+    """Seconds that each of `modes`, and greedy sampling, take in a step.
 
-    Each is told on standard error as soon as it is known, since compiling them takes minutes.
+    Greedy sampling is timed alone; the other modes add the difference between their step and the greedy one. Each
+    result is printed to standard error as soon as it is known, because compiling all modes takes minutes.
     """
-    greedy = greedy_seconds(case.batch, engine.config.vocab_size)
+    greedy = greedy_seconds(workload.batch, engine.config.vocab_size)
     steps: dict[str, float] = {}
     found = {}
-    for name in dict.fromkeys(("greedy", *ways)):
-        with decoding(engine, SamplingParams(**WAYS[name]), case, rng):
+    for name in dict.fromkeys(("greedy", *modes)):
+        with decoding(engine, SamplingParams(**SAMPLING_MODES[name]), workload, rng):
             steps[name] = statistics.median(engine.replay(REPLAYED_STEPS) for _ in range(REPLAYS))
         found[name] = max(0.0, steps[name] - steps["greedy"]) + greedy
         print(
@@ -81,7 +82,7 @@ def sampling_seconds(
 
 
 def greedy_seconds(rows: int, vocab: int) -> float:
-    """The time of choosing the likeliest of float32 logits for each row."""
+    """Seconds of the argmax over float32 logits [rows, vocab]."""
     logits_RV = jax.random.normal(jax.random.key(0), (rows, vocab), jnp.float32)
     zeros_R = jnp.zeros(rows, jnp.float32)
     state = SamplingState(zeros_R, zeros_R, zeros_R.astype(jnp.int32), zeros_R, jnp.zeros((rows, 2), jnp.uint32))
@@ -89,10 +90,10 @@ def greedy_seconds(rows: int, vocab: int) -> float:
     @jax.jit
     def program(logits_RV: jax.Array, state: SamplingState) -> jax.Array:
         def body(_: jax.Array, tokens_R: jax.Array) -> jax.Array:
-            # Else it would be done once, before the loop.
+            # Without the barrier, XLA would hoist the argmax out of the loop.
             own_RV, tokens_R = jax.lax.optimization_barrier((logits_RV, tokens_R))
             return sample(own_RV, state, tokens_R, "greedy")
 
-        return jax.lax.fori_loop(0, ROUNDS, body, jnp.zeros(rows, jnp.int32))
+        return jax.lax.fori_loop(0, GREEDY_CALLS, body, jnp.zeros(rows, jnp.int32))
 
-    return median_seconds(lambda: program(logits_RV, state), 3) / ROUNDS
+    return median_seconds(lambda: program(logits_RV, state), 3) / GREEDY_CALLS

@@ -1,4 +1,4 @@
-"""How long a process takes from its start to its first tokens, with and without programs that are compiled already."""
+"""Startup time: from the start of a process to its first tokens, with a cold and with a warm compile cache."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ PHASES = ("import", "devices", "weights", "engine", "first_token", "more_tokens"
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Seconds of a process's phases, one after the other; `total` from its start to its last token.
+    """Seconds of a process's consecutive phases; `total` is from its start to its last token.
 
-    `first_token` compiles the prompt's step and the one after it, which the engine starts before it reads the first's
-    token, or reads both from the cache; `again` is the time to the first token of a second request.
+    `first_token` includes compiling, or reading from the cache, both the prefill step and the decode step after it,
+    which the engine launches before it reads the first token. `second_request` is the time to first token of a second
+    request. `compile_cache` is "cold" or "warm".
     """
 
     compile_cache: str
     phases: dict[str, float]
     total: float
-    again: float
+    second_request: float
 
 
 def measure(arguments: Sequence[str]) -> list[Start]:
-    """Run `python -m gptoss_jax.bench` with these arguments in fresh processes: with an empty compile cache, then with
-    what the first one left there.
+    """Run `python -m gptoss_jax.bench` with these arguments in two fresh processes, which share a compile cache.
 
-    Raises UsageError with what the process said where it failed.
+    The cache is empty for the first process. Raises UsageError with the error line of a process that fails.
     """
     with tempfile.TemporaryDirectory() as cache:
-        return [_fresh_process(kind, cache, arguments) for kind in ("cold", "warm")]
+        return [_fresh_process(state, cache, arguments) for state in ("cold", "warm")]
 
 
-def _fresh_process(kind: str, cache: str, arguments: Sequence[str]) -> Start:
+def _fresh_process(state: str, cache: str, arguments: Sequence[str]) -> Start:
     command = [sys.executable, "-m", "gptoss_jax.bench", *arguments, "--started-at", repr(time.time())]
     own = {
         "JAX_COMPILATION_CACHE_DIR": cache,
@@ -52,23 +52,23 @@ def _fresh_process(kind: str, cache: str, arguments: Sequence[str]) -> Start:
         lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
         raise UsageError(lines[-1].removeprefix("error: "))
     found = json.loads(ended.stdout)
-    return Start(kind, found["phases"], found["total"], found["again"])
+    return Start(state, found["phases"], found["total"], found["second_request"])
 
 
 class Stopwatch:
-    """Tells phases apart, from when the process was started."""
+    """Times consecutive phases, the first of which begins at `started_at`, a `time.time()`."""
 
     def __init__(self, started_at: float) -> None:
         self._started = self._last = started_at
         self.phases: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """The phase that ends now."""
+        """End the current phase, and record it under this name."""
         now = time.time()
         self.phases[name] = now - self._last
         self._last = now
 
     @property
     def total(self) -> float:
-        """Seconds until the last lap."""
+        """Seconds from `started_at` to the last lap."""
         return self._last - self._started

@@ -1,4 +1,4 @@
-"""How many tokens a second come of many requests, and how long each waits for them."""
+"""Throughput of many requests, and the latency that each of them sees."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gptoss_jax.benching.workload import Arrival, random_prompt
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.types import SamplingParams
 
-MOST_RUNS = 5
-"""Which kinds of step arise depends on when requests come and end, so that a second run may still meet new ones."""
+MAX_RUNS = 5
+"""Limit of the runs. The step shapes depend on when requests arrive and end, so even a second run may compile some."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Percentiles:
-    """Of a number of seconds."""
+    """Percentiles of durations, in seconds."""
 
     p50: float
     p90: float
@@ -28,18 +28,19 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Percentiles:
-        """Of at least one value."""
+        """The percentiles of `values`, which must not be empty."""
         p50, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
         return cls(p50, p90, p99)
 
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Requests run to their ends: seconds from the first arrival to the last token, tokens, and what requests saw.
+    """Measurements of one run of all requests, in seconds, and tokens or requests per second.
 
-    `first_token` and `whole` count from a request's arrival, `between_tokens` is the mean of each request's.
-    `compiled` kinds of step were compiled in the measured run, which they slowed down. `late` is the share of launches
-    that found the device waiting for the host.
+    `seconds` is from the first arrival to the last token. `first_token` and `end_to_end` are latencies from a
+    request's arrival; `per_output_token` is the mean time between a request's tokens. `max_running` is the most
+    requests that ran at once. `late_launch_share` is the fraction of launches that came after the device had become
+    idle. `compiled_shapes` is the number of step shapes that were compiled during the run, which slows it down.
     """
 
     requests: int
@@ -50,19 +51,19 @@ class Throughput:
     total_rate: float
     request_rate: float
     first_token: Percentiles
-    between_tokens: Percentiles
-    whole: Percentiles
-    most_running: int
+    per_output_token: Percentiles
+    end_to_end: Percentiles
+    max_running: int
     steps: int
-    late: float
+    late_launch_share: float
     preemptions: int
-    compiled: int
+    compiled_shapes: int
     drafted: int
     accepted: int
 
 
 @dataclasses.dataclass
-class _Seen:
+class _Timing:
     arrived: float
     first: float = 0.0
     last: float = 0.0
@@ -70,16 +71,19 @@ class _Seen:
 
 
 def measure(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival], seed: int) -> Throughput:
-    """Run the requests until a run compiles nothing, which counts, but at most `MOST_RUNS` times. Raises UsageError.
+    """Run the requests until a run compiles nothing, at most `MAX_RUNS` times, and return the last run.
 
-    What does not count is told on standard error.
+    Discarded runs are reported on standard error. Raises UsageError.
     """
     rng = np.random.default_rng(seed)
-    for _ in range(MOST_RUNS):
+    for _ in range(MAX_RUNS):
         one = _measured(engine, params, arrivals, rng)
-        if not one.compiled:
+        if not one.compiled_shapes:
             break
-        print(f"  {one.seconds:.1f} s, in which {one.compiled} kinds of step were compiled", file=sys.stderr)
+        print(
+            f"  {one.seconds:.1f} s, including the compilation of {one.compiled_shapes} step shapes",
+            file=sys.stderr,
+        )
     return one
 
 
@@ -88,69 +92,69 @@ def _measured(
 ) -> Throughput:
     before = engine.load
     started = time.perf_counter()
-    seen, most_running = _serve(engine, params, arrivals, rng)
+    timings, max_running = _serve(engine, params, arrivals, rng)
     ended, after = time.perf_counter(), engine.load
     seconds = ended - started - arrivals[0].arrival_s
-    prompt, output = sum(a.prompt_tokens for a in arrivals), sum(one.tokens for one in seen)
-    gaps = [(one.last - one.first) / (one.tokens - 1) for one in seen if one.tokens > 1]
+    prompt, output = sum(a.prompt_tokens for a in arrivals), sum(one.tokens for one in timings)
+    gaps = [(one.last - one.first) / (one.tokens - 1) for one in timings if one.tokens > 1]
     return Throughput(
-        requests=len(seen),
+        requests=len(timings),
         seconds=seconds,
         prompt_tokens=prompt,
         output_tokens=output,
         output_rate=output / seconds,
         total_rate=(prompt + output) / seconds,
-        request_rate=len(seen) / seconds,
-        first_token=Percentiles.of([one.first - one.arrived for one in seen]),
-        between_tokens=Percentiles.of(gaps or [0.0]),
-        whole=Percentiles.of([one.last - one.arrived for one in seen]),
-        most_running=most_running,
+        request_rate=len(timings) / seconds,
+        first_token=Percentiles.of([one.first - one.arrived for one in timings]),
+        per_output_token=Percentiles.of(gaps or [0.0]),
+        end_to_end=Percentiles.of([one.last - one.arrived for one in timings]),
+        max_running=max_running,
         steps=after.steps - before.steps,
-        late=(after.late - before.late) / max(1, after.launches - before.launches),
+        late_launch_share=(after.late - before.late) / max(1, after.launches - before.launches),
         preemptions=after.preemptions - before.preemptions,
-        compiled=after.compiled - before.compiled,
+        compiled_shapes=after.compiled - before.compiled,
         drafted=after.drafted - before.drafted,
         accepted=after.accepted - before.accepted,
     )
 
 
 def rehearse(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival]) -> None:
-    """The requests all at once, for `Engine.warm_up`: when they come one by one, some kinds of step differ."""
+    """Run the requests all at once, for `Engine.warm_up`. Requests that arrive later may need further step shapes."""
     together = [dataclasses.replace(arrival, arrival_s=0.0) for arrival in arrivals]
     _serve(engine, params, together, np.random.default_rng(0))
 
 
 def _serve(
     engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival], rng: np.random.Generator
-) -> tuple[list[_Seen], int]:
-    """Add each request when its time has come, until all have ended; and the most that ran at once."""
+) -> tuple[list[_Timing], int]:
+    """Run all requests, each added at its arrival time; return their timings and the most that ran at once."""
     prompts = [random_prompt(rng, engine.config.vocab_size, arrival.prompt_tokens) for arrival in arrivals]
     started = time.perf_counter()
-    seen = [_Seen(started + arrival.arrival_s) for arrival in arrivals]
-    coming, most_running = 0, 0
-    while coming < len(arrivals) or engine.unfinished:
-        while coming < len(arrivals) and seen[coming].arrived <= time.perf_counter():
-            own = dataclasses.replace(params, max_tokens=arrivals[coming].output_tokens, ignore_eos=True)
-            engine.add(str(coming), prompts[coming], own)
-            coming += 1
+    timings = [_Timing(started + arrival.arrival_s) for arrival in arrivals]
+    added, max_running = 0, 0
+    while added < len(arrivals) or engine.unfinished:
+        while added < len(arrivals) and timings[added].arrived <= time.perf_counter():
+            own = dataclasses.replace(params, max_tokens=arrivals[added].output_tokens, ignore_eos=True)
+            engine.add(str(added), prompts[added], own)
+            added += 1
         if not engine.unfinished:
-            time.sleep(max(0.0, seen[coming].arrived - time.perf_counter()))
+            time.sleep(max(0.0, timings[added].arrived - time.perf_counter()))
             continue
         events = engine.step()
         now = time.perf_counter()
-        most_running = max(most_running, engine.load.running)
+        max_running = max(max_running, engine.load.running)
         for event in events:
-            one = seen[int(event.request_id)]
+            one = timings[int(event.request_id)]
             one.first, one.last, one.tokens = one.first or now, now, one.tokens + 1
-    return seen, most_running
+    return timings, max_running
 
 
-def alike(requests: int, prompt_tokens: int, output_tokens: int) -> list[Arrival]:
-    """Requests of one size that all come at once."""
+def simultaneous(requests: int, prompt_tokens: int, output_tokens: int) -> list[Arrival]:
+    """Requests of equal lengths that all arrive at once."""
     return [Arrival(0.0, prompt_tokens, output_tokens)] * requests
 
 
-def repeated(runs: Sequence[Throughput]) -> Throughput:
+def median_run(runs: Sequence[Throughput]) -> Throughput:
     """The run with the median output rate."""
-    middle = statistics.median_low([run.output_rate for run in runs])
-    return next(run for run in runs if run.output_rate == middle)
+    median = statistics.median_low([run.output_rate for run in runs])
+    return next(run for run in runs if run.output_rate == median)

@@ -1,4 +1,4 @@
-"""What is asked of the engine: a model, prompts of random tokens, and when they arrive."""
+"""Inputs of a benchmark: the model, random prompts, and the requests' arrival times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """A request: when it comes, in seconds from the start, and how long its prompt and its output are."""
+    """A request: its arrival in seconds from the start, and its numbers of prompt and output tokens."""
 
     arrival_s: float
     prompt_tokens: int
@@ -23,14 +23,14 @@ class Arrival:
 
 
 def random_prompt(rng: np.random.Generator, vocab: int, length: int) -> list[int]:
-    """Tokens that no other prompt begins with."""
+    """Uniformly random tokens, so that no two prompts share a prefix."""
     return rng.integers(0, vocab, length).tolist()
 
 
 def load(
     model: Path | str | None, mesh: str | None, dtype: str, seed: int, rules: ShardingRules | None = None
 ) -> GptOss:
-    """A checkpoint's model, or random weights of the shape that `shape_file` finds. Raises CheckpointError."""
+    """Load a checkpoint, or a model with random weights where `shape_file` finds a shape. Raises CheckpointError."""
     from gptoss_jax.checkpoints.loading import EMBEDDED, load_model, random_model
     from gptoss_jax.model.config import ModelConfig
     from gptoss_jax.model.shapes import shape_file

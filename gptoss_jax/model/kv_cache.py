@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.placement import partition_for
 from pallas_kernels.attention import attention, paged_attention
-from pallas_kernels.rotary import as_kept, rotate, rotate_and_keep
+from pallas_kernels.rotary import rotate, rotate_and_store, to_cache_dtype
 from sharding import Partition, on_shards
 
 HEADS = ("heads", "kv_heads", "kv_heads")
@@ -274,10 +274,12 @@ class _NewTokens:
         q, k = (rotate(x, self.positions, *self.rotation) for x in (self.q, self.k))
         return q.astype(self.dtype), jnp.concatenate([k, self.v.astype(jnp.float32)], axis=-1)
 
-    def rotate_and_keep(self, store: jax.Array, pages: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def rotate_and_store(
+        self, store: jax.Array, pages: jax.Array, slots: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Rotated queries, and the store with the keys and values at these places."""
         frequencies_F, concentration = self.rotation
-        return rotate_and_keep(
+        return rotate_and_store(
             self.q,
             self.k,
             self.v,
@@ -331,7 +333,7 @@ def _on_pages(
     pages, page_size = store.shape[:2]
     positions = new.positions
     page = jnp.take_along_axis(group.tables, jnp.maximum(positions, 0) // page_size, axis=1)
-    q, store = new.rotate_and_keep(store, jnp.where(positions < 0, pages, page), positions % page_size)
+    q, store = new.rotate_and_store(store, jnp.where(positions < 0, pages, page), positions % page_size)
     out = paged_attention(q, store, group.tables, sinks_H, positions, sm_scale=q.shape[-1] ** -0.5)
     return out, store
 
@@ -345,12 +347,12 @@ def _on_rings(
     ring = jnp.where(stays, group.slots[:, None], rings)
     if positions.shape[1] == 1 and rows == window:
         # After its own key is in, the ring holds just what the query sees: a page, whatever its order.
-        q, written = new.rotate_and_keep(store, ring, positions % rows)
+        q, written = new.rotate_and_store(store, ring, positions % rows)
         filled = jnp.minimum(positions, window - 1)
         return paged_attention(q, written, group.slots[:, None], sinks_H, filled, sm_scale=sm_scale), written
     # A chunk overwrites keys that its first queries still see, so they read the ring as it was.
     q, kv = new.rotated()
-    kv = as_kept(kv, store.dtype)
+    kv = to_cache_dtype(kv, store.dtype)
     written = store.at[ring, positions % rows].set(kv, mode="drop")
     first = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions), axis=1, keepdims=True)
     held = jnp.concatenate([store[group.slots], kv], axis=1)

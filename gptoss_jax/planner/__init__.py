@@ -1,1 +1,1 @@
-"""What a model needs of a machine that is not here: steps compiled for it, the work they must do, and the report."""
+"""Plans for hardware that is not present: ahead-of-time compiled steps, the work they must do, and the report."""

@@ -1,4 +1,4 @@
-"""Plans: a model's steps compiled for each mesh of a topology, and what came out."""
+"""Plans: a model's steps compiled for meshes of a topology, with their memory, collectives and times."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ StepName = Literal["decode", "prefill"]
 STEPS: tuple[StepName, ...] = ("decode", "prefill")
 
 PADDING = 1.5
-"""A mesh that pads a layer's experts or heads by more than this factor is not worth compiling."""
+"""Meshes that pad a layer's experts by more than this factor are not considered."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be planned: `batch` sequences of up to `context` tokens, prefilled by `chunk` tokens a call."""
+    """What to plan: `batch` sequences of up to `context` tokens, prefilled in chunks of `chunk` tokens."""
 
     config: ModelConfig
     topology: Topology
@@ -43,12 +43,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """One step on one mesh, per device; without `memory` it was not compiled, and collectives are the expected ones.
+    """One step on one mesh; figures are per device.
 
-    `tokens` is what a call advances on all devices. `bound` is the least that it takes by the data sheet, and
-    `expected_seconds` what it takes by what such devices reached, None where nothing was measured. `program_flops` and
-    `program_bytes` are the compiler's own count, which takes a loop's body once, or all of an array where a part is
-    read.
+    `tokens` is the number of tokens that a call processes on all devices. `bound` is the lower bound of the step's
+    time by the data sheet. `expected_seconds` is the time by rates measured on such devices, None if none were.
+    `memory` is None if the step was not compiled; `collectives` are then estimates. `program_flops` and
+    `program_bytes` are the compiler's cost analysis, which counts a loop's body once, and whole arrays where only a
+    slice is read.
     """
 
     tokens: int
@@ -64,18 +65,18 @@ class StepPlan:
 
     @property
     def tokens_per_second(self) -> float:
-        """At most."""
+        """Upper bound of the throughput."""
         return self.tokens / self.bound.seconds
 
     @property
     def expected_tokens_per_second(self) -> float | None:
-        """None where nothing was measured."""
+        """Expected throughput; None where `expected_seconds` is."""
         return None if self.expected_seconds is None else self.tokens / self.expected_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshPlan:
-    """A mesh: bytes of weights and cache on a device, and its steps."""
+    """A mesh, the bytes of weights and KV cache on a device, and its steps."""
 
     mesh: dict[str, int]
     weight_bytes: int
@@ -85,19 +86,19 @@ class MeshPlan:
 
     @property
     def compiled(self) -> bool:
-        """Whether every step was."""
+        """Whether every step was compiled."""
         return all(step.memory is not None for step in self.steps.values())
 
     @property
     def num_bytes(self) -> int:
-        """The most that any step has on a device; without a compiled one, weights and cache alone."""
+        """Largest memory of a step on a device; only weights and KV cache if no step was compiled."""
         return max(
             [self.weight_bytes + self.cache_bytes, *(s.memory.total for s in self.steps.values() if s.memory)]
         )
 
     @property
     def fits(self) -> bool:
-        """Whether every step has the memory it needs; of steps not compiled, whether weights and cache leave any."""
+        """Whether every step fits in memory; for steps that were not compiled, whether weights and KV cache do."""
         return self.num_bytes <= self.usable_bytes and all(step.error is None for step in self.steps.values())
 
 
@@ -108,7 +109,7 @@ def partition_of(request: Request, mesh: str | dict[str, int], devices: Sequence
 
 
 def sensible_meshes(request: Request) -> list[dict[str, int]]:
-    """Factorisations of the devices into data x expert x tensor that give each its own part of the work."""
+    """Factorisations of the devices into data x expert x tensor that give every device work of its own."""
     total = request.topology.num_devices
     config = request.config
     found = []
@@ -123,7 +124,7 @@ def sensible_meshes(request: Request) -> list[dict[str, int]]:
 
 
 def estimate(request: Request, partition: Partition) -> MeshPlan:
-    """The plan of a mesh without compiling. Raises ShardingError where the model cannot be split so."""
+    """The plan of a mesh without compiling. Raises ShardingError if the model cannot be partitioned over it."""
     mesh = partition.mesh
     assert mesh is not None
     steps = {name: _step(request, partition, name) for name in STEPS}
@@ -144,7 +145,7 @@ def estimate(request: Request, partition: Partition) -> MeshPlan:
 
 
 def compile_plan(request: Request, partition: Partition, planned: MeshPlan) -> MeshPlan:
-    """The plan with its steps compiled, both at a time; a step that the compiler refuses for memory has an error."""
+    """The plan with its steps compiled, in parallel. A step that runs out of memory in the compiler has an `error`."""
     if not planned.fits:
         return planned
     with ThreadPoolExecutor(len(STEPS)) as pool:
@@ -153,7 +154,7 @@ def compile_plan(request: Request, partition: Partition, planned: MeshPlan) -> M
 
 
 def rank(plans: Sequence[MeshPlan]) -> list[MeshPlan]:
-    """Those that fit first, then by the least time of a decode step, then by that of all its resources together."""
+    """Sort by: plans that fit first, then the bound of the decode step, then the sum of its three resource times."""
 
     def key(plan: MeshPlan) -> tuple[Any, ...]:
         bound = plan.steps["decode"].bound
@@ -163,9 +164,9 @@ def rank(plans: Sequence[MeshPlan]) -> list[MeshPlan]:
 
 
 def search(
-    request: Request, devices: Sequence[jax.Device], most: int, progress: Callable[[str], None]
+    request: Request, devices: Sequence[jax.Device], top: int, progress: Callable[[str], None]
 ) -> list[MeshPlan]:
-    """Plans of all sensible meshes, the best first; `most` of them compiled, in the order of their estimates."""
+    """Plans of all sensible meshes, best first. The `top` ones by their estimates are compiled."""
     partitions: dict[str, Partition] = {}
     estimates = []
     for mesh in sensible_meshes(request):
@@ -177,18 +178,18 @@ def search(
             continue
         partitions[str(mesh)] = partition
     if not estimates:
-        raise ShardingError(f"topology: {request.topology.text}: no sensible mesh of its devices")
+        raise ShardingError(f"topology: {request.topology.text}: found no suitable mesh of its devices")
     ranked, done = rank(estimates), []
     for index, plan in enumerate(ranked):
-        if index < most and plan.fits:
-            progress(f"compiling {index + 1} of {min(most, sum(p.fits for p in ranked))}: {describe(plan.mesh)}")
+        if index < top and plan.fits:
+            progress(f"compiling {index + 1} of {min(top, sum(p.fits for p in ranked))}: {describe(plan.mesh)}")
             plan = compile_plan(request, partitions[str(plan.mesh)], plan)
         done.append(plan)
     return rank([p for p in done if p.compiled]) + [p for p in done if not p.compiled]
 
 
 def describe(mesh: dict[str, int]) -> str:
-    """A mesh in the spelling of `--mesh`, without axes of 1."""
+    """The mesh in the syntax of `--mesh`, without axes of size 1."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
 
 
@@ -226,7 +227,7 @@ def _compile(request: Request, partition: Partition, name: StepName, planned: St
 
 
 def _times(request: Request, work: Work, collectives: Sequence[Collectives]) -> tuple[Bound, float | None]:
-    """The least and the expected time of a step."""
+    """The lower bound and the expected time of a step."""
     topology, layers = request.topology, request.config.num_hidden_layers
     bound = lower_bound(topology, work.flops, work.num_bytes, collectives)
     expected = expected_seconds(
@@ -236,12 +237,12 @@ def _times(request: Request, work: Work, collectives: Sequence[Collectives]) -> 
 
 
 def _costs(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """The compiler's own count of operations and bytes, where its platform keeps one."""
+    """The compiler's cost analysis; empty on platforms without one."""
     return dict(compiled.cost_analysis() or {})
 
 
 def _out_of_memory(message: str) -> str:
-    """The sentence of a compiler's message that has the numbers."""
+    """The sentence of a compiler's message that contains the sizes."""
     found = re.search(r"RESOURCE_EXHAUSTED:\s*(.*)", message)
     return (found[1] if found else message).strip()[:300]
 
@@ -251,7 +252,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _padding(config: ModelConfig, expert: int, tensor: int) -> float:
-    """How much larger the experts are for being split."""
+    """The factor by which sharding enlarges the experts."""
     groups = config.intermediate_size / 32
     inner = -(-groups // tensor) * tensor / groups if tensor > 1 else 1.0
     outer = -(-config.num_local_experts // expert) * expert / config.num_local_experts

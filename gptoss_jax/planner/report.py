@@ -1,4 +1,4 @@
-"""Plans as tables, as JSON and as a picture."""
+"""Plans as tables, as JSON and as a figure."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ GIB = 2**30
 
 
 def table(request: Request, plans: Sequence[MeshPlan]) -> str:
-    """Memory, collectives and time of each plan, for reading in a terminal."""
+    """Text tables of the memory, times and collectives of each plan."""
     from gptoss_jax.planner.plans import describe
 
     facts, config = request.topology.facts, request.config
     lines = [
         f"{config.num_hidden_layers} layers, {config.num_local_experts} experts; batch {request.batch}, context "
-        f"{request.context}, prefill by {request.chunk} tokens, {request.dtype}",
+        f"{request.context}, prefill chunks of {request.chunk} tokens, {request.dtype}",
         f"{request.topology.text}: {request.topology.num_devices} x {facts.name}"
         f"{' (half a chip)' if facts.devices_per_chip == 2 else ''}, each {facts.usable_bytes / GIB:.2f} GiB usable "
         f"of {facts.memory_bytes / GIB:.2f}, {facts.memory_bandwidth / 1e9:.0f} GB/s, "
         f"{facts.bf16_flops / 1e12:.0f} bf16 TFLOP/s",
         "",
-        "Memory on a device, GiB",
+        "Memory per device, GiB",
         *_aligned([_MEMORY, *(row for plan in plans for row in _memory_rows(describe(plan.mesh), plan))]),
         "",
-        "Time of a step, ms: the least by the data sheet were everything overlapped, and what is expected",
+        "Time of a step, ms: the lower bound by the data sheet with perfect overlap, and the expected time",
         *_aligned([_TIME, *(row for plan in plans for row in _time_rows(describe(plan.mesh), plan))]),
     ]
     compiled = [plan for plan in plans if plan.compiled]
     if compiled:
         rows = [row for plan in compiled for row in _collective_rows(describe(plan.mesh), plan)]
-        lines += ["", "Collectives in the compiled program, a call, on a device"]
+        lines += ["", "Collectives in the compiled program, per call and device"]
         lines += _aligned([_COLLECTIVES, *rows]) if rows else ["none"]
     notes = [f"{describe(p.mesh)} {name}: {s.error}" for p in plans for name, s in p.steps.items() if s.error]
     return "\n".join([*lines, *(["", *notes] if notes else [])])
@@ -50,17 +50,17 @@ _TIME = [
     "memory",
     "links",
     "bound",
-    "by",
+    "bound by",
     "expected ms",
-    "tok/s at most",
-    "expected",
+    "max tok/s",
+    "expected tok/s",
     "GFLOP",
-    "GB moved",
-    "compiler: GFLOP",
-    "GB",
-    "compiled in, s",
+    "GB read",
+    "compiler GFLOP",
+    "compiler GB",
+    "compile s",
 ]
-_COLLECTIVES = ["mesh", "step", "op", "over", "count", "MB", "when"]
+_COLLECTIVES = ["mesh", "step", "op", "axes", "count", "MB", "when"]
 
 
 def _memory_rows(mesh: str, plan: MeshPlan) -> list[list[str]]:
@@ -112,7 +112,7 @@ def _collective_rows(mesh: str, plan: MeshPlan) -> list[list[str]]:
             " x ".join(c.axes),
             str(c.count),
             f"{c.num_bytes / 1e6:.2f}",
-            "if taken" if c.conditional else "always",
+            "conditional" if c.conditional else "always",
         ]
         for name, step in plan.steps.items()
         for c in step.collectives
@@ -124,7 +124,7 @@ def _gib(num_bytes: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as they need be: words to the left, numbers to the right."""
+    """Lines with aligned columns: text to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numeric = [any(row[i][:1].isdigit() for row in rows[1:]) for i in range(len(widths))]
     return [
@@ -137,7 +137,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def as_json(request: Request, plans: Sequence[MeshPlan]) -> dict[str, Any]:
-    """The same as plain data: bytes, seconds and operations, a device."""
+    """The plans as JSON-serialisable data: bytes, seconds and operations, per device."""
     facts = request.topology.facts
     return {
         "topology": request.topology.text,
@@ -176,13 +176,13 @@ def _step_json(step: StepPlan) -> dict[str, Any]:
         "bound_seconds": bound,
         "least_seconds": step.bound.seconds,
         "bound_by": step.bound.by,
-        "most_tokens_per_second": step.tokens_per_second,
+        "max_tokens_per_second": step.tokens_per_second,
         "expected_tokens_per_second": step.expected_tokens_per_second,
     }
 
 
 def figure(request: Request, plans: Sequence[MeshPlan]) -> Figure:
-    """The memory and the decode time of each mesh, as bars."""
+    """Bar charts of the memory and the decode time of each mesh."""
     from matplotlib.figure import Figure
 
     from gptoss_jax.planner.plans import describe
@@ -192,12 +192,12 @@ def figure(request: Request, plans: Sequence[MeshPlan]) -> Figure:
     memory, times = picture.subplots(1, 2, sharey=True)
     _bars(memory, names, _memory_parts(plans))
     memory.axvline(request.topology.facts.usable_bytes / GIB, color="black", linestyle="--", label="usable")
-    memory.set_xlabel("GiB on a device, the larger of decode and prefill")
+    memory.set_xlabel("GiB per device, the larger of decode and prefill")
     bounds = [plan.steps["decode"].bound for plan in plans]
-    for offset, part in enumerate(("memory", "links", "compute")):
-        values = [1e3 * getattr(bound, part) for bound in bounds]
-        times.barh([i + 0.26 * (offset - 1) for i in range(len(names))], values, height=0.24, label=part)
-    times.set_xlabel("ms of a decode step, at least")
+    for offset, resource in enumerate(("memory", "links", "compute")):
+        values = [1e3 * getattr(bound, resource) for bound in bounds]
+        times.barh([i + 0.26 * (offset - 1) for i in range(len(names))], values, height=0.24, label=resource)
+    times.set_xlabel("lower bound of a decode step, ms")
     for axes in (memory, times):
         axes.legend(loc="best", fontsize="small")
     memory.invert_yaxis()

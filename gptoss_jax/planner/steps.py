@@ -1,4 +1,4 @@
-"""The engine's steps for abstract arrays that lie on a mesh: compiled, never run."""
+"""The engine's steps with abstract, sharded arguments, for compiling without running."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sharding import Partition
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step and its abstract arguments.
+    """A step shape and abstract arguments for it.
 
-    `sequences` and `tokens` are what all devices together advance in one call: sequences, and tokens of each.
+    One call processes `tokens` tokens of each of `sequences` sequences, over all devices.
     """
 
     structure: Structure
-    kind: StepShape
+    shape: StepShape
     weights: list[jax.Array]
     state: DeviceState
     inputs: StepInputs
@@ -38,18 +38,18 @@ class Step:
     tokens: int
 
     def lower(self) -> jax.stages.Lowered:
-        """Trace the step as the engine does: its state is donated, so that the cache is updated in place."""
-        step: Any = jax.jit(partial(run_step, self.structure, self.kind), donate_argnums=1)
+        """Lower the step as the engine does, with its state donated so that the KV cache is updated in place."""
+        step: Any = jax.jit(partial(run_step, self.structure, self.shape), donate_argnums=1)
         return step.lower(self.weights, self.state, self.inputs)
 
 
 def decode_step(
     config: ModelConfig, partition: Partition, batch: int, context: int, dtype: DTypeLike = jnp.bfloat16
 ) -> Step:
-    """One token of each of `batch` sequences of up to `context` tokens, sampling included. Raises ShardingError."""
-    shape = cache_shape(partition, batch, context)
-    kind = StepShape(decodes=shape.slots, prefills=0, chunk=1, pages=shape.pages // shape.slots, sampling="draw")
-    return _step(config, partition, shape, kind, dtype, batch, 1)
+    """One decode step of `batch` sequences of up to `context` tokens, with sampling. Raises ShardingError."""
+    cache = cache_shape(partition, batch, context)
+    shape = StepShape(decodes=cache.slots, prefills=0, chunk=1, pages=cache.pages // cache.slots, sampling="draw")
+    return _step(config, partition, cache, shape, dtype, batch, 1)
 
 
 def prefill_step(
@@ -60,14 +60,17 @@ def prefill_step(
     chunk: int,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Step:
-    """A chunk of one prompt in each part of the batch, into the cache of `batch` sequences. Raises ShardingError."""
-    shape = cache_shape(partition, batch, context)
-    kind = StepShape(decodes=0, prefills=1, chunk=chunk, pages=shape.pages // shape.slots, sampling="draw")
-    return _step(config, partition, shape, kind, dtype, partition.degree("batch"), chunk)
+    """One prefill step: a chunk of one prompt per data-parallel rank, with a KV cache for `batch` sequences.
+
+    Raises ShardingError.
+    """
+    cache = cache_shape(partition, batch, context)
+    shape = StepShape(decodes=0, prefills=1, chunk=chunk, pages=cache.pages // cache.slots, sampling="draw")
+    return _step(config, partition, cache, shape, dtype, partition.degree("batch"), chunk)
 
 
 def cache_shape(partition: Partition, batch: int, context: int) -> CacheShape:
-    """Pages and rings in each part of the batch for its share of `batch` sequences, and none for cached prefixes."""
+    """Pages and ring buffers of a data-parallel rank for its share of `batch` sequences, none for cached prefixes."""
     page_size = EngineOptions.page_size
     slots = -(-batch // partition.degree("batch"))
     return CacheShape(slots * -(-context // page_size), page_size, slots)
@@ -76,22 +79,22 @@ def cache_shape(partition: Partition, batch: int, context: int) -> CacheShape:
 def _step(
     config: ModelConfig,
     partition: Partition,
-    shape: CacheShape,
-    kind: StepShape,
+    cache: CacheShape,
+    shape: StepShape,
     dtype: DTypeLike,
     sequences: int,
     tokens: int,
 ) -> Step:
     structure, weights = abstract_model(config, partition, dtype)
-    state = abstract_state(config, partition, shape, dtype)
-    inputs = _inputs(kind, partition.degree("batch"))
-    return Step(structure, kind, weights, state, inputs, sequences, tokens)
+    state = abstract_state(config, partition, cache, dtype)
+    inputs = _inputs(shape, partition.degree("batch"))
+    return Step(structure, shape, weights, state, inputs, sequences, tokens)
 
 
 def abstract_model(
     config: ModelConfig, partition: Partition, dtype: DTypeLike
 ) -> tuple[Structure, list[jax.Array]]:
-    """The model's structure, and its weights as shapes laid out on the partition's mesh. Raises ShardingError."""
+    """The model's structure, and its abstract weights sharded over the partition's mesh. Raises ShardingError."""
 
     def where(spec: WeightSpec) -> jax.sharding.Sharding | None:
         return partition.sharding(spec.axes, spec.name)
@@ -106,7 +109,7 @@ def abstract_model(
 
 
 def abstract_state(config: ModelConfig, partition: Partition, shape: CacheShape, dtype: DTypeLike) -> DeviceState:
-    """What the engine keeps on the devices, as shapes laid out on the partition's mesh."""
+    """The engine's abstract device state, sharded over the partition's mesh."""
     cache = jax.eval_shape(lambda: KVCache.empty(config, shape, dtype, partition))
     where = partition.sharding(STORE)
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), cache)
@@ -115,25 +118,25 @@ def abstract_state(config: ModelConfig, partition: Partition, shape: CacheShape,
     return DeviceState(cache, last)
 
 
-def _inputs(kind: StepShape, parts: int) -> StepInputs:
-    """What the host hands over, which has no place yet."""
+def _inputs(step: StepShape, ranks: int) -> StepInputs:
+    """Abstract inputs from the host, without a sharding."""
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct((parts, *shape), dtype)
+        return jax.ShapeDtypeStruct((ranks, *shape), dtype)
 
     def segments(count: int, snapshots: int) -> Segments:
-        return Segments(array(count), array(count, kind.pages), array(count, snapshots), array(count, snapshots))
+        return Segments(array(count), array(count, step.pages), array(count, snapshots), array(count, snapshots))
 
-    rows = kind.decodes + kind.prefills
+    rows = step.decodes + step.prefills
     return StepInputs(
-        decode=segments(kind.decodes, 0),
-        decode_positions=array(kind.decodes),
-        drafts=array(kind.decodes, kind.drafts),
-        prefill=segments(kind.prefills, SNAPSHOTS_A_CHUNK),
-        prefill_tokens=array(kind.prefills, kind.chunk),
-        prefill_positions=array(kind.prefills, kind.chunk),
-        next_tokens=array(kind.prefills, kind.chunk),
-        finishing=array(kind.prefills, dtype=jnp.bool_),
+        decode=segments(step.decodes, 0),
+        decode_positions=array(step.decodes),
+        drafts=array(step.decodes, step.drafts),
+        prefill=segments(step.prefills, SNAPSHOTS_A_CHUNK),
+        prefill_tokens=array(step.prefills, step.chunk),
+        prefill_positions=array(step.prefills, step.chunk),
+        next_tokens=array(step.prefills, step.chunk),
+        finishing=array(step.prefills, dtype=jnp.bool_),
         sampling=SamplingState(
             temperature=array(rows, dtype=jnp.float32),
             top_p=array(rows, dtype=jnp.float32),

@@ -1,4 +1,4 @@
-"""What a step must do on each device whatever the program: bytes that must be read and operations, no more."""
+"""The minimum work of a step on each device, independent of the program: bytes read, and operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sharding.compiled.program import Collectives
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What one call advances: `tokens` of each of `sequences`, on all devices together, up to position `context`."""
+    """One call's load over all devices: `tokens` tokens of each of `sequences` sequences, the last at `context`."""
 
     sequences: int
     tokens: int
@@ -30,11 +30,11 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Per device: bf16 operations, bytes of weights that are read (experts: as many as uniform routing touches), and
-    bytes of keys and values.
+    """Work per device: bf16 operations, bytes of weights read, and bytes of keys and values read.
 
-    `uneven_bytes` are those of the experts that the device on which most are touched is expected to read beyond that:
-    all others wait for it. `grouped` is whether several tokens share the experts, which are then grouped by expert.
+    Of the experts, `weight_bytes` includes as many as uniform routing touches. `uneven_bytes` is the expected excess of
+    the device with the most touched experts, for which all others wait. `grouped` is whether several tokens share the
+    experts, so that the tokens are grouped by expert.
     """
 
     flops: float
@@ -45,25 +45,25 @@ class Work:
 
     @property
     def num_bytes(self) -> float:
-        """All bytes; activations are negligible beside them."""
+        """All bytes read; activations are negligible in comparison."""
         return self.weight_bytes + self.cache_bytes
 
     @property
     def busiest_bytes(self) -> float:
-        """Those of the device that all others wait for."""
+        """Bytes read by the device with the most touched experts."""
         return self.num_bytes + self.uneven_bytes
 
 
 def touched_experts(experts: int, chosen: int, tokens: float) -> float:
-    """How many of `experts` a batch is expected to touch if each token chooses `chosen` uniformly."""
+    """Expected number of distinct experts if each token chooses `chosen` of `experts` uniformly."""
     return experts * (1 - (1 - chosen / experts) ** tokens)
 
 
 def uneven_share(experts: int, devices: int, touched: float) -> float:
-    """How many more experts than on average the device with the most touches, as a share of these.
+    """Expected excess of the device with the most touched experts over the mean, as a fraction of the mean.
 
-    `touched` is the share of all experts that are: of as many draws on each device about the largest of `devices`
-    normal ones (Blom's approximation of its mean).
+    `touched` is the touched fraction of all experts. The count on each device is approximated as normal, and the
+    expected maximum over `devices` by Blom's formula.
     """
     if devices == 1 or not touched:
         return 0.0
@@ -107,7 +107,7 @@ def local_size(spec: WeightSpec, partition: Partition) -> float:
 
 
 def held_bytes(tree: object) -> int:
-    """Bytes on one device of abstract arrays that have a place."""
+    """Bytes on one device of abstract arrays; an array without a sharding counts in full."""
 
     def one(x: jax.ShapeDtypeStruct) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -117,7 +117,7 @@ def held_bytes(tree: object) -> int:
 
 
 def expert_tokens(partition: Partition, load: Load) -> float:
-    """Tokens that the experts of one device can be asked for."""
+    """Number of tokens that may be routed to the experts of one device."""
     if partition.mesh is None:
         return load.sequences * load.tokens
     rules = partition.rules
@@ -128,7 +128,7 @@ def expert_tokens(partition: Partition, load: Load) -> float:
 def expected_collectives(
     config: ModelConfig, partition: Partition, load: Load, dtype: DTypeLike = jnp.bfloat16
 ) -> list[Collectives]:
-    """The two reductions of each layer, for ranking meshes before any is compiled."""
+    """The two all-reduces of each layer, for ranking meshes before they are compiled."""
     if partition.mesh is None:
         return []
     rules, shape = partition.rules, partition.mesh.shape
@@ -145,7 +145,7 @@ def expected_collectives(
 
 
 def _group(shape: dict[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
-    """The devices that share the first place on all axes but these."""
+    """The devices with coordinate 0 on every axis except `axes`."""
     group, stride = [0], 1
     for name, size in reversed(shape.items()):
         if name in axes:
@@ -155,14 +155,14 @@ def _group(shape: dict[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _share(sequences: int, partition: Partition, axis: str) -> int:
-    """Sequences of the fullest part; parts with fewer are padded."""
+    """Sequences per shard of `axis`, rounded up: shards with fewer are padded."""
     return -(-sequences // partition.degree(axis))
 
 
 def _attention(
     config: ModelConfig, partition: Partition, load: Load, sequences: float, itemsize: int
 ) -> tuple[float, float]:
-    """Operations of scores and weighted sums, and bytes of keys and values read, each read once a call."""
+    """Operations of scores and weighted sums, and bytes of keys and values, each read once per call."""
     heads = partition.heads
     queries = len(heads.q_sources) / partition.degree("heads")
     keys = len(heads.kv_sources) / partition.degree("kv_heads")

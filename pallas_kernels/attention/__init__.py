@@ -1,4 +1,4 @@
-"""The attention op: grouped queries, a sink a head, a sliding window, any order of keys."""
+"""The attention op: grouped queries, one sink per head, a sliding window, and keys in any order."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def attention(
     """Causal attention by position, with a learned sink in each head's softmax.
 
     Args:
-      q_BTHD: queries; query head h reads kv head h // (H / K).
-      kv_BSKE: each slot's key and value side by side (E = 2 D, keys first), of any float dtype, in any order
-        along S. Together they fill the 128 lanes of a TPU row, and a GPU reads them in one piece.
-      sinks_H: a logit a query head, unscaled, that joins the softmax's denominator and nothing else.
-      q_positions_BT: int32; a query of padding has position -1 and gives 0.
-      kv_positions_BS: int32; -1 marks an empty slot. A query at p sees keys at positions p - window + 1 ... p.
-      window: how many keys a query sees, itself included; None for all.
-      sm_scale: multiplies the scores.
-      backend: a name to force; see `pallas_kernels.use_backend`.
+      q_BTHD: queries; query head h uses key/value head h // (H / K).
+      kv_BSKE: the key and value of each slot side by side (E = 2 D, key first), of any float dtype, in any order
+        along S. Together they fill the 128 lanes of a TPU row, and are contiguous for a GPU's loads.
+      sinks_H: one unscaled logit per query head, which is only added to the softmax's denominator.
+      q_positions_BT: int32; -1 marks a padding query, whose result is 0.
+      kv_positions_BS: int32; -1 marks an empty slot. A query at p attends to keys at p - window + 1 ... p.
+      window: number of keys that a query attends to, including its own; None for all.
+      sm_scale: factor of the scores.
+      backend: name of a backend to force; see `pallas_kernels.use_backend`.
 
     Returns:
       [B, T, H, D] of q's dtype; scores, softmax and sums are float32.
@@ -71,16 +71,16 @@ def paged_attention(
     sm_scale: float,
     backend: str | None = None,
 ) -> jax.Array:
-    """Causal attention, without a window, over keys and values that lie in pages.
+    """Causal attention, without a window, over keys and values in pages.
 
     Args:
       q_BTHD: queries, at consecutive positions along T, as in `attention`.
       kv_pages_PSKE: P pages of S slots, each with a key and a value side by side as in `attention`.
-      page_table_BM: int32; position p of sequence b lies in page `page_table[b, p // S]`, slot p % S. Entries
-        past a sequence's end are any page: no query sees them.
+      page_table_BM: int32; position p of sequence b is in page `page_table[b, p // S]`, slot p % S. Entries past
+        the end of a sequence may be any page: no query attends to them.
       sinks_H: as in `attention`.
-      q_positions_BT: int32, below M S; -1 for padding. A query at p sees positions 0 ... p.
-      sm_scale: multiplies the scores.
+      q_positions_BT: int32, below M S; -1 for padding. A query at p attends to positions 0 ... p.
+      sm_scale: factor of the scores.
       backend: as in `attention`.
 
     Returns:

@@ -1,16 +1,16 @@
 """The attention ops on TPUs, as a Pallas kernel lowered through Mosaic.
 
-One kernel for decode and prefill, contiguous keys and pages: contiguous keys are pages of a block each. A program
-takes a block of queries of one sequence and goes over the blocks of keys that any of them sees, with a running
-softmax whose initial state is the sink (arXiv:2205.14135, algorithm 1, with the sink as the first score). Keys come
-by copies of its own, a block ahead, across the borders of programs too, so that short sequences follow each other
-without a pause.
+One kernel serves decode and prefill, contiguous and paged keys; contiguous keys are treated as pages of one block. A
+program takes a block of queries of one sequence and loops over the blocks of keys that any of them attends to, with an
+online softmax whose initial state is the sink (arXiv:2205.14135, algorithm 1, with the sink as the first score). The
+kernel prefetches keys by its own DMAs one block ahead, across program boundaries too, so that short sequences follow
+each other without a stall.
 
-A row of the cache holds key and value of a head, which fill 128 lanes at head_dim 64. Nothing takes them apart:
-queries have zeros where values are, and of the weighted sum of rows the second half is the answer.
+A row of the cache holds the key and the value of a head, which fill 128 lanes at head_dim 64. They are not separated:
+queries have zeros in the value half, and the result is the second half of the weighted sum of rows.
 
-Shapes are named by suffix as in the op; Q blocks of queries, R rows of a block (a query and one of the G heads that
-share a key/value head), N keys of a block.
+Shapes are named by suffix as in the op; Q is the blocks of queries, R the rows of a block (a query and one of the G
+heads that share a key/value head), and N the keys of a block.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu import LANES, VMEM_LIMIT, Chip, Interpret
 
 ROWS = 256
-"""Most rows of a block of queries."""
+"""Maximum rows of a block of queries."""
 
 KEYS = 512
-"""Keys of a block, or one page where pages are larger."""
+"""Keys per block; a block is one page if pages are larger."""
 
-MOST_TABLE_ENTRIES = 1 << 17
-"""Of all page tables together: they lie in the scalar memory, a MiB, for the whole call."""
+MAX_TABLE_ENTRIES = 1 << 17
+"""Maximum entries of all page tables together, which stay in the 1 MiB of SMEM for the whole call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Queries and keys of a block."""
+    """Queries and keys per block."""
 
     queries: int
     keys: int
@@ -103,8 +103,8 @@ def paged_attention(
 ) -> jax.Array:
     """See `pallas_kernels.attention.paged_attention`."""
     _check(q_BTHD, kv_pages_PSKE, interpret)
-    if page_table_BM.size > MOST_TABLE_ENTRIES:
-        raise NotImplementedError(f"page tables of {page_table_BM.size} entries")
+    if page_table_BM.size > MAX_TABLE_ENTRIES:
+        raise NotImplementedError(f"page tables of more than {MAX_TABLE_ENTRIES} entries: {page_table_BM.size}")
     page_size, kv_heads = kv_pages_PSKE.shape[1:3]
     pages = min(page_table_BM.shape[1], max(1, KEYS // page_size))
     config = config or Config(_queries(q_BTHD, kv_heads), pages * page_size)
@@ -135,9 +135,9 @@ def _check(q_BTHD: jax.Array, kv: jax.Array, interpret: Interpret) -> None:
     if interpret:
         return
     if kv.shape[3] % LANES:
-        raise NotImplementedError(f"key and value of {kv.shape[3]} lanes do not fill rows of {LANES}")
+        raise NotImplementedError(f"key and value have {kv.shape[3]} lanes, not a multiple of {LANES}")
     if kv.dtype == jnp.bfloat16 and kv.shape[2] > 1 and kv.shape[2] % 2:
-        raise NotImplementedError(f"{kv.shape[2]} bfloat16 key/value heads do not pair")
+        raise NotImplementedError(f"{kv.shape[2]} bfloat16 key/value heads: expected 1 or an even number")
 
 
 def _queries(q_BTHD: jax.Array, kv_heads: int) -> int:
@@ -145,7 +145,7 @@ def _queries(q_BTHD: jax.Array, kv_heads: int) -> int:
 
 
 def _blocks_of_queries(q_positions_BT: jax.Array, queries: int) -> jax.Array:
-    """Positions by block: int32 [B, Q, queries]."""
+    """The queries' positions by block: int32 [B, Q, queries]."""
     batch, length = q_positions_BT.shape
     padded = jnp.pad(q_positions_BT, ((0, 0), (0, -length % queries)), constant_values=-1)
     return padded.reshape(batch, -1, queries)
@@ -154,7 +154,7 @@ def _blocks_of_queries(q_positions_BT: jax.Array, queries: int) -> jax.Array:
 def _visible(
     queries_BQT: jax.Array, positions_BSN: jax.Array, window: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The first and past-the-last block of keys that a block of queries may see, and the latter in pages."""
+    """For each block of queries: the first and past-the-last visible block of keys, and the latter in pages."""
     highest = jnp.iinfo(jnp.int32).max
 
     def extent(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -228,7 +228,7 @@ def _call(
         window=window,
         scale=sm_scale * math.log2(math.e),
         has_positions=positions_BSN is not None,
-        # The TPU interpreter lacks views of other types; the other one does not race.
+        # The TPU interpreter does not support bitcast views.
         by_words=not isinstance(interpret, pltpu.InterpretParams) and kv_heads % 2 == 0,
     )
     out = pl.pallas_call(
@@ -277,21 +277,21 @@ def _kernel(
     by_words: bool,
 ) -> None:
     positions_ref = refs[0] if has_positions else None
-    out_ref, held_ref, largest_ref, denominator_ref, sum_ref, next_ref, semaphores = refs[has_positions:]
+    out_ref, buffer_ref, largest_ref, denominator_ref, sum_ref, next_ref, semaphores = refs[has_positions:]
     kv_heads = q_ref.shape[1]
     program = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
     last_of_core = (pl.program_id(0) + 1) * pl.num_programs(1) - 1
     first, last = first_ref[program], last_ref[program]
     copies = functools.partial(
-        _copies, table_ref, pages_ref, kv_ref, held_ref, semaphores, table_width, blocks_of_queries
+        _copies, table_ref, pages_ref, kv_ref, buffer_ref, semaphores, table_width, blocks_of_queries
     )
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        # The place in `held` of the next block, and the program that it was started for.
+        # The buffer of the next block, and the program for which its copies were started.
         next_ref[0], next_ref[1] = 0, -1
-        # Keys that are not there have a weight of 0, which must not meet a NaN.
-        held_ref[...] = jnp.zeros_like(held_ref)
+        # Masked keys have weight 0, but 0 times an uninitialised NaN would be NaN.
+        buffer_ref[...] = jnp.zeros_like(buffer_ref)
 
     largest_ref[...] = jnp.broadcast_to(
         jnp.stack([_column(sinks_ref[k]) for k in range(kv_heads)]), largest_ref.shape
@@ -304,17 +304,17 @@ def _kernel(
     def _() -> None:
         copies(program, first, next_ref[0], lambda copy: copy.start())
 
-    def step(block: jax.Array, place: jax.Array) -> jax.Array:
+    def step(block: jax.Array, slot: jax.Array) -> jax.Array:
         after = jnp.where(block + 1 < last, program, jnp.minimum(program + 1, last_of_core))
         following = jnp.where(block + 1 < last, block + 1, first_ref[after])
 
         @pl.when((block + 1 < last) | ((after > program) & (first_ref[after] < last_ref[after])))
         def _() -> None:
             next_ref[1] = after
-            copies(after, following, 1 - place, lambda copy: copy.start())
+            copies(after, following, 1 - slot, lambda copy: copy.start())
 
-        copies(program, block, place, lambda copy: copy.wait())
-        keys = held_ref.shape[1] // kv_heads
+        copies(program, block, slot, lambda copy: copy.wait())
+        keys = buffer_ref.shape[1] // kv_heads
         if positions_ref is not None:
             position_1N = positions_ref[0, block]
         else:
@@ -323,10 +323,10 @@ def _kernel(
         if window is not None:
             seen_RN &= position_1N > position_R1 - window
         for k in range(kv_heads):
-            rows_NE = _rows_of_head(held_ref, place, k, kv_heads, by_words).astype(q_ref.dtype)
+            rows_NE = _rows_of_head(buffer_ref, slot, k, kv_heads, by_words).astype(q_ref.dtype)
             state = (largest_ref.at[k], denominator_ref.at[k], sum_ref.at[k])
             _attend(q_ref[0, k], rows_NE, seen_RN, scale, *state)
-        return 1 - place
+        return 1 - slot
 
     next_ref[0] = lax.fori_loop(first, last, step, next_ref[0])
     for k in range(kv_heads):
@@ -338,37 +338,37 @@ def _copies(
     table_ref: Any,
     pages_ref: Any,
     kv_ref: Any,
-    held_ref: Any,
+    buffer_ref: Any,
     semaphores: Any,
     table_width: int,
     blocks_of_queries: int,
     program: Any,
     block: Any,
-    place: Any,
+    slot: Any,
     act: Callable[[Any], None],
 ) -> None:
-    """Act on the copy of each page of a block, as far as its program sees pages."""
+    """Call `act` (start or wait) with the DMA of each page of a block that its program attends to."""
     page_rows = kv_ref.shape[1]
-    pages = held_ref.shape[1] // page_rows
+    pages = buffer_ref.shape[1] // page_rows
     sequence = program // blocks_of_queries
 
     def one(index: jax.Array, carry: None) -> None:
         page = table_ref[sequence * table_width + block * pages + index]
-        there = held_ref.at[place, pl.ds(index * page_rows, page_rows)]
-        act(pltpu.make_async_copy(kv_ref.at[page], there, semaphores.at[place]))
+        there = buffer_ref.at[slot, pl.ds(index * page_rows, page_rows)]
+        act(pltpu.make_async_copy(kv_ref.at[page], there, semaphores.at[slot]))
 
     lax.fori_loop(0, jnp.minimum(pages, pages_ref[program] - block * pages), one, None)
 
 
-def _rows_of_head(held_ref: Any, place: Any, head: int, heads: int, by_words: bool) -> jax.Array:
+def _rows_of_head(buffer_ref: Any, slot: Any, head: int, heads: int, by_words: bool) -> jax.Array:
     """Keys and values of one head: [N, E]."""
-    keys = held_ref.shape[1] // heads
+    keys = buffer_ref.shape[1] // heads
     if heads == 1:
-        return held_ref[place]
-    if held_ref.dtype == jnp.float32 or not by_words:
-        return held_ref[place, pl.ds(head, keys, stride=heads)]
-    # Only words are read with a stride, and a word holds two heads.
-    words = held_ref.bitcast(jnp.uint32)[place, pl.ds(head // 2, keys, stride=heads // 2)]
+        return buffer_ref[slot]
+    if buffer_ref.dtype == jnp.float32 or not by_words:
+        return buffer_ref[slot, pl.ds(head, keys, stride=heads)]
+    # Strided reads are only supported for 32-bit words, and a word holds two heads.
+    words = buffer_ref.bitcast(jnp.uint32)[slot, pl.ds(head // 2, keys, stride=heads // 2)]
     bits = words << jnp.uint32(16) if head % 2 == 0 else words & jnp.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -382,7 +382,7 @@ def _attend(
     denominator_ref: Any,
     sum_ref: Any,
 ) -> None:
-    """One step of the running softmax: the largest score, the denominator and the weighted sum relative to it."""
+    """One step of the online softmax; the denominator and weighted sum are relative to the largest score."""
     precision = lax.Precision.HIGHEST if q_RE.dtype == jnp.float32 else None
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     scores_RN = jnp.where(seen_RN, dot(q_RE, rows_NE, (((1,), (1,)), ((), ()))) * scale, -jnp.inf)
@@ -398,7 +398,7 @@ def _attend(
 
 
 def _column(row_1R: jax.Array) -> jax.Array:
-    """The row of float32 as a column [R, 1]."""
+    """Transpose a float32 row [1, R] to a column [R, 1]."""
     size = row_1R.shape[1]
     index = functools.partial(lax.broadcasted_iota, jnp.int32, (size, size))
     return jnp.sum(jnp.where(index(0) == index(1), row_1R, 0.0), axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What the attention op computes, in plain JAX."""
+"""The reference of the attention ops, in plain JAX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 MAX_SCORES = 1 << 26
-"""Scores held at a time (float32), which bounds the memory of a long prompt."""
+"""Limit of the float32 scores in memory at a time, for long prompts."""
 
 
 def attention(
@@ -20,7 +20,7 @@ def attention(
     window: int | None,
     sm_scale: float,
 ) -> jax.Array:
-    """See `pallas_kernels.attention.attention`, whose meaning this is; computed by blocks of queries."""
+    """Defines `pallas_kernels.attention.attention`; see there. Computed in blocks of queries."""
     batch, length, heads, head_dim = q_BTHD.shape
     block = max(1, min(length, MAX_SCORES // (batch * heads * kv_BSKE.shape[1])))
 
@@ -48,7 +48,7 @@ def paged_attention(
     *,
     sm_scale: float,
 ) -> jax.Array:
-    """See `pallas_kernels.attention.paged_attention`, whose meaning this is; gathers the pages."""
+    """Defines `pallas_kernels.attention.paged_attention`; see there. Gathers the pages first."""
     _, page_size, kv_heads, width = kv_pages_PSKE.shape
     batch, pages = page_table_BM.shape
     kv_BSKE = kv_pages_PSKE[page_table_BM].reshape(batch, pages * page_size, kv_heads, width)

@@ -1,12 +1,12 @@
 """The attention ops on NVIDIA GPUs, as a Pallas kernel lowered through Triton.
 
-One kernel for decode and prefill, contiguous keys and pages: a program takes the G query heads that share a
-key/value head, for a block of queries, and goes over blocks of keys with a running softmax whose initial state is
-the sink (arXiv:2205.14135, algorithm 1, with the sink as the first score). When there are too few programs to fill
-the card, the keys are split among several and their partial results joined afterwards.
+One kernel serves decode and prefill, contiguous and paged keys. A program computes the G query heads that share a
+key/value head, for a block of queries, and loops over blocks of keys with an online softmax whose initial state is
+the sink (arXiv:2205.14135, algorithm 1, with the sink as the first score). If there are too few programs to fill the
+GPU, the keys are split among several programs, and a second kernel combines their partial results.
 
-Shapes are named by suffix as in the op; R rows are a block of queries times G, padded to powers of two; N keys in
-a block.
+Shapes are named by suffix as in the op; R is the rows of a block (queries times G, padded to powers of two), and N
+the keys of a block.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from jax.typing import DTypeLike
 from pallas_kernels import gpu
 
 State = tuple[jax.Array, jax.Array, jax.Array]
-"""Of each row: the largest score so far, the softmax's denominator and the weighted sum, relative to it."""
+"""For each row: the largest score so far, and the softmax's denominator and weighted sum relative to it."""
 
 LOWEST = -1e30
-"""A score below all others whose differences stay finite."""
+"""A finite score below all others, so that differences stay finite."""
 
 PROGRAMS = 264
-"""Enough programs to fill a card of 132 multiprocessors twice over."""
+"""Number of programs to aim for: two per multiprocessor of a GPU with 132."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Queries and keys of a block, parts that the keys are split in, and Triton's warps and pipeline stages."""
+    """Queries and keys per block, number of splits of the keys, and Triton's warps and pipeline stages."""
 
     queries: int
     keys: int
@@ -47,13 +47,13 @@ class Config:
 
 
 def choose(batch: int, length: int, kv_heads: int, group: int, keys: int, dtype: DTypeLike) -> Config:
-    """The config for a shape of the op, with queries of a dtype."""
+    """The config for these dimensions and this dtype of the queries."""
     if length == 1:
         block = min(128, max(16, pl.next_power_of_2(keys)))
         wanted = pl.cdiv(PROGRAMS, batch * kv_heads)
         return Config(1, block, max(1, min(pl.cdiv(keys, block), wanted)), 4, 2)
     queries = max(1, min(128 // group, pl.next_power_of_2(length)))
-    # Three blocks of float32 keys and values are more than the shared memory of Ada's cards.
+    # Three stages of float32 keys and values exceed the shared memory of Ada GPUs.
     stages = 2 if jnp.dtype(dtype) == jnp.float32 else 3
     return Config(queries, min(64, max(16, pl.next_power_of_2(keys))), 1, 4, stages)
 
@@ -128,7 +128,7 @@ def paged_attention(
 def _check(q_BTHD: jax.Array, kv_XSKE: jax.Array, interpret: bool) -> None:
     head_dim = q_BTHD.shape[-1]
     if head_dim < 16 or head_dim & (head_dim - 1):
-        raise NotImplementedError(f"head_dim {head_dim} is not a power of two from 16")
+        raise NotImplementedError(f"head_dim {head_dim} is not a power of two of at least 16")
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"queries of {q_BTHD.dtype}")
     if not interpret:
@@ -142,7 +142,7 @@ def _padded_group(heads: int, kv_heads: int) -> int:
 def _visible_blocks(
     q_positions_BT: jax.Array, kv_positions_BS: jax.Array, window: int | None, config: Config
 ) -> jax.Array:
-    """The first and past-the-last block of keys that a block of queries may see: int32 [B, query blocks, 2]."""
+    """For each block of queries the range of blocks of keys that it may attend to: int32 [B, query blocks, 2]."""
     batch = q_positions_BT.shape[0]
     highest = jnp.iinfo(jnp.int32).max
 
@@ -195,7 +195,7 @@ def _call(
             jax.ShapeDtypeStruct((splits, *q_BTHD.shape[:3]), jnp.float32),
             jax.ShapeDtypeStruct((splits, *q_BTHD.shape[:3]), jnp.float32),
         ]
-    # What a form lacks is a dummy, so that one kernel signature serves all.
+    # Contiguous and paged calls share one kernel signature; missing operands are dummies.
     where = kv_positions_BS if kv_positions_BS is not None else page_table_BM
     bounds = bounds_BQ2 if bounds_BQ2 is not None else jnp.zeros((1, 1, 1), jnp.int32)
     outs = pl.pallas_call(
@@ -209,27 +209,27 @@ def _call(
     if splits == 1:
         return outs[0][0]
     sums, largest, denominators = outs
-    return _joined(sums, largest, denominators, q_BTHD.dtype, interpret)
+    return _combine(sums, largest, denominators, q_BTHD.dtype, interpret)
 
 
-def _joined(
+def _combine(
     sums: jax.Array, largest: jax.Array, denominators: jax.Array, out_dtype: Any, interpret: bool
 ) -> jax.Array:
-    """Partial softmax sums [splits, B, T, H, D], each relative to its own largest score in base 2."""
+    """Combine partial softmax sums [splits, B, T, H, D], each relative to its own largest score in base 2."""
     splits, *shape, head_dim = sums.shape
     rows = math.prod(shape)
-    joined = pl.pallas_call(
-        _join_kernel,
+    combined = pl.pallas_call(
+        _combine_kernel,
         grid=(rows,),
         out_shape=jax.ShapeDtypeStruct((rows, head_dim), out_dtype),
         compiler_params=plt.CompilerParams(num_warps=1 if splits <= 16 else 4, num_stages=1),
         interpret=interpret,
-        name="attention_join",
+        name="attention_combine",
     )(sums.reshape(splits, rows, head_dim), largest.reshape(splits, rows), denominators.reshape(splits, rows))
-    return joined.reshape(*shape, head_dim)
+    return combined.reshape(*shape, head_dim)
 
 
-def _join_kernel(sums_ref: Any, largest_ref: Any, denominators_ref: Any, out_ref: Any) -> None:
+def _combine_kernel(sums_ref: Any, largest_ref: Any, denominators_ref: Any, out_ref: Any) -> None:
     row = pl.program_id(0)
     splits, _, head_dim = sums_ref.shape
     part = jnp.arange(pl.next_power_of_2(splits))
@@ -266,7 +266,7 @@ def _kernel(
     row = jnp.arange(max(16, config.queries * padded_group))
     token = query_block * config.queries + row // padded_group
     here = (row < config.queries * padded_group) & (row % padded_group < group) & (token < length)
-    # Rows that are not here point past the end, where the interpreter drops their masked stores.
+    # Padding rows get an index past the end: the interpreter drops out-of-bounds stores.
     token = jnp.where(here, token, length)
     head = kv_head * group + row % padded_group
     column = jnp.arange(head_dim)
@@ -288,7 +288,7 @@ def _kernel(
     else:
         first, last = 0, jnp.minimum(jnp.max(position_R), keys - 1) // config.keys + 1
     if config.splits > 1:
-        # Of what is there: tables may be much longer than their sequences.
+        # Split the keys that exist: page tables may be much longer than their sequences.
         share = pl.cdiv(last - first, config.splits)
         first, last = first + split * share, jnp.minimum(last, first + (split + 1) * share)
 
@@ -330,7 +330,7 @@ def _kernel(
         run = functools.partial(attend, block, seen_RN)
         if has_bounds or not has_positions:
             return run(state)
-        # One query over slots in any order: most of a cache that has just grown is empty.
+        # With one query over slots in any order, skip blocks without visible keys: a new cache is mostly empty.
         return lax.cond(jnp.max(seen_RN.astype(jnp.int32)) > 0, run, lambda state: state, state)
 
     initial = (sink_R, denominator_R, jnp.zeros((*row.shape, head_dim), jnp.float32))

@@ -1,4 +1,4 @@
-"""The linear op: projections of one input, with the norm before and the residual after them."""
+"""The linear op: several projections of one input, with an optional norm before and residual after them."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def linear(
     out_dtype: DTypeLike = jnp.float32,
     backend: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """One input times several weights, each plus its bias; in one pass where a single token makes that pay.
+    """Multiply one input with several weights, and add a bias to each; one fused kernel for a single token on GPUs.
 
     Args:
       x_TI: tokens, bfloat16 or float32.
       weights_OI: matrices of x's dtype, each with its own number of rows.
-      biases_O: one for each weight, or None.
-      norm_I: if given, x is RMS-normalised first, and multiplied by this.
-      eps: added to the mean square.
-      residual_TO: if given, added to each product.
-      out_dtype: of the results; sums are float32 throughout.
-      backend: a name to force; see `pallas_kernels.use_backend`.
+      biases_O: for each weight its bias, or None.
+      norm_I: weight of an RMS norm that is applied to x first, or None.
+      eps: epsilon of the norm.
+      residual_TO: added to each product, or None.
+      out_dtype: dtype of the results; sums are float32.
+      backend: name of a backend to force; see `pallas_kernels.use_backend`.
 
     Returns:
-      For each weight [T, O].
+      [T, O] for each weight.
     """
     return dispatch(
         "linear",

@@ -1,4 +1,4 @@
-"""What the linear op computes, in plain JAX."""
+"""The reference of the linear op, in plain JAX."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, cast back."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 and cast to x's dtype."""
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
@@ -25,7 +25,7 @@ def linear(
     residual_TO: jax.Array | None,
     out_dtype: DTypeLike,
 ) -> tuple[jax.Array, ...]:
-    """See `pallas_kernels.linear.linear`, whose meaning this is."""
+    """Defines `pallas_kernels.linear.linear`; see there."""
     if norm_I is not None:
         x_TI = rms_norm(x_TI, norm_I, eps)
     precision = lax.Precision.HIGHEST if x_TI.dtype == jnp.float32 else None

@@ -1,7 +1,7 @@
-"""The linear op on NVIDIA GPUs for a single token: a matrix-vector product at the speed of the memory.
+"""The linear op on NVIDIA GPUs for a single token: a matrix-vector product bound by memory bandwidth.
 
 A program multiplies a few whole rows, so that all of its loads are independent and in flight at once. The norm's
-scale is one number for the token, so it is applied to the finished sums and no load waits for it.
+scale is one number per token; it is applied to the final sums, so no load depends on it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from jax.typing import DTypeLike
 from pallas_kernels.linear import reference
 
 LARGEST_PIECE = 2048
-"""Columns in one load; rows are cut into powers of two from here down."""
+"""Most columns in one load; rows are split into powers of two of at most this size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Rows of a program, and its warps."""
+    """Weight rows and warps per program."""
 
     rows: int
     num_warps: int
 
 
 def choose(columns: int) -> Config:
-    """One warp a program measured best; of 2880 columns one row, of 4096 two."""
+    """The fastest measured config: one warp per program, with one row of 2880 columns or two of 4096."""
     return Config(1 if columns < 4096 else 2, 1)
 
 
@@ -51,7 +51,7 @@ def linear(
     """See `pallas_kernels.linear.linear`."""
     tokens, columns = x_TI.shape
     if tokens != 1:
-        # Nothing beats the library's matrix product there.
+        # XLA's matrix product is the fastest here.
         return reference.linear(
             x_TI, weights_OI, biases_O, norm_I=norm_I, eps=eps, residual_TO=residual_TO, out_dtype=out_dtype
         )
@@ -59,7 +59,7 @@ def linear(
     if columns % 16:
         raise NotImplementedError(f"{columns} columns are not a multiple of 16")
     if any(w.dtype != x_TI.dtype for w in weights_OI):
-        raise NotImplementedError("weights of another dtype than the tokens'")
+        raise NotImplementedError("weights and tokens have different dtypes")
     operands: list[jax.Array] = [x_TI[0]]
     if norm_I is not None:
         operands.append(norm_I)
@@ -86,7 +86,7 @@ def linear(
 
 
 def pieces(columns: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Cut a row into powers of two, largest first: (start, size) of each."""
+    """Split a row into powers of two, largest first; yields (start, size)."""
     start = 0
     while start < columns:
         size = min(largest, 1 << ((columns - start).bit_length() - 1))
@@ -133,7 +133,7 @@ def _rows(
     rows: int,
     eps: float,
 ) -> None:
-    """Rows `program * rows`... of one weight times x."""
+    """Computes `rows` outputs of one weight, from row `program * rows` on."""
     outputs, columns = weight_ref.shape
     row = program * rows + jnp.arange(rows)
     inside = row < outputs

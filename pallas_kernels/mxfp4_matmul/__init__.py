@@ -1,4 +1,4 @@
-"""The expert op: a mixture-of-experts MLP straight from packed MXFP4 weights."""
+"""The expert op: a mixture-of-experts MLP directly on packed MXFP4 weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ExpertWeight", "Layout", "PackedExperts", "current_layout", "expert_
 
 
 def _mosaic_gpu(*args: Any, **kwargs: Any) -> jax.Array:
-    # Loading Mosaic's dialects takes half a second, which only NVIDIA GPUs need to spend.
+    # Importing Mosaic's dialects takes half a second, and is only needed on NVIDIA GPUs.
     from pallas_kernels.mxfp4_matmul import mosaic_gpu
 
     return mosaic_gpu.expert_mlp(*args, **kwargs)
@@ -44,25 +44,25 @@ def expert_mlp(
     out_dtype: DTypeLike | None = None,
     backend: str | None = None,
 ) -> jax.Array:
-    """Each token through its k experts, weighted and summed.
+    """The weighted sum, for each token, of the outputs of its k experts.
 
     Args:
       x_TD: tokens, bfloat16 or float32.
-      expert_ids_Tk: int32, the experts of each token; an id of E or more means an expert that is not here and
-        adds nothing.
-      expert_weights_Tk: float32, the router's weight of each.
-      gate_up_EFD: [E, F = 2I, D] with the gate in even and the up projection in odd rows; MXFP4Tensor,
-        floats, or in the layout that the backend reads (see `layouts`); the reference takes any.
+      expert_ids_Tk: int32, the experts of each token; an id of E or more denotes an expert that is not in this
+        shard, and contributes 0.
+      expert_weights_Tk: float32, the router's weights.
+      gate_up_EFD: [E, F = 2I, D] with the gate in even and the up projection in odd rows: an MXFP4Tensor, floats,
+        or the layout of the backend (see `layouts`). The reference accepts all of them.
       gate_up_bias_EF: added before the clamped SwiGLU.
-      down_EDI: [E, D, I].
-      down_bias_ED: added before the router's weight.
-      swiglu_limit: the clamp of gate and up.
-      residual_TD: if given, added to the sum.
-      out_dtype: the result's; None for x's.
-      backend: a name to force; see `pallas_kernels.use_backend`.
+      down_EDI: [E, D, I], in the same forms.
+      down_bias_ED: added before the multiplication with the router's weight.
+      swiglu_limit: clamp of gate and up.
+      residual_TD: added to the result, or None.
+      out_dtype: dtype of the result; None for x's.
+      backend: name of a backend to force; see `pallas_kernels.use_backend`.
 
     Returns:
-      [T, D]; products are summed in float32.
+      [T, D]; products are accumulated in float32.
     """
     return dispatch(
         "expert_mlp",

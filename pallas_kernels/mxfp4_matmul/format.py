@@ -1,4 +1,4 @@
-"""The packed format of the released experts: four-bit floats in groups of 32 that share a power-of-two scale.
+"""MXFP4, the format of the released experts: four-bit floats in groups of 32 that share a power-of-two scale.
 
 The format is MXFP4 of the OCP Microscaling specification 1.0, in the layout of the released files: along the
 last (contracting) dimension each group of 32 values is 16 bytes, the low nibble first, and one scale byte.
@@ -16,7 +16,7 @@ GROUP = 32
 """Values that share a scale."""
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What the three low bits of a nibble mean; the fourth is the sign."""
+"""Values of the three low bits of a nibble; the fourth bit is the sign."""
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +25,7 @@ class MXFP4Tensor:
     """A tensor of shape [..., K], packed along K.
 
     `blocks` is uint8 [..., K/32, 16] (the low nibble of byte i is value 2i of its group) and `scales` is uint8
-    [..., K/32], where a byte s means 2^(s-127). 255 is NaN in the format and is refused when a file is read.
+    [..., K/32], where a byte s means 2^(s-127). 255 means NaN, and is rejected when a checkpoint is read.
     """
 
     blocks: jax.Array
@@ -46,9 +46,9 @@ class MXFP4Tensor:
 
 
 def dequantize(packed: MXFP4Tensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Unpack to [..., K]; exact in float32, and in bfloat16 wherever the value is a normal number there."""
+    """Unpack to [..., K]; exact in float32, and in bfloat16 for values that are normal numbers there."""
     bits = jnp.stack([packed.blocks & 0xF, packed.blocks >> 4], axis=-1)
-    # Integer arithmetic instead of a table: a gather per nibble is what makes CPUs and TPUs slow here.
+    # Integer arithmetic instead of a lookup table: a gather per nibble is slow on CPUs and TPUs.
     magnitude = (bits & 7).astype(jnp.int32)
     exponent, mantissa = magnitude >> 1, magnitude & 1
     # Doubled so that every e2m1 value is an integer: (2 + m) << (e - 1) for normals, m for subnormals.

@@ -1,9 +1,9 @@
-"""Packed experts as the GPU kernels read them: the released bits in another order, and the way back.
+"""The layout of packed experts for GPU kernels, a reordering of the released bits, and its inverse.
 
-A block is 128 values along the contracting dimension, of one row: 32 words of 16 bits. Nibble j of word i is
-value 32 j + i of the block, so nibble j of all words is one group, with one scale, and is also 32 consecutive
-values of whatever the row is multiplied with. Shapes are named by suffix: E experts, P parts (gate and up rows
-apart, or one), B blocks, N rows of a part, K contracting dimension, G groups.
+A block is 128 values of one row along the contracting dimension, as 32 words of 16 bits. Nibble j of word i is value
+32 j + i of the block. Nibble j of all words is therefore one group with one scale, and is multiplied with 32
+consecutive activations. Shapes are named by suffix: E experts, P parts (two for gate and up, or one), B blocks,
+N rows of a part, K contracting dimension, G groups.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from pallas_kernels.mxfp4_matmul.format import GROUP, MXFP4Tensor, exp2
 
 BLOCK = 128
-"""Values of a row in a block, padded with zeros at the end of the row."""
+"""Values of a row in a block; the last block of a row is padded with zeros."""
 
 WORDS = 32
 """16-bit words in a block."""
 
 LARGEST_SCALE = 128
-"""The kernels multiply by 2^(s-1) in bfloat16, which ends at 2^127; released scales are far below."""
+"""The kernels multiply by 2^(s-1) in bfloat16, whose largest power is 2^127; released scales are far below."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,10 +31,10 @@ class GpuExperts:
     """A packed tensor [E, P N, K] in blocks.
 
     `words` is uint16 [E, P, B, N, 32] and `scales` uint32 [E, P, B, N], whose byte j is the scale of group j of
-    the block. With two parts, even rows of the tensor are in part 0 and odd ones in part 1.
+    the block. With two parts, the even rows of the tensor are in part 0 and the odd ones in part 1.
 
-    On a mesh every device prepares its own part of the tensor, so that blocks are padded within each and
-    `contracting` is one device's share of K.
+    On a mesh every device prepares its own shard of the tensor, so each shard is padded to whole blocks, and
+    `contracting` is one shard's size of K.
     """
 
     words: jax.Array
@@ -60,10 +60,10 @@ class GpuExperts:
 
 
 def prepare(packed: MXFP4Tensor, parts: int) -> GpuExperts:
-    """The same bits in blocks, from [E, P N, K]: two parts for gate_up, one for down.
+    """Convert a released tensor [E, P N, K] with P parts: two for gate_up, one for down.
 
-    Works on any slice of the first dimension, so a loader can go expert by expert. Raises ValueError for concrete
-    scales that the kernels cannot represent.
+    Works on any slice of the first dimension, so a loader can convert one expert at a time. Raises ValueError for
+    concrete scales that the kernels cannot represent.
     """
     experts, rows, groups = packed.scales.shape
     if not isinstance(packed.scales, jax.core.Tracer) and int(jnp.max(packed.scales)) > LARGEST_SCALE:
@@ -96,11 +96,11 @@ def released(experts: GpuExperts) -> MXFP4Tensor:
 
 
 def unpack(words: jax.Array, scale: jax.Array, j: int) -> jax.Array:
-    """The values, float32, of nibble j of each word times 2^(scale - 127).
+    """The float32 value of nibble j of each word, times 2^(scale - 127).
 
-    The kernels do it by bits: exponent and mantissa of the nibble go to the low exponent bits and the top mantissa
-    bit of a bfloat16 and its sign to the top, which is the value times 2^-126, subnormal where the nibble is; a
-    multiplication by `group_factor` makes it right.
+    The kernels compute it by bit operations: the nibble's exponent and mantissa become the low exponent bits and the
+    top mantissa bit of a bfloat16, and its sign the sign. The result is the value times 2^-126, subnormal where the
+    nibble is, and a multiplication by `group_factor` scales it.
     """
     nibble = (words.astype(jnp.int32) >> (4 * j)) & 15
     exponent, mantissa = (nibble >> 1) & 3, nibble & 1

@@ -1,7 +1,7 @@
-"""The layouts that packed experts are put in when they are loaded: one for each family of kernels.
+"""Layouts of packed experts, one per family of kernels, into which weights are converted when they are loaded.
 
-A layout is a pytree class with the `shape` and `__getitem__` of an MXFP4Tensor and its method `axes`, a function that
-makes it from released blocks and scales, and its line in `LAYOUTS`.
+A layout is a pytree class with the `shape`, `__getitem__` and `axes` of an MXFP4Tensor, a function that makes it from
+released blocks and scales, and its entry in `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PackedExperts = MXFP4Tensor | GpuExperts | TpuExperts
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the kernels of some backends read, and the platforms that run them.
+    """A layout, the backends that read it, and their platforms.
 
-    `prepare` takes an MXFP4Tensor [E, P N, K] and the number of parts P whose rows alternate in it (two for gate_up,
-    one for down), keeps every bit, and works on any slice of the experts. Scale bytes above `largest_scale` are more
-    than the kernels can represent.
+    `prepare` converts an MXFP4Tensor [E, P N, K] whose rows alternate between P parts (two for gate_up, one for down).
+    It is lossless, and works on any slice of the experts. The kernels cannot represent scale bytes above
+    `largest_scale`.
     """
 
     backends: frozenset[str]
@@ -45,7 +45,7 @@ LAYOUTS = (
 
 
 def current_layout() -> Layout | None:
-    """The layout for the backend that is forced, else for the platform; None where the released one is read."""
+    """The layout of the forced backend, else of the platform; None if the released layout is used."""
     forced, platform = forced_backend(), current_platform()
     if forced == "reference":
         return None

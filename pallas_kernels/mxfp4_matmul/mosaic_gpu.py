@@ -1,13 +1,13 @@
 """The expert op on Hopper GPUs for many rows, as Pallas kernels lowered through Mosaic GPU.
 
-Rows are sorted by expert into tiles of one expert each, padded to whole tiles, so that every load and store of
-activations is a plain tile of a padded array. A kernel runs one program on each multiprocessor, which goes through
-output tiles: a warpgroup fetches blocks of activations and packed weights into a ring of shared memory, and three
-others each unpack 64 rows of the weights in registers to bfloat16, which holds every released value exactly, and
+Rows are sorted by expert into tiles of a single expert each, padded to whole tiles, so that every load and store of
+activations is a full tile of a padded array. A kernel is persistent: one program per multiprocessor loops over output
+tiles. One warpgroup fetches blocks of activations and packed weights into a ring buffer in shared memory. Three others
+each unpack 64 rows of the weights in registers to bfloat16, which represents every released value exactly, and
 multiply them with the shared tile of activations.
 
-For gate_up each 16 weight rows of a warp are 8 gate and the 8 up rows of the same outputs, so that both products
-meet in one thread for SwiGLU.
+For gate_up, each 16 weight rows of a warp are 8 gate rows and the 8 up rows of the same outputs, so that one thread
+has both products for SwiGLU.
 
 Shapes are named by suffix: T tokens, k experts of a token, R = T k rows, M tiles, S slots of padded tiles, D hidden,
 I intermediate, K contracting, N outputs, E experts, P parts, B blocks.
@@ -35,48 +35,48 @@ from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, unp
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
 from pallas_kernels.mxfp4_matmul.tiles import Tiles, tiles_by_expert
 
-LEAST_SHARE = 48
-"""Rows an expert, on average, from which this is faster than the Triton kernels."""
+MIN_ROWS_PER_EXPERT = 48
+"""Average rows per expert from which this backend is faster than the Triton kernels."""
 
 TILE_ROWS = 128
 """Activation rows of a tile."""
 
 MULTIPLIED_ROWS = (64, 128)
-"""Activation rows of a tile that are multiplied: the first of these that all of its rows fit in."""
+"""Sizes of the multiplied part of a tile: the smallest that contains all of its rows is used."""
 
 COPIED = 64
 """The activations' columns are a multiple of this: a copy fills rows of 128 bytes in shared memory."""
 
 WARPGROUPS = 3
-"""Warpgroups that multiply, each 64 weight rows: the released 2880 outputs are whole tiles of 192 or of 96."""
+"""Warpgroups that multiply 64 weight rows each: the released 2880 outputs are whole tiles of 192 or of 96."""
 
 FETCHING_REGISTERS, MULTIPLYING_REGISTERS = 24, 160
-"""Registers of a thread; those of a thread of each of the four warpgroups are at most 512."""
+"""Registers per thread; the sum over the four warpgroups is at most 512."""
 
 STAGES = {1: 3, 2: 4}
-"""Blocks in the ring of shared memory, by parts."""
+"""Number of blocks in the ring buffer, by parts."""
 
-ROUND = 3
-"""Blocks that are multiplied without a wait for all of them; registers are spilled with more."""
+UNROLL = 3
+"""Blocks that are multiplied per loop iteration, without waiting for all of them; more would spill registers."""
 
 STORED_ROWS = {1: 64, 2: 128}
-"""Activation rows that a warpgroup stages in shared memory at once on their way out, by parts."""
+"""Activation rows that a warpgroup stages in shared memory at once for a store, by parts."""
 
 VALUE_BITS = 0x81C081C0
-"""Sign, the low two exponent bits and the top mantissa bit of two bfloat16."""
+"""Sign, low two exponent bits and top mantissa bit of two bfloat16."""
 
 NIBBLES = tuple((8 * (j // 2), 0x000F000F << 4 * (j % 2), (1 << 6 | 1 << 12) >> 4 * (j % 2)) for j in range(4))
-"""Of nibble j of two words, a shift to the right, a mask, and a multiplier: it adds two copies of the nibble, which do
-not overlap and put its magnitude and its sign at VALUE_BITS."""
+"""For nibble j of two words: a right shift, a mask, and a multiplier. The multiplication adds two shifted copies of the
+nibble, which do not overlap and put its magnitude and its sign at VALUE_BITS."""
 
 INTERPRETED_PROGRAMS = 2
-"""Programs of a kernel that is interpreted, where a GPU has one on each multiprocessor."""
+"""Number of programs when the kernel is interpreted; a GPU has one per multiprocessor."""
 
 FULL = plgpu.Layout.WGMMA
 HALF = plgpu.Layout.TILED(
     plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
-"""Rows g and g + 8 of each 16 in FULL are rows g of two arrays in HALF."""
+"""Rows g and g + 8 of each 16 rows in FULL correspond to row g of two arrays in HALF."""
 
 
 def expert_mlp(
@@ -93,7 +93,7 @@ def expert_mlp(
     out_dtype: DTypeLike | None,
     interpret: bool | plgpu.InterpretGPUParams,
 ) -> jax.Array:
-    """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts as `gpu_layout.prepare` makes them."""
+    """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts in the layout of `gpu_layout.prepare`."""
     if not isinstance(gate_up_EFD, GpuExperts) or not isinstance(down_EDI, GpuExperts):
         raise NotImplementedError("the experts are not in the GPU layout: see gpu_layout.prepare")
     if gate_up_EFD.words.shape[1] != 2 or down_EDI.words.shape[1] != 1:
@@ -102,8 +102,10 @@ def expert_mlp(
         raise NotImplementedError(f"tokens of {x_TD.dtype}")
     num_tokens, k = expert_ids_Tk.shape
     num_experts = gate_up_EFD.shape[0]
-    if not interpret and num_tokens * k < LEAST_SHARE * num_experts:
-        raise NotImplementedError(f"{num_tokens * k} rows over {num_experts} experts")
+    if not interpret and num_tokens * k < MIN_ROWS_PER_EXPERT * num_experts:
+        raise NotImplementedError(
+            f"{num_tokens * k} rows for {num_experts} experts: fewer than {MIN_ROWS_PER_EXPERT} each"
+        )
     programs = INTERPRETED_PROGRAMS if interpret else multiprocessors()
 
     tiles = tiles_by_expert(expert_ids_Tk.reshape(num_tokens * k), num_experts, TILE_ROWS)
@@ -120,7 +122,7 @@ def expert_mlp(
 
 
 def multiprocessors() -> int:
-    """How many the Hopper GPU has that is traced for. Raises NotImplementedError where it is another chip."""
+    """Multiprocessors of the GPU that is traced for. Raises NotImplementedError if it is not a Hopper GPU."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     count = getattr(device, "num_cores", None)
     if device is None:
@@ -128,12 +130,12 @@ def multiprocessors() -> int:
         count = getattr(device, "core_count", None)
     kind = getattr(device, "device_kind", str(device))
     if not re.search(r"\bG?H\d{2,3}\b", kind) or not count:
-        raise NotImplementedError(f"{kind}: no Hopper GPU whose multiprocessors are known")
+        raise NotImplementedError(f"{kind}: not a Hopper GPU with a known number of multiprocessors")
     return count
 
 
 def rows_of_slots(tiles: Tiles) -> jax.Array:
-    """The row in each slot [S] of tiles of TILE_ROWS; R or more, all different, where there is none."""
+    """The row of each slot [S] of tiles of TILE_ROWS; empty slots have distinct values of R or more."""
     rows = tiles.rows_R.shape[0]
     within = jnp.arange(TILE_ROWS, dtype=jnp.int32)
     at_S = (tiles.start_M[:, None] + within).reshape(-1)
@@ -143,7 +145,7 @@ def rows_of_slots(tiles: Tiles) -> jax.Array:
 
 
 def _sum_of_choices(out_SD: jax.Array, row_S: jax.Array, weights_Tk: jax.Array, here_Tk: jax.Array) -> jax.Array:
-    """Each token's rows of the result, weighted and summed: [T, D]."""
+    """The weighted sum of each token's rows: [T, D]."""
     num_tokens, k = weights_Tk.shape
     slot_S = jnp.arange(row_S.shape[0], dtype=jnp.int32)
     slot_R = jnp.zeros(num_tokens * k, jnp.int32).at[row_S].set(slot_S, mode="drop", unique_indices=True)
@@ -152,7 +154,7 @@ def _sum_of_choices(out_SD: jax.Array, row_S: jax.Array, weights_Tk: jax.Array, 
 
 
 def tile_outputs(parts: int) -> int:
-    """Outputs of a tile: weight rows of each part."""
+    """Number of outputs of a tile, which is its weight rows of each part."""
     return WARPGROUPS * 64 // parts
 
 
@@ -166,10 +168,10 @@ def _matmul(
     programs: int,
     interpret: bool | plgpu.InterpretGPUParams,
 ) -> jax.Array:
-    """Each slot times its tile's expert, plus the bias: [S, N]; slots of no row hold anything.
+    """Multiply each slot with its tile's expert and add the bias: [S, N]; empty slots have undefined values.
 
-    With two parts the clamped SwiGLU follows, and the result is bfloat16, with zeros up to whole units of COPIED;
-    with one it is float32.
+    With two parts, the clamped SwiGLU is applied, and the result is bfloat16, padded with zeros to a multiple of
+    COPIED columns. With one part it is float32.
     """
     num_experts, parts, _, outputs, _ = experts.words.shape
     padded = outputs + -outputs % COPIED if parts == 2 else outputs
@@ -209,7 +211,7 @@ def _scratch(parts: int, out_dtype: Any, interpret: bool) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
 
     def swizzled(row_bytes: int, itemsize: int) -> tuple[Any, ...]:
-        """Rows are spread over the banks."""
+        """A swizzled layout, which avoids bank conflicts."""
         tiling = plgpu.TilingTransform((8, row_bytes // itemsize))  # type: ignore[abstract]
         return tiling, plgpu.SwizzleTransform(row_bytes)  # type: ignore[abstract]
 
@@ -231,11 +233,12 @@ def _scratch(parts: int, out_dtype: Any, interpret: bool) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """Blocks of activations and weights in shared memory, and barriers for each: filled by the copies, freed by all.
+    """Ring buffer of blocks of activations and weights in shared memory, with two barriers per slot.
 
-    A program's blocks are numbered through all of its output tiles; block n is in slot n % stages. `words` and
-    `scales` are [stages, P, rows, ...], of all warpgroups or of one. `unpacked` holds half a block of weights where
-    the kernel is interpreted, whose multiplication takes none from registers.
+    Copies arrive at `filled`, and the multiplying warpgroups at `freed`. A program numbers its blocks consecutively
+    over all of its output tiles; block n is in slot n % stages. `words` and `scales` are [stages, P, rows, ...], of
+    all warpgroups or of one. `unpacked` is half a block of weights for the interpreter, whose wgmma does not accept
+    operands in registers.
     """
 
     x: Any
@@ -280,7 +283,7 @@ def _kernel(
     interpret: bool,
     **ring_of_blocks: Any,
 ) -> None:
-    """`tiles_ref` [1] is how many tiles have rows; they come first."""
+    """`tiles_ref` [1] is the number of tiles that have rows, which are the first ones."""
     ring = _Ring(**ring_of_blocks)
     warpgroup = lax.axis_index("warpgroup")
     program, programs = lax.axis_index("program"), lax.axis_size("program")
@@ -338,7 +341,7 @@ def _kernel(
 
 
 def _fill(ring: _Ring, x_ref: Any, words_ref: Any, scales_ref: Any, number: jax.Array, blocks: int) -> None:
-    """Copy all blocks of an output tile, the first of which has this number, into the ring as its slots are freed."""
+    """Copy all blocks of an output tile into the ring as its slots are freed; the first block has this number."""
 
     @pl.loop(0, blocks)
     def _block(b: jax.Array) -> None:
@@ -356,11 +359,11 @@ def _fill(ring: _Ring, x_ref: Any, words_ref: Any, scales_ref: Any, number: jax.
 
 
 def _contract(ring: _Ring, number: jax.Array, contracting: int, interpret: bool, acc_ref: Any) -> jax.Array:
-    """A warpgroup's 64 weight rows times the tile of activations, whose first block has this number.
+    """Multiply a warpgroup's 64 weight rows with the tile of activations, whose first block has this number.
 
-    Each half of a block is unpacked while the half before is multiplied. After some blocks this waits for all that
-    is under way, because the compiler can keep the registers of such weights apart within a round of a loop but not
-    from one to the next; meanwhile the other warpgroups keep the tensor cores busy.
+    Each half of a block is unpacked while the previous half is multiplied. At the end of each iteration of UNROLL
+    blocks all multiplications are awaited, because the compiler can assign separate registers to the weights within an
+    iteration but not across iterations. Meanwhile the other warpgroups keep the tensor cores busy.
     """
     layout = _layout(ring.parts)
     blocks = pl.cdiv(contracting, BLOCK)
@@ -384,12 +387,12 @@ def _contract(ring: _Ring, number: jax.Array, contracting: int, interpret: bool,
     def free(b: jax.Array | int, under_way: int) -> None:
         plgpu.wgmma_wait(under_way)
         if interpret:
-            # Registers hold what was read, which the interpreter cannot know: it asks for a fence.
+            # The data is already in registers, but the interpreter requires a fence.
             plgpu.commit_smem()
         plgpu.barrier_arrive(ring.freed.at[ring.slot(number + b)])
 
     def multiply_blocks(first: jax.Array | int, count: int, packed: Any, following: bool) -> Any:
-        """The next block's words, if one follows, from the first's."""
+        """Multiply `count` blocks, the first of which is `packed`; returns the block after them, if `following`."""
         for b in range(count):
             more = following or b < count - 1
             multiply(packed, first + b, 0)
@@ -401,18 +404,18 @@ def _contract(ring: _Ring, number: jax.Array, contracting: int, interpret: bool,
         free(first + count - 1, 0)
         return packed
 
-    rounds = (blocks - 1) // ROUND
+    iterations = (blocks - 1) // UNROLL
     packed = load(0)
-    if rounds:
+    if iterations:
         packed = lax.fori_loop(
-            0, rounds, lambda r, packed: multiply_blocks(r * ROUND, ROUND, packed, True), packed
+            0, iterations, lambda i, packed: multiply_blocks(i * UNROLL, UNROLL, packed, True), packed
         )
-    multiply_blocks(rounds * ROUND, blocks - rounds * ROUND, packed, False)
+    multiply_blocks(iterations * UNROLL, blocks - iterations * UNROLL, packed, False)
     return acc_ref[...]
 
 
 def _layout(parts: int) -> Any:
-    """How an array of a warpgroup's rows of one part is spread over its registers."""
+    """The register layout of a warpgroup's rows of one part."""
     return HALF if parts == 2 else FULL
 
 
@@ -421,7 +424,7 @@ def _load_bias(bias_ref: Any, parts: int) -> jax.Array:
 
 
 def _finish(product: jax.Array, bias: list[jax.Array], swiglu_limit: float | None, interpret: bool) -> jax.Array:
-    """A warpgroup's product [64, rows] with its bias, float32; with a limit, SwiGLU of it, bfloat16 [32, rows]."""
+    """Add the bias to a warpgroup's float32 product [64, rows]; with a limit, apply SwiGLU: bfloat16 [32, rows]."""
 
     def biased(x: jax.Array, part: int) -> jax.Array:
         return x + plgpu.layout_cast(lax.broadcast_in_dim(bias[part], x.shape, [0]), _layout(len(bias)))
@@ -437,7 +440,7 @@ def _finish(product: jax.Array, bias: list[jax.Array], swiglu_limit: float | Non
 def _store(result: jax.Array, out_smem: Any, out_ref: Any, interpret: bool) -> None:
     """Write a warpgroup's [outputs, rows], transposed, to the first rows of out [TILE_ROWS, outputs]."""
     if result.dtype == jnp.float32:
-        # Values that are next to each other in a register are not in the transposed tile.
+        # Values that are adjacent in registers are not adjacent in the transposed tile.
         result = plgpu.layout_cast(result, plgpu.Layout._WGMMA_ACC_32BIT)
     for start in range(0, result.shape[1], out_smem.shape[0]):
         rows = min(out_smem.shape[0], result.shape[1] - start)
@@ -451,7 +454,7 @@ def _store(result: jax.Array, out_smem: Any, out_ref: Any, interpret: bool) -> N
 
 
 def _barrier() -> None:
-    """Wait for the other warps of the warpgroup, of which one alone has waited for the last store."""
+    """Synchronise the warps of the warpgroup, because only one of them has waited for the last store."""
 
     @plgpu.inline_mgpu()
     def barrier(_: Any) -> None:
@@ -463,8 +466,8 @@ def _barrier() -> None:
 def _unpack(words: list[jax.Array], scales: list[jax.Array], half: int) -> jax.Array:
     """Half a block of weights, bfloat16 [64, 64]: nibbles 2 half and 2 half + 1 of the words of each part.
 
-    A thread's registers of 32 bits hold two values next to each other in a row; of each 16 rows it has two, and of
-    each part either both or one of them.
+    A thread's 32-bit register has two adjacent values of a row. The thread has two of each 16 rows: both of one part,
+    or one of each part.
     """
     parts = len(words)
     layouts = [_layout(parts)] * parts, [_layout(parts).reduce(1)] * parts
@@ -501,19 +504,19 @@ def _unpack_plain(words: list[jax.Array], scales: list[jax.Array], half: int) ->
 
 
 def _asm(code: str, *args: ir.Value) -> ir.Value:
-    """PTX that computes the 32-bit register $0 from others, $1 and on, alone."""
+    """Inline PTX without side effects: computes the 32-bit register $0 from $1, $2, ..."""
     i32 = ir.IntegerType.get_signless(32)
     return llvm.inline_asm(i32, list(args), code, ",".join(["=r"] + ["r"] * len(args)), has_side_effects=False)
 
 
 def _factor(scales: ir.Value, j: int) -> ir.Value:
-    """2^(scale - 1) in both halves, bfloat16, of byte j of the scales; see `gpu_layout.group_factor`."""
+    """2^(scale - 1) of byte j of the scales, as bfloat16 in both halves; see `gpu_layout.group_factor`."""
     selector = f"{0x4040 + 0x0101 * j:#x}"
     return _asm("{ .reg .b32 a; prmt.b32 a, $1, 0, " + selector + "; mad.lo.u32 $0, a, 128, 0x3F003F00; }", scales)
 
 
 def _nibble(words: ir.Value, factor: ir.Value, j: int) -> ir.Value:
-    """The values of nibble j of two words times the factor; see `gpu_layout.unpack` for the bits."""
+    """The values of nibble j of two words, times the factor; see `gpu_layout.unpack` for the bit operations."""
     shift, mask, multiplier = NIBBLES[j]
     return _asm(
         "{ .reg .b32 a, c;"

@@ -1,13 +1,13 @@
 """The expert op on TPUs, as Pallas kernels lowered through Mosaic.
 
-Both forms multiply bfloat16 tokens with weights that are unpacked in registers to bfloat16, which holds every
-released value exactly, and sum in float32. Weights arrive by the pipeline's double-buffered copies, in blocks that
-hold the whole contracting dimension, so that each is multiplied and done.
+Both variants multiply bfloat16 tokens with weights that are unpacked in registers to bfloat16, which represents every
+released value exactly, and accumulate in float32. Weights are copied by the pipeline's double buffering, in blocks
+that span the whole contracting dimension, so each block is used once.
 
-- few tokens: one kernel goes over the experts that any token chose, reads their weights once and nothing else, and
-  multiplies all tokens with each; a token's weight of an expert that it did not choose is 0.
-- many tokens: rows are sorted by expert and cut into tiles of one expert each. A kernel a product unpacks a block
-  of weights when the expert changes and multiplies all its tiles with it.
+- few tokens: one kernel loops over the experts that any token chose, reads only their weights, once, and multiplies
+  all tokens with each. A token's router weight is 0 for experts that it did not choose.
+- many tokens: rows are sorted by expert and split into tiles of a single expert each. One kernel per product unpacks a
+  block of weights when the expert changes, and multiplies all its tiles with it.
 
 Shapes are named by suffix: T tokens, k experts of a token, U experts in use, M tiles, S slots of tiles, D hidden, I
 intermediate, K contracting dimension, N lanes (rows of the weights).
@@ -33,28 +33,28 @@ from pallas_kernels.mxfp4_matmul.tiles import tiles_by_expert
 from pallas_kernels.mxfp4_matmul.tpu_layout import RUN, STEP, TpuExperts, pad_to, to_lanes
 from pallas_kernels.tpu import LANES, VMEM_LIMIT, Chip, Interpret
 
-MOST_TOKENS = 64
-"""Up to here multiplying all tokens with every expert in use takes no longer than reading its weights."""
+MAX_TOKENS = 64
+"""Up to this many tokens, multiplying all of them with an expert takes no longer than reading its weights."""
 
 UNPACKED_AT_ONCE = 512
-"""Values along the contracting dimension: whole depths of the matrix units (128 or 256), enough for the compiler to
-overlap one's products with another's unpacking."""
+"""Values along the contracting dimension that are unpacked at a time: a multiple of the depth of the matrix units (128
+or 256), large enough for the compiler to overlap products with unpacking."""
 
 BLOCK_LANES = {1: 12 * LANES, 2: 16 * LANES}
-"""Lanes of a block of down and of gate_up: 2.2 and 2.9 MB at 2880, of which two are held."""
+"""Lanes of a block of down (1 part) and of gate_up (2 parts): 2.2 and 2.9 MB at 2880, each double-buffered."""
 
 CHUNK = 2 * LANES
 """Lanes that are multiplied at a time."""
 
 BIAS = 13
-"""log2 of a released value over the float8 number that `_as_float8` makes of its nibble."""
+"""log2 of the ratio between a released value and the float8 number that `_as_float8` makes of its nibble."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unpacking:
-    """How nibbles become numbers: by the chip's float4, else by integer operations and float8.
+    """How nibbles are unpacked: with `float4` by the chip's float4 conversion, else by integer operations and float8.
 
-    `by_bits` packs pairs of bfloat16 by integer operations, where the interpreter lacks the instruction.
+    `by_bits` packs pairs of bfloat16 by integer operations, because the interpreter lacks the pack instruction.
     """
 
     float4: bool
@@ -76,7 +76,7 @@ def expert_mlp(
     interpret: Interpret,
     chip: Chip | None = None,
 ) -> jax.Array:
-    """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts as `tpu_layout.prepare` makes them."""
+    """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts in the layout of `tpu_layout.prepare`."""
     if not isinstance(gate_up_EFD, TpuExperts) or not isinstance(down_EDI, TpuExperts):
         raise NotImplementedError("the experts are not in the TPU layout: see tpu_layout.prepare")
     if gate_up_EFD.parts != 2 or down_EDI.parts != 1:
@@ -85,8 +85,8 @@ def expert_mlp(
         raise NotImplementedError(f"tokens of {x_TD.dtype}")
     chip = chip or Chip.current()
     few = functools.partial(_few_tokens, cores=chip.cores)
-    form: Callable[..., jax.Array] = few if x_TD.shape[0] <= MOST_TOKENS else _many_tokens
-    out_TD = form(
+    compute: Callable[..., jax.Array] = few if x_TD.shape[0] <= MAX_TOKENS else _many_tokens
+    out_TD = compute(
         x_TD,
         expert_ids_Tk,
         expert_weights_Tk.astype(jnp.float32),
@@ -117,14 +117,14 @@ def _few_tokens(
     unpacking: Unpacking,
     cores: int,
 ) -> jax.Array:
-    """The weighted sum [T, D] in float32, by one kernel that goes over the experts in use, in turn on each core."""
+    """The weighted sum [T, D] in float32, by one kernel over the used experts, which are distributed over the cores."""
     tokens, hidden = x_TD.shape
     used_U, count, weights_TU = _experts_in_use(ids_Tk, weights_Tk, gate_up.shape[0], cores)
     x_TK = pad_to(pad_to(x_TD, 0, 16), 1, STEP)
     weights_TU = pad_to(weights_TU, 0, 16)
     rows = x_TK.shape[0]
     ups, downs = _blocks(gate_up), _blocks(down)
-    # Whole blocks: the last chunk of the lanes may reach past them.
+    # Padded to whole blocks, because the last chunk of lanes may extend past the biases.
     up_bias_UN, down_bias_UN = (
         pad_to(bias_EN[used_U][:, None], 2, _block_lanes(weight))
         for bias_EN, weight in ((gate_up_bias_EN, gate_up), (down_bias_EN, down))
@@ -133,16 +133,16 @@ def _few_tokens(
 
     def up_block(core: Any, i: Any, step: Any, used: Any, count: Any) -> tuple[Any, ...]:
         u, last = i * cores + core, _last_of_core(core, cores, count)
-        # Past the core's last expert in use the last block stays, and nothing more is read.
+        # Past the core's last used expert the block index does not change, so nothing more is read.
         return used[jnp.minimum(u, last)], 0, jnp.where(u < count[0], jnp.minimum(step, ups - 1), ups - 1)
 
     def down_block(core: Any, i: Any, step: Any, used: Any, count: Any) -> tuple[Any, ...]:
         u, last = i * cores + core, _last_of_core(core, cores, count)
-        # While gate_up is read the block before stays, so that each step reads one block.
-        waits = (u < count[0]) & (step < ups)
+        # During the gate_up steps the index stays at the previous block, so that each step reads one block.
+        gate_up_step = (u < count[0]) & (step < ups)
         block = jnp.where(u < count[0], jnp.maximum(step - ups, 0), downs - 1)
-        expert = used[jnp.where(waits & (i > 0), u - cores, jnp.minimum(u, last))]
-        return expert, 0, jnp.where(waits & (i > 0), downs - 1, block)
+        expert = used[jnp.where(gate_up_step & (i > 0), u - cores, jnp.minimum(u, last))]
+        return expert, 0, jnp.where(gate_up_step & (i > 0), downs - 1, block)
 
     def whole(*_: Any) -> tuple[int, int]:
         return 0, 0
@@ -192,16 +192,17 @@ def _few_tokens(
 
 
 def _last_of_core(core: Any, cores: int, count: Any) -> Any:
-    """The last expert in use of a core that takes every `cores`-th."""
+    """Index of the last used expert of a core, which computes every `cores`-th one."""
     return core + cores * (jnp.maximum(count[0] - 1 - core, 0) // cores)
 
 
 def _experts_in_use(
     ids_Tk: jax.Array, weights_Tk: jax.Array, num_experts: int, multiple: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The experts that any token chose, int32 [U], their number [1] and each token's weight of them [T, U].
+    """The experts that any token chose, int32 [U], their number [1], and each token's weights of them [T, U].
 
-    U is the most there can be, up to a multiple; entries past the number repeat the last expert, with weights of 0.
+    U is the largest possible number, rounded up to a multiple. Entries past the number repeat the last expert, with
+    weights of 0.
     """
     experts_E = jnp.arange(num_experts, dtype=jnp.int32)
     chosen_TkE = ids_Tk[..., None] == experts_E
@@ -268,7 +269,7 @@ def _few_tokens_kernel(
         def chunk(local: Any, lanes: Any, width: int) -> None:
             product = _product(hidden_ref, down_blocks_ref, down_factors_ref, local, width, unpacking)
             own = weight_T1 * (product + down_bias_ref[0, :, pl.ds(lanes, width)])
-            # A token that did not choose the expert may have overflowed in it.
+            # The product of a token that did not choose the expert may have overflowed.
             out_ref[0, :, pl.ds(lanes, width)] += jnp.where(weight_T1 == 0, 0, own)
 
         _for_chunks(step - ups, down, chunk)
@@ -287,12 +288,12 @@ def _many_tokens(
     interpret: Interpret,
     unpacking: Unpacking,
 ) -> jax.Array:
-    """The weighted sum [T, D] in float32, over rows that are sorted by expert."""
+    """The weighted sum [T, D] in float32, by rows sorted by expert."""
     tokens, k = ids_Tk.shape
     rows, num_experts = tokens * k, gate_up.shape[0]
     tile_rows = min(256, max(16, pl.next_power_of_2(pl.cdiv(rows, num_experts))))
     tiles = tiles_by_expert(ids_Tk.reshape(rows), num_experts, tile_rows)
-    # Tiles that hold no row come last; they stay at the last one that does, and read and write nothing.
+    # Empty tiles come last; their block index stays at the last non-empty tile, so they read and write nothing.
     last = jnp.maximum(jnp.sum(tiles.count_M > 0, dtype=jnp.int32) - 1, 0)
     at_M = jnp.minimum(jnp.arange(len(tiles.expert_M), dtype=jnp.int32), last)
     expert_M = tiles.expert_M[at_M]
@@ -303,7 +304,7 @@ def _many_tokens(
     args = (expert_M, at_M, tiles.count_M)
     hidden_SI = _grouped(*args, x_SK, gate_up, gate_up_bias_EN, tile_rows, x_TD.dtype, limit, interpret, unpacking)
     out_SN = _grouped(*args, hidden_SI, down, down_bias_EN, tile_rows, jnp.float32, None, interpret, unpacking)
-    # Where each row landed; gathering keeps a token's sum independent of the others.
+    # Gathering each token's rows keeps its sum independent of the other tokens.
     row_S = jnp.where(inside_MS.reshape(-1), row_S, rows)
     slot_R = jnp.zeros(rows, jnp.int32).at[row_S].set(jnp.arange(len(row_S), dtype=jnp.int32), mode="drop")
     out_TkN = out_SN[slot_R].reshape(tokens, k, -1)
@@ -324,7 +325,7 @@ def _grouped(
     interpret: Interpret,
     unpacking: Unpacking,
 ) -> jax.Array:
-    """Each tile of rows times its expert, plus the bias; with a limit the clamped SwiGLU follows."""
+    """Multiply each tile of rows with its expert and add the bias; with a limit, apply the clamped SwiGLU."""
     lanes, blocks = _block_lanes(weight), _blocks(weight)
     halved = 1 if limit is None else 2
     contracting = 2 * weight.blocks.shape[1]
@@ -407,7 +408,7 @@ def _grouped_kernel(
 
 
 def _block_lanes(weight: TpuExperts) -> int:
-    """Lanes of a block of the weights: whole chunks, no more than there are."""
+    """Lanes of a block of the weights, a multiple of CHUNK."""
     return min(BLOCK_LANES[weight.parts], pl.cdiv(weight.blocks.shape[2], CHUNK) * CHUNK)
 
 
@@ -421,7 +422,7 @@ def _weight_specs(weight: TpuExperts, index_map: Callable[..., Any]) -> list[pl.
 
 
 def _for_chunks(block: Any, weight: TpuExperts, body: Callable[[Any, Any, int], None]) -> None:
-    """`body(lane in the block, lane of all, width)` for each chunk of a block that holds lanes of the weights."""
+    """Call `body(lane in the block, lane overall, width)` for each chunk of a block that contains weights."""
     lanes = _block_lanes(weight)
     chunks = pl.cdiv(jnp.minimum(weight.blocks.shape[2] - block * lanes, lanes), CHUNK)
 
@@ -433,7 +434,7 @@ def _for_chunks(block: Any, weight: TpuExperts, body: Callable[[Any, Any, int], 
 
 
 def _for_steps[Carry](length: int, body: Callable[[Any, int, Carry], Carry], carry: Carry) -> Carry:
-    """`body(start, size, carry)` over the contracting dimension, what is left over last."""
+    """Loop with `body(start, size, carry)` over the contracting dimension; the remainder is last."""
     whole = length // UNPACKED_AT_ONCE
 
     def step(i: jax.Array, carry: Carry) -> Carry:
@@ -447,7 +448,7 @@ def _for_steps[Carry](length: int, body: Callable[[Any, int, Carry], Carry], car
 def _product(
     x_ref: Any, blocks_ref: Any, factors_ref: Any, lane: Any, width: int, unpacking: Unpacking
 ) -> jax.Array:
-    """x times the weights of some lanes of the block: float32 [rows, width]."""
+    """x times the weights in `width` lanes of the block, from `lane` on: float32 [rows, width]."""
 
     def some(at: Any, size: int, sums: jax.Array) -> jax.Array:
         weight = _unpacked(blocks_ref, factors_ref, at, size, lane, width, unpacking)
@@ -466,7 +467,7 @@ def _dot(x_RK: jax.Array, weight_KN: jax.Array) -> jax.Array:
 
 
 def _swiglu(gate_up_RN: jax.Array, limit: float) -> jax.Array:
-    """Clamped SwiGLU of tiles that hold 64 lanes of gate, then of up: float32, half as wide."""
+    """Clamped SwiGLU of tiles with 64 lanes of gate, then 64 of up: float32, half as wide."""
     first = lax.broadcasted_iota(jnp.int32, (gate_up_RN.shape[0], LANES), 1) < RUN
     results = []
     for start in range(0, gate_up_RN.shape[1], 2 * LANES):
@@ -479,7 +480,7 @@ def _swiglu(gate_up_RN: jax.Array, limit: float) -> jax.Array:
 
 
 def _factors(scales: jax.Array, unpacking: Unpacking) -> jax.Array:
-    """What unpacked nibbles are multiplied with: a power of two as float32, from its bits."""
+    """The factors of the unpacked nibbles: powers of two in float32, made from their bits."""
     bias = 0 if unpacking.float4 else BIAS
     return lax.bitcast_convert_type((scales.astype(jnp.int32) + bias) << 23, jnp.float32)
 
@@ -487,20 +488,19 @@ def _factors(scales: jax.Array, unpacking: Unpacking) -> jax.Array:
 def _unpacked(
     blocks_ref: Any, factors_ref: Any, at: Any, size: int, lane: Any, width: int, unpacking: Unpacking
 ) -> jax.Array:
-    """Values `at`... of the contracting dimension, in some lanes: bfloat16 [size, width]."""
-
+    """Weights from `at` on along the contracting dimension and from `lane` on: bfloat16 [size, width]."""
     bytes_at, groups_at = (_divided(at, by, UNPACKED_AT_ONCE) for by in (2, GROUP))
     packed = blocks_ref[0, pl.ds(bytes_at, size // 2), pl.ds(lane, width)]
     return _unpack(packed, factors_ref[pl.ds(groups_at, size // GROUP), pl.ds(lane, width)], unpacking)
 
 
 def _divided(index: Any, by: int, multiple: int) -> Any:
-    """index / by, told to be whole: the index is a multiple of `multiple`, which the compiler cannot see."""
+    """index / by, with a hint to the compiler that the index is a multiple of `multiple`."""
     return index // by if isinstance(index, int) else pl.multiple_of(index // by, multiple // by)
 
 
 def _unpack(packed: jax.Array, factors: jax.Array, unpacking: Unpacking) -> jax.Array:
-    """The values, bfloat16 [2 S, N], of bytes [S, N] times the factors [S / 16, N] of their groups."""
+    """The bfloat16 values [2 S, N] of bytes [S, N], times the factors [S / 16, N] of their groups."""
     if unpacking.float4:
         values = pltpu.bitcast(packed, jnp.float4_e2m1fn).astype(jnp.bfloat16)
         return values * _over_groups(factors.astype(jnp.bfloat16), GROUP)
@@ -515,31 +515,31 @@ def _unpack(packed: jax.Array, factors: jax.Array, unpacking: Unpacking) -> jax.
 
 
 def _over_groups(factors: jax.Array, rows: int) -> jax.Array:
-    """Each row of factors repeated for the rows of its group."""
+    """Repeat each row of factors for the `rows` rows of its group."""
     groups, lanes = factors.shape
     return jnp.concatenate([jnp.broadcast_to(factors[g : g + 1], (rows, lanes)) for g in range(groups)], axis=0)
 
 
 def _as_float8(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The low and the high nibbles of bytes [S, N] as the bits of float8_e5m2, times 2^-BIAS: uint32 [S / 4, N].
+    """The low and the high nibbles of bytes [S, N], times 2^-BIAS, as the bits of float8_e5m2: uint32 [S / 4, N].
 
-    All chips convert float8_e5m2 by one instruction, and none is asked about subnormal numbers: the magnitudes
-    become 0, 2^-14, 2^-13, 1.5 x 2^-13 ... 1.5 x 2^-11, whose bits are twice 0, 2, 4, 5 ... 9. A word is eight
-    nibbles, added to at once: a magnitude of at least 1, and again of at least 2, carries into the top bit of its
-    nibble and counts one more.
+    All chips convert float8_e5m2 with one instruction. No subnormal numbers occur: the magnitudes become 0, 2^-14,
+    2^-13, 1.5 x 2^-13 ... 1.5 x 2^-11, whose bits are twice 0, 2, 4, 5 ... 9. All eight nibbles of a word are computed
+    at once: an addition carries into the top bit of a nibble whose magnitude is at least 1, and another one if it is
+    at least 2, and each carry adds one to the magnitude.
     """
     word = pltpu.bitcast(packed, jnp.uint32)
     bits = jnp.uint32
     magnitude = word & bits(0x77777777)
-    some = ((magnitude + bits(0x77777777)) >> bits(3)) & bits(0x11111111)
-    more = ((magnitude + bits(0x66666666)) >> bits(3)) & bits(0x11111111)
-    code = magnitude + some + more
+    at_least_1 = ((magnitude + bits(0x77777777)) >> bits(3)) & bits(0x11111111)
+    at_least_2 = ((magnitude + bits(0x66666666)) >> bits(3)) & bits(0x11111111)
+    code = magnitude + at_least_1 + at_least_2
     low = ((code & bits(0x0F0F0F0F)) << bits(1)) | ((word & bits(0x08080808)) << bits(4))
     high = ((code >> bits(3)) & bits(0x1E1E1E1E)) | (word & bits(0x80808080))
     return low, high
 
 
 def _pack_by_bits(pair: list[jax.Array]) -> jax.Array:
-    """What `pltpu.pack_elementwise` does to numbers that bfloat16 holds."""
+    """Equivalent to `pltpu.pack_elementwise` for numbers that bfloat16 represents exactly."""
     low, high = (lax.bitcast_convert_type(x, jnp.uint32) for x in pair)
     return (low >> jnp.uint32(16)) | (high & jnp.uint32(0xFFFF0000))

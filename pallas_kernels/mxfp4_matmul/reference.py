@@ -1,4 +1,4 @@
-"""What the expert op computes, in plain JAX: sparse over experts, unpacking one expert at a time."""
+"""The reference of the expert op, in plain JAX: sparse over experts, unpacking one expert at a time."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def expert_mlp(
     residual_TD: jax.Array | None = None,
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """See `pallas_kernels.mxfp4_matmul.expert_mlp`, whose meaning this is.
+    """Defines `pallas_kernels.mxfp4_matmul.expert_mlp`; see there.
 
-    Rows are sorted by expert and cut into tiles that belong to one expert each; a scan over the tiles unpacks
-    that expert alone, so the unpacked weights of one expert are all that ever exists.
+    Rows are sorted by expert and split into tiles of a single expert each. A scan over the tiles unpacks only that
+    expert, so the unpacked weights of at most one expert are in memory.
     """
     num_experts = gate_up_bias_EF.shape[0]
     num_tokens, k = expert_ids_Tk.shape
@@ -60,7 +60,7 @@ def expert_mlp(
         return None, lax.cond(index < tile_ends_E[-1], compute, lambda: empty)
 
     _, out_NBD = lax.scan(tile, None, jnp.arange(num_tiles))
-    # Where each (token, choice) landed: gathering keeps the sum over choices independent of other tokens.
+    # Gathering each token's rows keeps its sum over experts independent of the other tokens.
     rank_R = jnp.zeros(rows, order_R.dtype).at[order_R].set(jnp.arange(rows, dtype=order_R.dtype))
     here_R = ids_R < num_experts
     expert_R = jnp.minimum(ids_R, num_experts - 1)
@@ -74,7 +74,7 @@ def expert_mlp(
 
 
 def tiling(rows: int, num_experts: int) -> tuple[int, int]:
-    """Rows in a tile, and the most tiles that any routing of `rows` over `num_experts` can need."""
+    """Rows per tile, and the most tiles that any routing of `rows` over `num_experts` needs."""
     tile_rows = 1
     while tile_rows * num_experts < rows and tile_rows < 128:
         tile_rows *= 2

@@ -1,4 +1,4 @@
-"""Rows of a mixture-of-experts step, sorted by expert and cut into tiles that belong to one expert each."""
+"""Rows of a mixture-of-experts layer, sorted by expert and split into tiles of a single expert each."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 
 COMPARED_ROWS = 2048
-"""Up to here rows are ranked by comparing all pairs: two fused kernels, where a sort is a dozen."""
+"""Up to this many rows are ranked by comparing all pairs, in two fused kernels; a sort takes a dozen."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """M tiles, of which the last ones may be empty, over R rows (a token's k choices are k rows).
+    """M tiles over R rows (a token with k experts has k rows); the last tiles may be empty.
 
-    `rows_R` int32 lists the rows by expert, rows of experts that are not here last. Tile m holds
-    `rows[start : start + count]`, all of `expert`.
+    `rows_R` is int32 and lists the rows sorted by expert, those of absent experts last. Tile m has the rows
+    `rows[start : start + count]`, which all belong to `expert`.
     """
 
     rows_R: jax.Array
@@ -27,19 +27,19 @@ class Tiles:
 
 
 def tiles_of_one(ids_R: jax.Array, num_experts: int) -> Tiles:
-    """A tile for each row, in the order of the rows."""
+    """One tile per row, in the order of the rows."""
     rows_R = jnp.arange(ids_R.shape[0], dtype=jnp.int32)
     here_R = (ids_R < num_experts).astype(jnp.int32)
     return Tiles(rows_R, jnp.minimum(ids_R, num_experts - 1), rows_R, here_R)
 
 
 def tiles_by_expert(ids_R: jax.Array, num_experts: int, tile_rows: int) -> Tiles:
-    """Tiles of at most `tile_rows` rows; static in number, enough for any routing."""
+    """Tiles of at most `tile_rows` rows; their number is static, and enough for any routing."""
     rows = ids_R.shape[0]
     experts_E = jnp.arange(num_experts, dtype=jnp.int32)
     counts_E = jnp.sum(ids_R[:, None] == experts_E, axis=0, dtype=jnp.int32)
     tiles_E = -(-counts_E // tile_rows)
-    # Sums over a comparison instead of cumsum: one small kernel each on a GPU.
+    # Masked sums instead of cumsum: each is one small kernel on a GPU.
     before_EE = experts_E[None, :] < experts_E[:, None]
     starts_E = jnp.sum(jnp.where(before_EE, counts_E, 0), axis=1)
     first_tile_E = jnp.sum(jnp.where(before_EE, tiles_E, 0), axis=1)

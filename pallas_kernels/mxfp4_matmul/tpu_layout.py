@@ -1,8 +1,8 @@
-"""Packed experts as the TPU kernels read them: the released bytes transposed, so that rows lie along the lanes.
+"""The layout of packed experts for TPU kernels: the released bytes transposed, so that rows lie along the lanes.
 
-A byte holds two consecutive values of a row, as in the released files; the contracting dimension goes down the
-sublanes and the rows of the tensor along the lanes. Rows of gate and up alternate in runs of 64, so that both halves
-of a 128-lane tile meet after one rotation and 2 x 2880 rows fill whole tiles. Shapes are named by suffix: E experts,
+A byte holds two consecutive values of a row, as in the released files. The contracting dimension lies along the
+sublanes and the rows of the tensor along the lanes. Rows of gate and up alternate in runs of 64, so that one rotation
+aligns the two halves of a 128-lane tile, and 2 x 2880 rows fill whole tiles. Shapes are named by suffix: E experts,
 K contracting dimension, N lanes, G groups.
 """
 
@@ -17,13 +17,13 @@ from pallas_kernels.mxfp4_matmul.format import GROUP, MXFP4Tensor
 from pallas_kernels.tpu import LANES
 
 RUN = 64
-"""Consecutive rows of gate, then as many of up."""
+"""Number of consecutive rows of gate, followed by as many of up."""
 
 STEP = 64
-"""The contracting dimension is padded with zeros to a multiple of it: 32 bytes, the sublanes of a tile."""
+"""The contracting dimension is padded with zeros to a multiple of this: 32 bytes, the sublanes of a tile."""
 
 SCALE_ROWS = 32
-"""Scales are padded to it: the sublanes of a tile of bytes."""
+"""Scales are padded to a multiple of this: the sublanes of a tile of bytes."""
 
 LARGEST_SCALE = 240
 """The kernels multiply by 2^(s-114) in float32; released scales are far below. Values under 2^-126 become 0."""
@@ -35,10 +35,10 @@ class TpuExperts:
     """A packed tensor [E, rows, contracting], transposed.
 
     `blocks` is uint8 [E, K/2, N] (the low nibble of byte i is value 2i) and `scales` uint8 [E, G, N]. With two
-    parts, even rows of the tensor are in the first and odd ones in the second 64 lanes of a tile.
+    parts, the even rows of the tensor are in the first 64 lanes of a tile and the odd ones in the second.
 
-    On a mesh every device prepares its own part of the tensor, so that padding is within each, and `rows` and
-    `contracting` are one device's.
+    On a mesh every device prepares its own shard of the tensor, so each shard is padded, and `rows` and `contracting`
+    are one shard's sizes.
     """
 
     blocks: jax.Array
@@ -65,10 +65,10 @@ class TpuExperts:
 
 
 def prepare(packed: MXFP4Tensor, parts: int) -> TpuExperts:
-    """The same bits transposed, from [E, rows, K]: two parts for gate_up, one for down.
+    """Convert a released tensor [E, rows, K]; `parts` is two for gate_up, one for down.
 
-    Works on any slice of the first dimension, so a loader can go expert by expert. Raises ValueError for concrete
-    scales that the kernels cannot represent.
+    Works on any slice of the first dimension, so a loader can convert one expert at a time. Raises ValueError for
+    concrete scales that the kernels cannot represent.
     """
     experts, rows, groups = packed.scales.shape
     if not isinstance(packed.scales, jax.core.Tracer) and int(jnp.max(packed.scales)) > LARGEST_SCALE:
@@ -90,7 +90,7 @@ def released(experts: TpuExperts) -> MXFP4Tensor:
 
 
 def to_lanes(x: jax.Array, parts: int) -> jax.Array:
-    """Rows, in the second dimension, in the order of the lanes, padded with zeros to whole tiles."""
+    """Reorder the rows, the second dimension, to the order of the lanes, padded with zeros to whole tiles."""
     if parts == 1:
         return pad_to(x, 1, LANES)
     experts, rows, *rest = x.shape
@@ -108,7 +108,7 @@ def _from_lanes(x: jax.Array, rows: int, parts: int) -> jax.Array:
 
 
 def pad_to(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """Zeros at the end of an axis, up to a multiple."""
+    """Pad an axis at its end with zeros, to a multiple of `multiple`."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, padding)

@@ -1,9 +1,9 @@
 """The expert op on NVIDIA GPUs, as Pallas kernels lowered through Triton.
 
-Both matmuls put the weights on the left: a tile of weight rows is unpacked in registers to bfloat16, which holds
-every released value exactly, and multiplied on the tensor cores with the rows of activations that its expert has.
-With few tokens each row is a tile of its own, without sorting; otherwise rows are sorted by expert and a tile of
-them shares each read of the weights.
+Both matmuls have the weights on the left: a tile of weight rows is unpacked in registers to bfloat16, which represents
+every released value exactly, and multiplied on the tensor cores with the activation rows of its expert. With few
+tokens each row is a tile of its own, without sorting; otherwise rows are sorted by expert, and a tile of them shares
+each read of the weights.
 
 Shapes are named by suffix: T tokens, k experts of a token, R = T k rows, M tiles, D hidden, I intermediate.
 """
@@ -26,7 +26,7 @@ from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
 from pallas_kernels.mxfp4_matmul.tiles import Tiles, tiles_by_expert, tiles_of_one
 
 UNSORTED_ROWS = 8
-"""Up to here a tile holds one row: sorting costs more than reading an expert twice through the cache."""
+"""Up to this many rows a tile has one row: sorting costs more than reading an expert twice through the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Config:
 
 
 def choose(rows: int, num_experts: int, dtype: DTypeLike) -> tuple[Config, Config]:
-    """Configs of the gate_up and the down kernel, for tokens of a dtype."""
+    """Configs of the gate_up and the down kernel; `dtype` is the tokens'."""
     if rows <= UNSORTED_ROWS:
         return Config(32, 8, 2, 5), Config(32, 8, 2, 5)
     share = rows / num_experts
@@ -48,7 +48,7 @@ def choose(rows: int, num_experts: int, dtype: DTypeLike) -> tuple[Config, Confi
         return Config(128, 16, 4, 3), Config(128, 16, 4, 3)
     if share <= 24:
         return Config(64, 32, 4, 4), Config(64, 32, 4, 4)
-    # Larger tiles of float32 are more than the shared memory of Ada's cards.
+    # Larger float32 tiles exceed the shared memory of Ada GPUs.
     if share <= 64 or jnp.dtype(dtype) == jnp.float32:
         return Config(64, 64, 4, 3), Config(64, 64, 4, 3)
     return Config(64, 128, 4, 3), Config(128, 128, 4, 3)
@@ -69,7 +69,7 @@ def expert_mlp(
     interpret: bool,
     configs: tuple[Config, Config] | None = None,
 ) -> jax.Array:
-    """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts as `gpu_layout.prepare` makes them."""
+    """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts in the layout of `gpu_layout.prepare`."""
     if not isinstance(gate_up_EFD, GpuExperts) or not isinstance(down_EDI, GpuExperts):
         raise NotImplementedError("the experts are not in the GPU layout: see gpu_layout.prepare")
     if gate_up_EFD.words.shape[1] != 2 or down_EDI.words.shape[1] != 1:
@@ -117,10 +117,10 @@ def _matmul(
     swiglu_limit: float | None = None,
     interpret: bool,
 ) -> jax.Array:
-    """Each row times its expert, plus the bias; row r reads x[r // rows_of_x] and lands in row r of the result.
+    """Multiply each row with its expert and add the bias; row r of the result is from x[r // rows_of_x].
 
-    With two parts the clamped SwiGLU follows, and the result has x's dtype. With `weights_R` each row is
-    multiplied by its weight, and the result is float32. Rows of experts that are not here stay unwritten.
+    With two parts, the clamped SwiGLU is applied, and the result has x's dtype. With `weights_R`, each row is
+    multiplied by its weight, and the result is float32. Rows of absent experts are not written.
     """
     outputs = experts.words.shape[3]
     kernel = functools.partial(
@@ -180,7 +180,7 @@ def _matmul_kernel(
     def _() -> None:
         expert, start = expert_ref[tile], start_ref[tile]
         slot = jnp.arange(config.tile_rows)
-        # Slots that hold no row point past the end, where the interpreter drops their masked stores.
+        # Empty slots get a row past the end: the interpreter drops out-of-bounds stores.
         row = plt.load(rows_ref.at[start + slot], mask=slot < count, other=out_ref.shape[0])
         accumulators = _contract(
             x_ref,
@@ -227,7 +227,7 @@ def _contract(
     contracting: int,
     unpack_words: Any,
 ) -> list[jax.Array]:
-    """For each part, weight rows `first`... times the rows of x: float32 [weight_rows, tile_rows]."""
+    """For each part, the weight rows from `first` on times the rows of x: float32 [weight_rows, tile_rows]."""
     outputs = words_ref.shape[2]
     blocks = pl.cdiv(contracting, BLOCK)
     parts = words_ref.shape[1] // blocks
@@ -270,7 +270,7 @@ def _contract(
 
 
 def _unpack_ptx(words: jax.Array, scale: jax.Array, j: int, dtype: DTypeLike) -> jax.Array:
-    """`_unpack`, two words at a time; see `gpu_layout.unpack` for the bits."""
+    """`_unpack` in PTX, two words at a time; see `gpu_layout.unpack` for the bit operations."""
     magnitude = ("shl.b32 a, $1, 6;", "shl.b32 a, $1, 2;", "shr.u32 a, $1, 2;", "shr.u32 a, $1, 6;")[j]
     [weight] = plt.elementwise_inline_asm(
         "{ .reg .b32 a, b, c;"
@@ -286,5 +286,5 @@ def _unpack_ptx(words: jax.Array, scale: jax.Array, j: int, dtype: DTypeLike) ->
 
 
 def _unpack(words: jax.Array, scale: jax.Array, j: int, dtype: DTypeLike) -> jax.Array:
-    """The values [N, 32] of nibble j of each word times 2^(scale - 127) of each row."""
+    """The values [N, 32] of nibble j of each word, times 2^(scale - 127) of its row."""
     return unpack(words, scale[:, None], j).astype(dtype)

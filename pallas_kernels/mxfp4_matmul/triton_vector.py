@@ -1,11 +1,11 @@
-"""The expert op on NVIDIA GPUs for a token or two: matrix-vector products at the speed of the memory.
+"""The expert op on NVIDIA GPUs for one or two tokens: matrix-vector products bound by memory bandwidth.
 
-A program of one warp multiplies a few whole rows, so that all of its loads are independent and in flight at once,
-and reads which expert it works for itself. Values are unpacked two at a time to bfloat16, which holds them
-exactly, and multiplied and summed in float32.
+A program of one warp multiplies a few whole rows, so that all of its loads are independent and in flight at once, and
+reads the id of its expert itself. Values are unpacked two at a time to bfloat16, which represents them exactly, and
+multiplied and summed in float32.
 
-Shapes are named by suffix: T tokens, k experts of a token, R = T k rows, D hidden, I intermediate; a tile is
-blocks by 32 words.
+Shapes are named by suffix: T tokens, k experts of a token, R = T k rows, D hidden, I intermediate. A tile is
+[blocks, 32 words].
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from jax.typing import DTypeLike
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts, group_factor, unpack
 from pallas_kernels.mxfp4_matmul.reference import SWIGLU_ALPHA, ExpertWeight
 
-MOST_ROWS = 8
-"""Above, tokens share experts often enough that `triton` reads less."""
+MAX_ROWS = 8
+"""Above this, tokens share experts often enough that the `triton` backend reads less."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Weight rows and warps of a program."""
+    """Weight rows and warps per program."""
 
     rows: int
     num_warps: int
@@ -51,14 +51,14 @@ def expert_mlp(
     interpret: bool,
     configs: tuple[Config, Config] = (Config(1, 1), Config(1, 1)),
 ) -> jax.Array:
-    """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts as `gpu_layout.prepare` makes them."""
+    """See `pallas_kernels.mxfp4_matmul.expert_mlp`; experts in the layout of `gpu_layout.prepare`."""
     if not isinstance(gate_up_EFD, GpuExperts) or not isinstance(down_EDI, GpuExperts):
         raise NotImplementedError("the experts are not in the GPU layout: see gpu_layout.prepare")
     if x_TD.dtype != jnp.bfloat16:
         raise NotImplementedError(f"tokens of {x_TD.dtype}")
     tokens, k = expert_ids_Tk.shape
-    if tokens * k > MOST_ROWS:
-        raise NotImplementedError(f"{tokens * k} rows are more than {MOST_ROWS}")
+    if tokens * k > MAX_ROWS:
+        raise NotImplementedError(f"{tokens * k} rows are more than {MAX_ROWS}")
     inner, hidden = gate_up_EFD.words.shape[3], down_EDI.words.shape[3]
     call = functools.partial(pl.pallas_call, interpret=interpret)
     products = _products if interpret else _products_ptx
@@ -81,7 +81,7 @@ def expert_mlp(
 
 
 def _flat(experts: GpuExperts) -> tuple[jax.Array, jax.Array]:
-    """Words and scales with the parts and blocks in one dimension."""
+    """Words and scales with parts and blocks merged into one dimension."""
     count, _, _, rows, _ = experts.words.shape
     scales = lax.bitcast_convert_type(experts.scales, jnp.int32)
     return experts.words.reshape(count, -1, rows, WORDS), scales.reshape(count, -1, rows)
@@ -165,7 +165,7 @@ def _down_kernel(
 
 
 def _where_exists(row: jax.Array, outputs: int, rows: int, body: Any) -> None:
-    """Run the body unless the row is past the end."""
+    """Run the body if the row exists."""
     if outputs % rows:
         pl.when(row < outputs)(body)
     else:
@@ -173,11 +173,11 @@ def _where_exists(row: jax.Array, outputs: int, rows: int, body: Any) -> None:
 
 
 def _x_tiles(x_ref: Any, row: jax.Array, blocks: int) -> list[tuple[jax.Array, list[jax.Array]]]:
-    """Row `row` of x as its blocks lie in words: block numbers, and [blocks, 32] for each of the four groups."""
+    """Row `row` of x in the order of the packed words: block indices, and [blocks, 32] for each of the four groups."""
     tiles = []
     start = 0
     while start < blocks:
-        # Largest first; the last tile is padded, but by less than half.
+        # Largest tiles first; the last one is padded by less than half.
         left = blocks - start
         size = min(16, 1 << (left.bit_length() - 1 if left & (left + 1) else left.bit_length()))
         block = start + jnp.arange(size)
@@ -199,11 +199,11 @@ def _row(
     row: jax.Array,
     products: Any,
 ) -> jax.Array:
-    """One row of an expert times x: a float32 scalar."""
+    """Dot product of one row of an expert with x: a float32 scalar."""
     blocks = words_ref.shape[1] if first_block == 0 else first_block
     total = jnp.float32(0)
     for block, xs in tiles:
-        # Numbers of padding read the last block again, against an x of zeros.
+        # Padding blocks read the last block again; their x is zero.
         block = first_block + jnp.minimum(block, blocks - 1)
         words = plt.load(words_ref.at[expert, block[:, None], row, jnp.arange(WORDS)[None, :]])
         scales = plt.load(scales_ref.at[expert, block[:, None], row])
@@ -212,12 +212,12 @@ def _row(
 
 
 def _products(words: jax.Array, scales: jax.Array, xs: list[jax.Array]) -> jax.Array:
-    """For each word [B, 32] the sum over its four nibbles of their values times x: float32 [B, 32]."""
+    """For each word [B, 32], the sum over its four nibbles of value times x: float32 [B, 32]."""
     return sum(unpack(words, (scales >> (8 * j)) & 255, j) * x.astype(jnp.float32) for j, x in enumerate(xs))  # type: ignore[return-value]
 
 
 def _products_ptx(words: jax.Array, scales: jax.Array, xs: list[jax.Array]) -> jax.Array:
-    """`_products` two words at a time; see `gpu_layout.unpack` for the bits."""
+    """`_products` in PTX, two words at a time; see `gpu_layout.unpack` for the bit operations."""
     factors = [jnp.broadcast_to(group_factor((scales >> (8 * j)) & 255), words.shape) for j in range(len(xs))]
     body = ["mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 z, 0x80008000;"]
     for j, shift in enumerate(

@@ -1,4 +1,4 @@
-"""The rotary op: turn new queries and keys to their positions and put keys and values into the cache."""
+"""The rotary op: apply rotary embeddings to new queries and keys, and write keys and values to the KV cache."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.backend import Backend, dispatch
 from pallas_kernels.rotary import reference, triton
-from pallas_kernels.rotary.reference import as_kept, rotate
+from pallas_kernels.rotary.reference import rotate, to_cache_dtype
 
-__all__ = ["as_kept", "rotate", "rotate_and_keep"]
+__all__ = ["rotate", "rotate_and_store", "to_cache_dtype"]
 
-_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.rotate_and_keep),)
+_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.rotate_and_store),)
 _PLAIN_ON = frozenset({"rocm", "tpu"})
 
 
-def rotate_and_keep(
+def rotate_and_store(
     q_BTHD: jax.Array,
     k_BTKD: jax.Array,
     v_BTKD: jax.Array,
@@ -29,29 +29,29 @@ def rotate_and_keep(
     out_dtype: DTypeLike,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rotate by position, half-split, and write each token's key and value where the caller says.
+    """Apply rotary embeddings (half-split) to queries and keys, and write each token's key and value to the cache.
 
     Args:
-      q_BTHD: queries before rotation, any float dtype; so are keys and values.
+      q_BTHD: queries before rotation, of any float dtype, as are keys and values.
       k_BTKD: keys before rotation.
-      v_BTKD: values, which are only kept.
+      v_BTKD: values, which are stored without rotation.
       positions_BT: int32.
-      frequencies_F: float32 [D / 2], radians a position.
+      frequencies_F: float32 [D / 2], radians per position.
       kv_pages_PSKE: the cache, P pages (or rings) of S slots, each with a key and a value side by side (E = 2 D);
         updated in place when donated.
-      pages_BT: int32, the page of each token; one of P or more keeps the token out of the cache.
-      slots_BT: int32, its slot there. No two tokens may share one.
-      concentration: multiplies cos and sin.
-      out_dtype: of the rotated queries.
-      backend: a name to force; see `pallas_kernels.use_backend`.
+      pages_BT: int32, the page of each token; a token with page P or more is not stored.
+      slots_BT: int32, the slot of each token in its page. No two tokens may share a slot.
+      concentration: factor of cos and sin.
+      out_dtype: dtype of the rotated queries.
+      backend: name of a backend to force; see `pallas_kernels.use_backend`.
 
     Returns:
       Rotated queries [B, T, H, D], and the cache.
     """
     return dispatch(
-        "rotate_and_keep",
+        "rotate_and_store",
         _BACKENDS,
-        reference.rotate_and_keep,
+        reference.rotate_and_store,
         q_BTHD,
         k_BTKD,
         v_BTKD,

@@ -1,4 +1,4 @@
-"""What the rotary op computes, in plain JAX."""
+"""The reference of the rotary op, in plain JAX."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from jax.typing import DTypeLike
 def rotate(
     x_BTHD: jax.Array, positions_BT: jax.Array, frequencies_F: jax.Array, concentration: float
 ) -> jax.Array:
-    """Rotary embedding on the two halves of D, in float32: exact positions, no table to outgrow."""
+    """Rotary embedding on the two halves of D, in float32. Angles are computed, so positions have no limit."""
     angle = positions_BT.astype(jnp.float32)[..., None, None] * frequencies_F
     cos, sin = jnp.cos(angle) * concentration, jnp.sin(angle) * concentration
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def as_kept(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Keys and values in the cache's dtype; what is past the range of float8 becomes its largest value, not NaN."""
+def to_cache_dtype(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Cast keys or values to the cache's dtype; float8 saturates at its largest value instead of becoming NaN."""
     if jnp.dtype(dtype).itemsize > 1:
         return x.astype(dtype)
-    most = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -most, most).astype(dtype)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)
 
 
-def rotate_and_keep(
+def rotate_and_store(
     q_BTHD: jax.Array,
     k_BTKD: jax.Array,
     v_BTKD: jax.Array,
@@ -38,8 +38,8 @@ def rotate_and_keep(
     concentration: float,
     out_dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.rotary.rotate_and_keep`, whose meaning this is."""
+    """Defines `pallas_kernels.rotary.rotate_and_store`; see there."""
     dtype = kv_pages_PSKE.dtype
     q_BTHD, k_BTKD = (rotate(x, positions_BT, frequencies_F, concentration) for x in (q_BTHD, k_BTKD))
-    kv_BTKE = jnp.concatenate([as_kept(k_BTKD, dtype), as_kept(v_BTKD, dtype)], axis=-1)
+    kv_BTKE = jnp.concatenate([to_cache_dtype(k_BTKD, dtype), to_cache_dtype(v_BTKD, dtype)], axis=-1)
     return q_BTHD.astype(out_dtype), kv_pages_PSKE.at[pages_BT, slots_BT].set(kv_BTKE, mode="drop")

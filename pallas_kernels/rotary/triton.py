@@ -1,4 +1,4 @@
-"""The rotary op on NVIDIA GPUs for one new token a sequence: one small kernel instead of five."""
+"""The rotary op on NVIDIA GPUs for one new token per sequence: one small kernel instead of five."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import gpu
 from pallas_kernels.rotary import reference
-from pallas_kernels.rotary.reference import as_kept
+from pallas_kernels.rotary.reference import to_cache_dtype
 
 
-def rotate_and_keep(
+def rotate_and_store(
     q_BTHD: jax.Array,
     k_BTKD: jax.Array,
     v_BTKD: jax.Array,
@@ -30,12 +30,12 @@ def rotate_and_keep(
     out_dtype: DTypeLike,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.rotary.rotate_and_keep`."""
+    """See `pallas_kernels.rotary.rotate_and_store`."""
     batch, length, heads, head_dim = q_BTHD.shape
     kv_heads = k_BTKD.shape[2]
     if length != 1:
-        # Of many tokens the fused plain JAX is as quick.
-        return reference.rotate_and_keep(
+        # With many tokens, XLA's fusion of the reference is as fast.
+        return reference.rotate_and_store(
             q_BTHD,
             k_BTKD,
             v_BTKD,
@@ -61,7 +61,7 @@ def rotate_and_keep(
         input_output_aliases={7: 1},
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
-        name="rotate_and_keep",
+        name="rotate_and_store",
     )(
         *(x[:, 0] for x in (q_BTHD, k_BTKD, v_BTKD, positions_BT, pages_BT, slots_BT)),
         frequencies_F,
@@ -93,7 +93,7 @@ def _kernel(
     low, high = jnp.arange(half), half + jnp.arange(half)
     head = kv_head * group + jnp.arange(pl.next_power_of_2(group))
     here = jnp.broadcast_to((head < (kv_head + 1) * group)[:, None], (head.shape[0], half))
-    # Padding points past the end, where the interpreter drops its masked stores.
+    # Padding heads get an index past the end: the interpreter drops out-of-bounds stores.
     head = jnp.where(head < (kv_head + 1) * group, head, q_ref.shape[1])[:, None]
     first = plt.load(q_ref.at[sequence, head, low[None, :]], mask=here, other=0.0).astype(jnp.float32)
     second = plt.load(q_ref.at[sequence, head, high[None, :]], mask=here, other=0.0).astype(jnp.float32)
@@ -107,7 +107,7 @@ def _kernel(
     def _() -> None:
         first = k_ref[sequence, kv_head, pl.ds(0, half)].astype(jnp.float32)
         second = k_ref[sequence, kv_head, pl.ds(half, half)].astype(jnp.float32)
-        kv_ref[page, slot, kv_head, pl.ds(0, half)] = as_kept(first * cos - second * sin, kv_ref.dtype)
-        kv_ref[page, slot, kv_head, pl.ds(half, half)] = as_kept(second * cos + first * sin, kv_ref.dtype)
+        kv_ref[page, slot, kv_head, pl.ds(0, half)] = to_cache_dtype(first * cos - second * sin, kv_ref.dtype)
+        kv_ref[page, slot, kv_head, pl.ds(half, half)] = to_cache_dtype(second * cos + first * sin, kv_ref.dtype)
         value = v_ref[sequence, kv_head, pl.ds(0, head_dim)]
-        kv_ref[page, slot, kv_head, pl.ds(head_dim, head_dim)] = as_kept(value, kv_ref.dtype)
+        kv_ref[page, slot, kv_head, pl.ds(head_dim, head_dim)] = to_cache_dtype(value, kv_ref.dtype)

@@ -1,4 +1,4 @@
-"""The routing op: the norm before a mixture of experts, and which experts each token goes to."""
+"""The routing op: the norm before a mixture of experts, and the selection of each token's experts."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def route(
     eps: float,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalise tokens and pick the k experts with the largest router logits.
+    """Normalise tokens, and select the k experts with the largest router logits.
 
     Args:
       x_TD: the residual stream, bfloat16 or float32.
       norm_D: the weight of the RMS norm.
-      weight_ED: the router, with `bias_E`; its product and softmax are float32.
+      weight_ED: the router's weight; logits and softmax are float32.
       bias_E: added to the logits.
-      k: experts of a token.
-      eps: of the norm.
-      backend: a name to force; see `pallas_kernels.use_backend`.
+      k: number of experts per token.
+      eps: epsilon of the norm.
+      backend: name of a backend to force; see `pallas_kernels.use_backend`.
 
     Returns:
-      The normed tokens [T, D] of x's dtype, int32 [T, k] experts by falling logit (of equal ones the first), and
-      float32 [T, k], the softmax over those k logits.
+      The normalised tokens [T, D] of x's dtype; int32 [T, k], the experts in descending order of their logits (ties
+      by index); and float32 [T, k], the softmax over those k logits.
     """
     return dispatch(
         "route",

@@ -1,4 +1,4 @@
-"""What the routing op computes, in plain JAX."""
+"""The reference of the routing op, in plain JAX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels.linear.reference import rms_norm
 def route(
     x_TD: jax.Array, norm_D: jax.Array, weight_ED: jax.Array, bias_E: jax.Array, *, k: int, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `pallas_kernels.routing.route`, whose meaning this is."""
+    """Defines `pallas_kernels.routing.route`; see there."""
     normed_TD = rms_norm(x_TD, norm_D, eps)
     logits_TE = jnp.einsum(
         "td,ed->te",

@@ -1,4 +1,4 @@
-"""The routing op on NVIDIA GPUs for few tokens: the router as one warp an expert, then a top k in registers."""
+"""The routing op on NVIDIA GPUs for few tokens: one warp per expert and token, then a top-k in registers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.linear.triton import LARGEST_PIECE, pieces
 from pallas_kernels.routing import reference
 
-MOST_TOKENS = 64
-"""Above, each token reading the router for itself costs more than the library's matrix product and sort."""
+MAX_TOKENS = 64
+"""Above this, reading the router once per token costs more than XLA's matrix product and sort."""
 
 
 def route(
@@ -31,7 +31,7 @@ def route(
     """See `pallas_kernels.routing.route`."""
     tokens, hidden = x_TD.shape
     experts = weight_ED.shape[0]
-    if tokens > MOST_TOKENS:
+    if tokens > MAX_TOKENS:
         return reference.route(x_TD, norm_D, weight_ED, bias_E, k=k, eps=eps)
     if hidden % 16:
         raise NotImplementedError(f"{hidden} columns are not a multiple of 16")
@@ -84,7 +84,7 @@ def _logits_kernel(
 
 
 def _top_k_kernel(logits_ref: Any, ids_ref: Any, weights_ref: Any, *, k: int) -> None:
-    """The k largest, one after the other, and their softmax."""
+    """Selects the k largest logits one after the other, and computes their softmax."""
     token = pl.program_id(0)
     experts = logits_ref.shape[1]
     expert = jnp.arange(pl.next_power_of_2(experts))

@@ -1,4 +1,4 @@
-"""What is measured on several GPUs, tried on virtual devices: the figures must be there and hang together."""
+"""The benchmark of several GPUs on virtual devices: its figures must be complete and consistent."""
 
 import importlib.util
 import json
@@ -22,13 +22,13 @@ from benchmarks.several_gpus import (
     default_meshes,
     flags,
     run,
+    run_tasks,
     saved,
-    together,
 )
 from benchmarks.several_gpus_tables import size_of, tables
-from benchmarks.weights_alike import sums, unlike
+from benchmarks.weights_alike import checksums, differences
 from gptoss_jax.benching import collectives
-from gptoss_jax.benching.collectives import OPERATIONS, _program, alone_seconds
+from gptoss_jax.benching.collectives import OPERATIONS, _program, isolated_seconds
 from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.errors import GptOssError, UsageError
 from sharding import ShardingError, make_mesh
@@ -45,17 +45,18 @@ def some(op: str) -> Collectives:
 @pytest.mark.parametrize(
     "op", [op for op in OPERATIONS if op not in ("ragged-all-to-all", "collective-broadcast")]
 )
-def test_collectives_alone_are_those_of_the_program(op: str) -> None:
+def test_isolated_collectives_are_those_of_the_program(op: str) -> None:
     mesh = make_mesh("expert=2,tensor=2")
     arrays = [jax.ShapeDtypeStruct((4 * 1024,), "float32")]
-    texts = [_program(mesh, [some(op)], talking).lower(*arrays).compile().as_text() for talking in (True, False)]
+    programs = [_program(mesh, [some(op)], communicate) for communicate in (True, False)]
+    texts = [program.lower(*arrays).compile().as_text() for program in programs]
     assert [read_collectives(text, mesh.shape) for text in texts] == [[some(op)], []]
 
 
-def test_the_time_of_collectives_is_what_a_program_takes_longer_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_isolated_time_is_the_difference_with_and_without_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
-    def turn(name: str) -> Callable[[], AbstractContextManager[None]]:
+    def context(name: str) -> Callable[[], AbstractContextManager[None]]:
         @contextmanager
         def entered() -> Iterator[None]:
             log.append(name)
@@ -71,13 +72,13 @@ def test_the_time_of_collectives_is_what_a_program_takes_longer_for_them(monkeyp
 
     monkeypatch.setattr(collectives, "median_seconds", seconds)
     some_mesh = make_mesh("expert=2,tensor=2")
-    assert alone_seconds(some_mesh, [some("all-reduce")], turn("shared"), turn("alone")) == 2
-    assert log == ["shared", "end of shared", "alone", "timed", "timed", "end of alone"]
+    assert isolated_seconds(some_mesh, [some("all-reduce")], context("shared"), context("exclusive")) == 2
+    assert log == ["shared", "end of shared", "exclusive", "timed", "timed", "end of exclusive"]
 
 
-def test_nothing_takes_no_time() -> None:
+def test_conditional_collectives_are_left_out() -> None:
     branch = Collectives("all-reduce", ("expert",), (0, 1), True, 1, 4096)
-    assert alone_seconds(make_mesh("expert=2"), [branch]) == 0
+    assert isolated_seconds(make_mesh("expert=2"), [branch]) == 0
 
 
 def test_default_meshes_use_every_device() -> None:
@@ -113,8 +114,8 @@ def test_a_process_that_dies_leaves_a_row() -> None:
     assert "ended with code 1" in row["error"]
 
 
-def test_tasks_together() -> None:
-    """So many at once, and what one raises is raised."""
+def test_tasks_run_in_waves() -> None:
+    """At most `concurrency` tasks run at once, and their exceptions are raised."""
     log: list[int] = []
 
     def task(number: int) -> Iterator[dict[str, Any]]:
@@ -123,21 +124,21 @@ def test_tasks_together() -> None:
         if number == 4:
             raise ValueError("broken")
 
-    rows = [row["number"] for row in together([partial(task, i) for i in range(4)], 2)]
+    rows = [row["number"] for row in run_tasks([partial(task, i) for i in range(4)], 2)]
     assert sorted(rows[:2]) == [0, 1]
     assert sorted(rows[2:]) == [2, 3]
     with pytest.raises(ValueError, match="broken"):
-        list(together([partial(task, 4)], 1))
+        list(run_tasks([partial(task, 4)], 1))
 
 
-def test_processes_end_with_what_they_measure_for(tmp_path: Path) -> None:
-    def waits() -> Iterator[dict[str, Any]]:
+def test_closing_the_rows_kills_the_processes(tmp_path: Path) -> None:
+    def blocked() -> Iterator[dict[str, Any]]:
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         PROCESSES.add(process)
         yield {"process": process}
         process.wait()
 
-    rows = together([waits], 1)
+    rows = run_tasks([blocked], 1)
     process = next(rows)["process"]
     rows.close()
     assert process.wait(10) < 0
@@ -149,7 +150,7 @@ Rows = list[dict[str, Any]]
 
 @pytest.mark.slow
 def test_two_virtual_devices(tmp_path: Path) -> None:
-    """All parts on a mesh of both under both strategies, and on a mesh that needs more of them."""
+    """All parts on a mesh of both devices with both strategies, and on a mesh that needs more devices."""
     file = tmp_path / "rows.jsonl"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -178,21 +179,21 @@ def of_part(rows: Rows, part: str) -> Rows:
 
 
 def check_answers(rows: Rows) -> None:
-    """Logits and greedy tokens are one device's."""
+    """Logits and greedy tokens match those of one device."""
     for part in ("logits", "tokens"):
         assert [row["strategy"] for row in of_part(rows, part)] == ["replicated", "all-to-all"]
     for row in of_part(rows, "logits"):
         assert row["within"]
         assert row["from_one"] <= row["one_from_float32"] < 0.1
         assert row["float32_from_one"] < 1e-5
-        assert row["unlike"] == 0 < row["compared"]
+        assert row["differing"] == 0 < row["compared"]
     for row in of_part(rows, "tokens"):
-        assert row["identical"] == row["answers"] == row["right"] == 8
-        assert row["tokens"] == row["tokens_alike"] > 100
+        assert row["identical"] == row["answers"] == row["correct"] == 8
+        assert row["tokens"] == row["common_prefix"] > 100
 
 
 def check_speed(rows: Rows) -> None:
-    """Both strategies at each batch, with what they communicate."""
+    """Both strategies at each batch size, with their collectives."""
     found = of_part(rows, "speed")
     cases = [(row["strategy"], row["batch"]) for row in found]
     assert cases == [(strategy, batch) for strategy in ("replicated", "all-to-all") for batch in (1, 2)]
@@ -204,11 +205,11 @@ def check_speed(rows: Rows) -> None:
 
 
 def check_memory(rows: Rows) -> None:
-    """The planner's figures are beside each step's."""
+    """Each step's row has the planner's figures, too."""
     found = of_part(rows, "memory")
     assert [row["step"] for row in found] == ["decode", "prefill"] * 3
     for row in found:
-        # On CPUs the planner compiles for the very devices; their peak is not counted.
+        # On CPUs the planner compiles for the local devices, which report no peak.
         assert row["planned_bytes"] == row["compiled"]
         assert row["seconds_differ"] == pytest.approx(row["planned_seconds"] / row["seconds"] - 1)
         assert 0 < row["least_seconds"] < row["planned_seconds"]
@@ -219,7 +220,7 @@ def check_memory(rows: Rows) -> None:
     importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is None,
     reason="needs the aot extra: uv run --isolated --extra aot --extra plot pytest",
 )
-def test_collectives_alone_compile_for_gpus() -> None:
+def test_isolated_collectives_compile_for_gpus() -> None:
     code = """
 from sharding.compiled.topologies import parse_topology, prepare_environment
 prepare_environment()
@@ -241,18 +242,18 @@ assert sorted(read_collectives(text, mesh.shape), key=str) == sorted(some, key=s
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_weights_that_differ_are_told() -> None:
-    first, second = sums(random_model(TINY, "tensor=2")), sums(random_model(TINY, "tensor=2"))
-    assert not list(unlike([[first], [second, first]]))
+def test_weights_that_differ_are_reported() -> None:
+    first, second = checksums(random_model(TINY, "tensor=2")), checksums(random_model(TINY, "tensor=2"))
+    assert not list(differences([[first], [second, first]]))
     name = "layers.1.self_attn.q_proj.weight on device 1"
-    other = sums(random_model(TINY, "tensor=2", seed=1))
+    other = checksums(random_model(TINY, "tensor=2", seed=1))
     with_other = first | {name: (*first[name][:9], *other[name][9:12], *first[name][12:])}
-    told = list(unlike([[first], [second, with_other]]))
-    assert told == [f"process 2, load 2: {name}: 3 of 64 blocks, from 9 to 11"]
+    found = list(differences([[first], [second, with_other]]))
+    assert found == [f"process 2, load 2: {name}: 3 of 64 blocks, from 9 to 11"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--model", "/nope"), "/nope: no such file"),
         (("--meshes", "tensor=2", "expert=0"), "expert: expected a size of 1 or more"),
@@ -265,12 +266,12 @@ def test_weights_that_differ_are_told() -> None:
         (("--json", "/nope/rows.jsonl"), "--json: /nope/rows.jsonl: "),
     ],
 )
-def test_what_cannot_be_measured_is_refused_at_once(arguments: tuple[str, ...], told: str) -> None:
-    with pytest.raises((GptOssError, ShardingError), match=told):
+def test_bad_options_are_rejected_before_measuring(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises((GptOssError, ShardingError), match=message):
         check(flags().parse_args(["--model", "embedded", *arguments]))
 
 
-def test_rows_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
+def test_bad_rows_are_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"part": "weights"}\n[1]\n')
     with pytest.raises(UsageError, match=r"rows\.jsonl: line 2: expected a JSON object"):
@@ -279,7 +280,7 @@ def test_rows_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
         saved(tmp_path / "other.jsonl")
 
 
-def test_weights_that_cannot_be_made_are_no_difference() -> None:
+def test_failure_to_load_is_not_reported_as_a_difference() -> None:
     command = [sys.executable, "-m", "benchmarks.weights_alike", "--model", "embedded", "--mesh", "tensor=x"]
     ended = subprocess.run([*command, "--processes", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2

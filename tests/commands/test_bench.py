@@ -1,4 +1,4 @@
-"""The benchmarks, run on small models: what they report must hang together, not be fast."""
+"""The `bench` command on small models: its reports must be consistent; speed is not tested."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from gptoss_jax import bench
-from gptoss_jax.benching.launches import Launches, counted
-from gptoss_jax.benching.sampling import WAYS
+from gptoss_jax.benching.launches import Launches, count_launches
+from gptoss_jax.benching.sampling import SAMPLING_MODES
 from gptoss_jax.benching.workload import Arrival
 from gptoss_jax.checkpoints.loading import EMBEDDED
 from gptoss_jax.commands.traces import read_trace
@@ -20,7 +20,7 @@ FAST = ("--input-len", "20", "--output-len", "8", "--json")
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A small model's shape, without weights."""
+    """The config.json of a small model, without weights."""
     fields = json.loads((EMBEDDED / "config.json").read_text())
     fields |= {"num_hidden_layers": 1, "layer_types": ["full_attention"], "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
+def test_latency_compares_a_step_with_its_floor(command, config: Path) -> None:
     code, out, _ = command(
         bench.main,
         "latency",
@@ -46,23 +46,23 @@ def test_latency_holds_a_step_against_its_floor(command, config: Path) -> None:
     result = json.loads(out)
     [row] = result["rows"]
     assert result["platform"] == "cpu"
-    assert row["case"] == {"batch": 2, "prompt_tokens": 20, "output_tokens": 8}
+    assert row["workload"] == {"batch": 2, "prompt_tokens": 20, "output_tokens": 8}
     assert 0 < row["first_token"] <= row["last_first_token"]
     assert row["floor"] == pytest.approx(row["step_bytes"] / result["ceilings"]["copy_bytes"])
-    assert row["reached"] == pytest.approx(row["floor"] / row["step"])
+    assert row["floor_share"] == pytest.approx(row["floor"] / row["step"])
     assert row["step_spread"][0] <= row["step"] <= row["step_spread"][1]
-    assert 0 <= row["waits"] < 1
+    assert 0 <= row["device_idle"] < 1
     assert row["kernels"] > 10
     assert set(row["sampling"]) == {"greedy", "top_p", "mask"}
     assert all(seconds > 0 for seconds in row["sampling"].values())
 
 
 @pytest.mark.long
-def test_every_way_to_choose_tokens_is_measured(command, config: Path) -> None:
+def test_every_sampling_mode_is_measured(command, config: Path) -> None:
     code, out, _ = command(bench.main, "latency", "--model", config, "--repeats", "1", "--sampling", *FAST)
     assert code == 0
     [row] = json.loads(out)["rows"]
-    assert set(row["sampling"]) == set(WAYS)
+    assert set(row["sampling"]) == set(SAMPLING_MODES)
     assert all(seconds > 0 for seconds in row["sampling"].values())
 
 
@@ -76,22 +76,22 @@ def test_throughput_follows_a_trace(command, config: Path, tmp_path: Path) -> No
     assert result["requests"] == 3
     assert (result["prompt_tokens"], result["output_tokens"]) == (42, 12)
     assert result["output_rate"] == pytest.approx(12 / result["seconds"])
-    assert result["first_token"]["p50"] <= result["whole"]["p50"]
-    assert 0 <= result["late"] <= 1
+    assert result["first_token"]["p50"] <= result["end_to_end"]["p50"]
+    assert 0 <= result["late_launch_share"] <= 1
     code, out, _ = command(bench.main, "throughput", "--model", config, "--num-prompts", 2, *FAST[:-1])
     assert code == 0
     assert "2 requests in" in out
 
 
 @pytest.mark.slow
-def test_start_tells_phases_apart(command, config: Path) -> None:
+def test_start_reports_each_phase(command, config: Path) -> None:
     code, out, _ = command(bench.main, "start", "--model", config, *FAST)
     assert code == 0
     cold, warm = json.loads(out)["starts"]
     for one in (cold, warm):
         assert sum(one["phases"].values()) == pytest.approx(one["total"])
     assert warm["phases"]["first_token"] < cold["phases"]["first_token"]
-    assert cold["again"] < cold["phases"]["first_token"]
+    assert cold["second_request"] < cold["phases"]["first_token"]
 
 
 @pytest.mark.slow
@@ -103,7 +103,9 @@ def test_start_tells_phases_apart(command, config: Path) -> None:
         pytest.param("start", "x.PDF", b"%PDF", marks=pytest.mark.long),
     ],
 )
-def test_pictures(command, config: Path, tmp_path: Path, subcommand: str, name: str, begin: bytes) -> None:
+def test_plot_writes_a_figure(
+    command, config: Path, tmp_path: Path, subcommand: str, name: str, begin: bytes
+) -> None:
     pytest.importorskip("matplotlib")
     assert command(bench.main, subcommand, "--model", config, "--plot", tmp_path / name, *FAST)[0] == 0
     assert (tmp_path / name).read_bytes().startswith(begin)
@@ -126,7 +128,7 @@ def test_pictures(command, config: Path, tmp_path: Path, subcommand: str, name: 
         (("throughput", "--trace", "x", "--num-prompts", "64"), "--num-prompts: not with --trace"),
         (("throughput", "--trace", "x", "--input-len", "512"), "--input-len: not with --trace"),
         (("throughput", "--trace", "x", "--output-len", "128"), "--output-len: not with --trace"),
-        (("throughput", "--input-len", "9000"), "--input-len: 9000 and 128 new ones exceed"),
+        (("throughput", "--input-len", "9000"), "--input-len: 9000 prompt and 128 output tokens exceed"),
         (("throughput", "--kv-cache-memory", "1000"), "error: --kv-cache-memory: 1000 bytes"),
         (("throughput", "--plot", "x.xyz"), "--plot: x.xyz: expected a name that ends in .png, .svg, .pdf"),
         (("latency", "--plot", "x"), "--plot: x: expected a name"),
@@ -164,20 +166,20 @@ def test_kernels_of_a_program_are_counted() -> None:
         return jax.lax.fori_loop(0, 7, lambda i, x: jnp.sin(x @ x), x)
 
     text = jax.jit(program).lower(jnp.ones((64, 64))).compile().as_text()
-    # A product and a sine each round, and little beside them.
+    # One matrix product and one sine per iteration, and a few kernels outside the loop.
     assert 14 <= count_kernels(text) < 50
 
 
-def test_launches_of_graphs_and_of_lone_kernels_are_counted() -> None:
+def test_launches_of_graphs_and_of_kernels_outside_them_are_counted() -> None:
     found = Launches()
     found.count(
         ["cuGraphLaunch (CudaGraph:71)", "cuLaunchKernelEx", "cuMemcpyDtoHAsync", "cuLaunchHostFunc", "step"]
     )
     found.count(["cuGraphLaunch", "cuLaunchKernel"])
-    assert found == Launches(graphs=2, lone_kernels=2)
+    assert found == Launches(graphs=2, kernels_outside_graphs=2)
 
 
-def test_what_runs_without_a_gpu_launches_nothing() -> None:
-    with counted() as found:
+def test_no_launches_are_counted_without_a_gpu() -> None:
+    with count_launches() as found:
         jax.block_until_ready(jnp.arange(8) + 1)
     assert found == Launches()

@@ -114,13 +114,13 @@ def test_guessed_tokens_are_counted(command) -> None:
 
 
 def test_kernels_are_chosen_and_missing_ones_told_once(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_told", set())
+    monkeypatch.setattr(backend, "_warned", set())
     arguments = ("--prompt-tokens", "1,2", "--model", P1, "--json", "--max-new-tokens", 2)
     with pallas_kernels.platform("rocm"):
         code, out, err = command(generate.main, *arguments)
         assert code == 0
         warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
-        assert sum("expert_mlp runs as its slow reference on rocm" in line for line in warnings) == 1
+        assert sum("expert_mlp falls back to its slow reference on rocm" in line for line in warnings) == 1
         code, same, err = command(generate.main, *arguments, "--kernels", "reference")
         assert json.loads(same)["token_ids"] == json.loads(out)["token_ids"]
         assert "warning" not in err

@@ -1,4 +1,4 @@
-"""The planner: its arithmetic by hand, its command's manners, and real steps compiled for machines that are absent."""
+"""The planner: its arithmetic, the `plan` command, and steps compiled ahead of time for absent hardware."""
 
 import dataclasses
 import importlib.util
@@ -60,9 +60,6 @@ def planned(model: Path, topology: str, *arguments: str) -> dict[str, Any]:
     return json.loads(run.stdout)
 
 
-# The arithmetic
-
-
 def test_touched_experts() -> None:
     assert touched_experts(32, 4, 1) == pytest.approx(4)
     assert touched_experts(128, 4, 64) == pytest.approx(128 * (1 - (124 / 128) ** 64))
@@ -85,14 +82,14 @@ def test_operations_of_a_token_are_twice_its_active_parameters(path: Path, billi
     assert work.flops / 2e9 == pytest.approx(billions, rel=0.005)
 
 
-def test_cache_that_is_read() -> None:
+def test_bytes_of_keys_and_values() -> None:
     work = work_of(SMALL, partition_for(SMALL), Load(3, 1, 100))
     assert work.cache_bytes == 3 * (8 + 100) * 2 * 2 * 16 * 2
     chunk = work_of(SMALL, partition_for(SMALL), Load(1, 10, 100))
     assert chunk.cache_bytes == (17 + 100) * 2 * 2 * 16 * 2
 
 
-def test_abstract_weights_and_cache_hold_what_real_ones_do() -> None:
+def test_abstract_weights_and_cache_have_the_bytes_of_real_ones() -> None:
     model = random_model(SMALL, "data=1")
     step = decode_step(SMALL, model.partition, batch=3, context=64)
     real = sum(x.nbytes for x in jax.tree.leaves(model) if isinstance(x, jax.Array))
@@ -100,7 +97,7 @@ def test_abstract_weights_and_cache_hold_what_real_ones_do() -> None:
     assert held_bytes(step.state.cache) == 3 * (8 + 64) * 2 * 2 * 16 * 2
     memory = ProgramMemory.of(step.lower().compile())
     inputs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.inputs))
-    # Of inputs that the program ignores none is kept.
+    # Inputs that the program does not use are dropped.
     assert 0 <= memory.arguments - held_bytes((step.weights, step.state)) <= inputs
     assert memory.reused == held_bytes(step.state)
 
@@ -108,7 +105,7 @@ def test_abstract_weights_and_cache_hold_what_real_ones_do() -> None:
 @pytest.mark.parametrize(
     ("topology", "op", "group", "seconds"),
     [
-        # 4 x 8 chips of v5e, x fastest; a line of 4 has one link of 50 GB/s into each end.
+        # 4 x 8 chips of v5e, x fastest-varying; a line of 4 has one 50 GB/s link into each end.
         ("v5e:4x8", "all-gather", range(4), 3 / 4 / 50e9),
         ("v5e:4x8", "all-reduce", range(4), 2 * 3 / 4 / 50e9),
         ("v5e:4x8", "all-gather", range(8), 7 / 8 / 100e9),
@@ -130,7 +127,7 @@ def test_time_of_a_collective(topology: str, op: str, group: range, seconds: flo
     assert parse_topology(topology).seconds(op, 1e9, tuple(group)) == pytest.approx(1e9 * seconds)
 
 
-def test_device_facts_are_whole_and_sourced() -> None:
+def test_device_facts_are_consistent_and_have_sources() -> None:
     for facts in families().values():
         assert facts.source
         assert 0.9 * facts.memory_bytes < facts.usable_bytes <= facts.memory_bytes
@@ -141,9 +138,10 @@ def test_device_facts_are_whole_and_sourced() -> None:
 
 H100, H200, FOUR_H100 = "h100:1x1x1", "h200:1x1x1", "h100:1x1x4"
 MEASURED = [
-    # benchmarks/RESULTS.md: topology and mesh, model, sequences, tokens of each, context, ms, and the collectives of a
-    # step, how many and the least us that the links need for them. Decode steps are half way through their tokens after
-    # a prompt of 512; of the prompt of 512 the host's 2.3 ms are left out. Prefill on four: as `plan_check` times it.
+    # From benchmarks/RESULTS.md: topology, mesh, model, sequences, tokens of each, context, ms, and the number of
+    # collectives in a step with the lower bound of their time on the links in us. Decode steps are half way through
+    # their output after a prompt of 512. The prefill of 512 excludes 2.3 ms of host time. Prefill on four GPUs is as
+    # timed by `plan_check`.
     (H100, None, M20B, 1, 1, 576, 2.163, 0, 0.0),
     (H100, None, M20B, 8, 1, 576, 4.777, 0, 0.0),
     (H100, None, M20B, 32, 1, 576, 6.320, 0, 0.0),
@@ -157,7 +155,7 @@ MEASURED = [
     (H100, None, M120B, 8, 1, 576, 8.448, 0, 0.0),
     (H100, None, M120B, 64, 1, 576, 24.31, 0, 0.0),
     (H100, None, M120B, 1, 8000, 8000, 280.8, 0, 0.0),
-    # The numbers were fitted without these, in which the host has a part.
+    # These two include host time, and were not used for the fit.
     (H100, None, M20B, 128, 512, 512, 861, 0, 0.0),
     (H100, None, M20B, 256, 512, 512, 1747, 0, 0.0),
     (H200, None, M20B, 1, 1, 544, 1.998, 0, 0.0),
@@ -196,7 +194,7 @@ MEASURED = [
     (FOUR_H100, "expert=2,tensor=2", M20B, 1, 512, 2048, 8.01, 57, 562.0),
 ]
 EXCHANGED = [
-    # The same with the all-to-all.
+    # The same fields, with all-to-all dispatch.
     (FOUR_H100, "expert=4", M20B, 1, 1, 544, 4.029, 79, 7.6),
     (FOUR_H100, "expert=4", M20B, 8, 1, 544, 3.975, 79, 15.2),
     (FOUR_H100, "expert=4", M20B, 64, 1, 544, 5.322, 79, 121.9),
@@ -218,18 +216,18 @@ EXCHANGED = [
 ]
 Measured = tuple[str, str | None, Path, int, int, int, float, int, float]
 DECODE_WITHIN, WITHIN = 0.1, 0.25
-"""What a row may be off by, of decode steps on one device and of all others; it is up to 7.2 and 22.0 %."""
+"""Allowed relative errors of decode steps on one device, and of all other rows; the largest are 7.2 and 22.0 %."""
 
 
 def error(row: Measured, topology: Topology) -> float:
-    """How far off the expected time is, as a share of what may be."""
+    """The relative error of the expected time, as a fraction of the allowed one."""
     _, mesh, path, sequences, tokens, context, ms, count, least_us = row
     config = ModelConfig.from_file(path)
     partition = partition_for(config, mesh, BATCH_OVER_EXPERTS if row in EXCHANGED else ShardingRules())
     sequences += -sequences % partition.degree("batch")
     work = work_of(config, partition, Load(sequences, tokens, context))
     group = tuple(range(topology.num_devices))
-    # Of whatever operations, their links' time is as long as that of one that sends so many bytes on.
+    # A permute of these many bytes takes the same time on the links as the row's collectives.
     num_bytes = round(1e-6 * least_us * topology.facts.link_bandwidth)
     collectives = [Collectives("collective-permute", ("expert",), group, False, count, num_bytes)]
     layers = config.num_hidden_layers
@@ -254,8 +252,8 @@ def test_expected_time_is_near_what_was_measured(row: Measured) -> None:
     ],
 )
 @pytest.mark.parametrize("factor", [0.5, 2])
-def test_what_was_measured_tells_each_number(text: str, part: str, factor: float) -> None:
-    """With another number some row is too far off."""
+def test_measurements_constrain_each_constant(text: str, part: str, factor: float) -> None:
+    """With half or twice the constant, at least one row exceeds its allowed error."""
     topology = parse_topology(text)
     reached = topology.facts.reached
     assert reached
@@ -291,7 +289,7 @@ def test_expected_time_adds_up() -> None:
 
 @pytest.mark.parametrize(("experts", "devices", "tokens"), [(32, 4, 8), (128, 4, 8), (128, 8, 32), (32, 2, 4)])
 def test_the_device_with_most_experts_touched(experts: int, devices: int, tokens: int) -> None:
-    """Against tokens that choose four of the experts each, drawn often."""
+    """Compares with a simulation in which each token chooses four experts uniformly."""
     rng = np.random.default_rng(0)
     chosen = np.argsort(rng.random((2000, tokens, experts)), axis=-1)[..., :4]
     touched = np.zeros((2000, experts), bool)
@@ -303,7 +301,7 @@ def test_the_device_with_most_experts_touched(experts: int, devices: int, tokens
     assert mean * (1 + more) == pytest.approx(each.max(axis=-1).mean(), rel=0.06)
 
 
-def test_experts_that_all_are_touched_are_even() -> None:
+def test_no_device_has_more_experts_when_all_are_touched() -> None:
     assert uneven_share(32, 1, 0.5) == 0
     assert uneven_share(32, 4, 1.0) == 0
 
@@ -321,9 +319,6 @@ def test_sensible_meshes() -> None:
     assert all(mesh["expert"] <= 32 and mesh["tensor"] <= 64 and 64 % mesh["data"] == 0 for mesh in meshes)
     assert {"data": 2, "expert": 8, "tensor": 8} in meshes
     assert len({tuple(mesh.values()) for mesh in meshes}) == len(meshes)
-
-
-# Its manners
 
 
 def test_help_is_quick() -> None:
@@ -367,13 +362,11 @@ def test_exit_code_of_bad_input() -> None:
 
 
 @pytest.mark.parametrize("topology", ["v5e:4x8", "h100:1x1x8"])
-def test_without_the_extra_it_says_what_to_install(topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_aot_extra_is_reported(topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ShardingError, match=r"pip install 'gptoss-jax\[aot\]'"):
         parse_topology(topology).devices()
 
-
-# Compiled steps
 
 FEW = dataclasses.replace(
     ModelConfig.from_file(M120B),
@@ -409,26 +402,26 @@ def test_compiles_and_fits(topology: str, mesh: str, few_layers: Path, tmp_path:
         assert one["cache_bytes"] <= memory["reused"] <= 1.05 * one["cache_bytes"] + 2**20
         assert memory["temporaries"] < 2 * 2**30
         reductions = {tuple(c["axes"]): c["count"] for c in step["collectives"] if c["op"] == "all-reduce"}
-        assert reductions["tensor",] >= 2  # attention's, one a layer
-        assert reductions["expert", "tensor"] >= 2  # the experts'
+        assert reductions["tensor",] >= 2  # attention, one per layer
+        assert reductions["expert", "tensor"] >= 2  # experts, one per layer
         assert step["least_seconds"] == max(step["bound_seconds"].values())
     assert one["steps"]["decode"]["bound_by"] == "memory"
 
 
 @pytest.mark.slow
 @needs_aot
-def test_a_batch_that_does_not_divide_takes_the_room_of_one_that_does(few_layers: Path) -> None:
+def test_the_batch_is_rounded_up_to_the_data_parallel_ranks(few_layers: Path) -> None:
     run = command(
         *("--model", str(few_layers), "--topology", "h100:1x1x4", "--mesh", "data=4", "--batch", "3"),
         *("--context", "64", "--json"),
     )
     assert run.returncode == 0, run.stderr
-    assert "--batch: 3 sequences over 4 parts of the batch take the room of 4" in run.stderr
+    assert "--batch: rounding 3 sequences up to 4, for 4 data-parallel ranks" in run.stderr
     assert json.loads(run.stdout)["batch"] == 4
 
 
 @needs_aot
-def test_what_does_not_fit(few_layers: Path) -> None:
+def test_a_model_that_does_not_fit(few_layers: Path) -> None:
     found = planned(few_layers, "v5e:2x2", "--mesh", "tensor=4", "--batch", "512", "--context", "131072")
     assert found["meshes"][0]["fits"] is False
 
@@ -491,6 +484,6 @@ def test_released_models_fit(path: Path, topology: str) -> None:
 
 @needs_aot
 @pytest.mark.slow
-def test_what_cannot_fit_does_not() -> None:
-    """One v5e host of four chips has less memory than the weights of 120b alone."""
+def test_120b_does_not_fit_on_four_v5e_chips() -> None:
+    """Their memory is smaller than the weights of 120b alone."""
     assert planned(M120B, "v5e:2x2", "--batch", "1")["meshes"][0]["fits"] is False

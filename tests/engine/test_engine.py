@@ -19,7 +19,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.types import SamplingParams
-from pallas_kernels.rotary import as_kept
+from pallas_kernels.rotary import to_cache_dtype
 from tests.engine import schedules
 from tests.engine.schedules import TINY, assert_as_alone, assert_empty, greedy_requests, play, prompts, tiny
 
@@ -326,7 +326,7 @@ def test_smaller_caches_stay_close(dtype: str) -> None:
 
 
 def test_keys_past_the_range_of_float8_stay_numbers() -> None:
-    kept = as_kept(jnp.asarray([1e4, -1e4, 0.5]), jnp.float8_e4m3fn)
+    kept = to_cache_dtype(jnp.asarray([1e4, -1e4, 0.5]), jnp.float8_e4m3fn)
     assert kept.tolist() == [448.0, -448.0, 0.5]
 
 

@@ -50,7 +50,7 @@ def as_arrays(q, kv, sinks, q_positions, kv_positions):
 
 
 def computed(function: Callable[..., jax.Array], *arrays: jax.Array, **options: Any) -> jax.Array:
-    """The function as one program: one operation at a time would be compiled anew for each shape."""
+    """The function under jit: op-by-op execution would compile every operation for every shape."""
     return jax.jit(partial(function, **options))(*arrays)
 
 
@@ -89,7 +89,7 @@ def test_padding_gives_zero() -> None:
 
 @settings(max_examples=10)
 @given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 9), st.sampled_from([2, 8]), st.integers(1, 4))
-def test_pages_are_the_sequence_in_pieces(seed, batch, length, page_size, pages) -> None:
+def test_paged_attention_equals_contiguous_attention(seed, batch, length, page_size, pages) -> None:
     q, kv, sinks, _, _ = case(seed, batch, length, pages * page_size, 2, 2, 16)
     rng = np.random.default_rng(seed)
     keys = pages * page_size
@@ -156,8 +156,8 @@ def test_a_chunk_over_an_existing_cache_skips_what_it_cannot_see(window: int | N
 
 
 @pytest.mark.parametrize(("window", "cores"), [(None, 1), (9, 2)])
-def test_the_tpu_kernel_skips_and_races_with_nothing(window: int | None, cores: int) -> None:
-    """On the TPU interpreter, whose unwritten memory is NaN."""
+def test_the_tpu_kernel_skips_blocks_without_races(window: int | None, cores: int) -> None:
+    """On the TPU interpreter, where uninitialised memory is NaN."""
     arguments = chunk_over_a_cache()
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
     agrees(mosaic_tpu, arguments, window, interpret, config=mosaic_tpu.Config(8, 16), chip=Chip(cores=cores))
@@ -169,8 +169,8 @@ def test_the_tpu_kernel_skips_and_races_with_nothing(window: int | None, cores: 
         assert int(jnp.max(last - first)) <= 2
 
 
-def test_sequences_without_keys_between_others_race_with_nothing() -> None:
-    """Copies are started for the next program, which may have nothing to copy."""
+def test_sequences_without_keys_between_others_do_not_race() -> None:
+    """Copies are started for the next program, which may have no keys."""
     q, kv, sinks, _, _ = case(5, 5, 1, 32, 1, 2, 16)
     positions = np.array([[20], [-1], [31], [-1], [0]])
     table = np.random.default_rng(0).permutation(40).reshape(5, 8)
@@ -219,13 +219,13 @@ def test_the_kernel_in_bfloat16_is_no_worse_than_the_reference(backend: str) -> 
     assert error(backend) < 1.1 * error("reference")
 
 
-def test_a_head_size_that_is_no_power_of_two_is_left_to_the_reference() -> None:
+def test_a_head_size_that_is_not_a_power_of_two_is_unsupported() -> None:
     with pytest.raises(NotImplementedError, match="head_dim"):
         agrees(triton, case(0, 1, 2, 3, 1, 1, 24), None)
 
 
 @pytest.mark.parametrize(("head_dim", "kv_heads", "reason"), [(32, 2, "64 lanes"), (64, 3, "3 bfloat16")])
-def test_what_the_compiled_tpu_kernel_does_not_cover_is_said(head_dim: int, kv_heads: int, reason: str) -> None:
+def test_the_compiled_tpu_kernel_names_what_it_does_not_support(head_dim: int, kv_heads: int, reason: str) -> None:
     arguments = case(0, 1, 2, 3, kv_heads, 1, head_dim)
     arrays = [x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in as_arrays(*arguments)]
     with pytest.raises(NotImplementedError, match=reason):

@@ -26,7 +26,7 @@ def picky(x: jax.Array, interpret: bool, scale: float = 1.0, shift: jax.Array | 
 BACKENDS = (Backend("picky", frozenset({"cuda"}), picky),)
 
 
-def test_the_platform_picks() -> None:
+def test_the_platform_selects_the_backend() -> None:
     x = jnp.zeros(3)
     assert dispatch("op", BACKENDS, plain, x) == PLAIN
     with pallas_kernels.platform("cuda"):
@@ -36,7 +36,7 @@ def test_the_platform_picks() -> None:
     assert pallas_kernels.current_platform() == "cpu"
 
 
-def test_alike_layers_trace_a_kernel_once() -> None:
+def test_layers_of_equal_shapes_trace_a_kernel_once() -> None:
     def layers(x: jax.Array, y: jax.Array) -> jax.Array:
         same = [dispatch("op", BACKENDS, plain, at, scale=2.0, shift=at) for at in (x, y, x + y)]
         return sum(same, dispatch("op", BACKENDS, plain, x, scale=3.0))
@@ -47,8 +47,8 @@ def test_alike_layers_trace_a_kernel_once() -> None:
     assert sorted(traced) == [2.0, 3.0]
 
 
-def test_a_fall_back_on_an_accelerator_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    backend._told.clear()
+def test_a_fallback_on_an_accelerator_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    backend._warned.clear()
     with pallas_kernels.platform("cuda"), caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert dispatch("op", BACKENDS, plain, jnp.zeros((2, 3))) == PLAIN

@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that are not here; needs jax-cuda13-plugin and -pjrt, and skips without them."""
+"""The kernels compiled ahead of time for GPUs; skipped without jax-cuda13-plugin and jax-cuda13-pjrt."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ from pallas_kernels.attention import attention, paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
-from pallas_kernels.rotary import rotate_and_keep
+from pallas_kernels.rotary import rotate_and_store
 from pallas_kernels.routing import route
 from sharding.compiled.topologies import parse_topology
 
@@ -155,22 +155,22 @@ def test_paged_attention(card: Mesh, batch: int, length: int, page_size: int, pa
 def test_caches_of_other_dtypes(
     card: Mesh, tokens: DTypeLike, cache: DTypeLike, length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ampere cannot convert float8: there its ops are the reference, and each says so."""
+    """Ampere cannot convert float8: its ops fall back to the reference, and each logs a warning."""
     q, k = (jax.ShapeDtypeStruct((2, length, heads, WIDTH), tokens) for heads in (HEADS, KV_HEADS))
     kv, pages = (jax.ShapeDtypeStruct((*shape, KV_HEADS, 2 * WIDTH), cache) for shape in ((2, 640), (100, 64)))
     sinks, at = jax.ShapeDtypeStruct((HEADS,), tokens), int32(2, length)
     frequencies = jax.ShapeDtypeStruct((WIDTH // 2,), jnp.float32)
     sliding = partial(attention, window=128, sm_scale=0.125)
     full = partial(paged_attention, sm_scale=0.125)
-    rotated = partial(rotate_and_keep, concentration=1.3, out_dtype=tokens)
-    backend._told.clear()
+    rotated = partial(rotate_and_store, concentration=1.3, out_dtype=tokens)
+    backend._warned.clear()
     found = [
         kernels_in(sliding, card, q, kv, sinks, at, int32(2, 640)),
         kernels_in(full, card, q, pages, int32(2, 32), sinks, at),
         kernels_in(rotated, card, q, k, k, at, frequencies, pages, at, at),
     ]
     said = [record.args[0] for record in caplog.records if record.name == backend.__name__]  # type: ignore[index]
-    rotating = ["rotate_and_keep"] if length == 1 else []
+    rotating = ["rotate_and_store"] if length == 1 else []
     if cache == jnp.float8_e4m3fn and "A100" in card.devices.flat[0].device_kind:
         assert found == [0, 0, 0]
         assert said == ["attention", "paged_attention", *rotating]
@@ -195,7 +195,7 @@ def test_a_token_s_small_ops(card: Mesh, dtype: DTypeLike) -> None:
     turned = (*(floats(2, 1, n, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS)), int32(2, 1))
     cache = (floats(100, 64, KV_HEADS, 2 * WIDTH), int32(2, 1), int32(2, 1))
     frequencies = jax.ShapeDtypeStruct((WIDTH // 2,), jnp.float32)
-    function = partial(rotate_and_keep, concentration=1.3, out_dtype=dtype)
+    function = partial(rotate_and_store, concentration=1.3, out_dtype=dtype)
     assert kernels_in(function, card, *turned, frequencies, *cache) == 1
 
 
@@ -210,7 +210,7 @@ def test_the_engine_s_decode_step(card: Mesh) -> None:
         step = decode_step(config, partition, 1, 1024)
         experts = step.structure.model(step.weights).layers[0].mlp.down_proj.get_value()
         assert isinstance(experts, GpuExperts)
-        compiled = dataclasses.replace(step, kind=dataclasses.replace(step.kind, rounds=4)).lower().compile()
+        compiled = dataclasses.replace(step, shape=dataclasses.replace(step.shape, rounds=4)).lower().compile()
     assert (compiled.as_text() or "").count("__gpu$xla.gpu.triton") == 8 + 9 + 1
     # No room for a copy of the paged layer's keys and values.
     assert compiled.memory_analysis().temp_size_in_bytes < max(map(held_bytes, step.state.cache.stores))

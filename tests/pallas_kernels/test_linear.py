@@ -68,5 +68,5 @@ def test_any_shape_equals_float64(examples: int) -> None:
     check()
 
 
-def test_rows_are_cut_into_powers_of_two() -> None:
+def test_rows_are_split_into_powers_of_two() -> None:
     assert list(pieces(2880, 2048)) == [(0, 2048), (2048, 512), (2560, 256), (2816, 64)]

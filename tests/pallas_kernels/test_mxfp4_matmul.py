@@ -113,7 +113,7 @@ def agrees(backend: str, arguments: dict, absent: int) -> None:
         "expert_ids_Tk": jnp.where(ids == absent, len(arguments["down_bias_ED"]) + 1, ids),
     }
     if backend == "triton_vector":
-        most = triton_vector.MOST_ROWS // ids.shape[1]
+        most = triton_vector.MAX_ROWS // ids.shape[1]
         arguments |= {n: a[:most] for n, a in arguments.items() if n.endswith(("TD", "Tk"))}
     want = expected(arguments)
     got = computed(prepared(arguments, backend), backend=backend)
@@ -282,20 +282,20 @@ def test_any_routing_equals_a_dense_computation(backend: str, examples: int) -> 
     st.sampled_from([32, 224, 288]),
     st.sampled_from([0, 64]),
 )
-def test_both_tpu_forms_on_any_routing(
+def test_both_tpu_variants_on_any_routing(
     seed: int, tokens: int, experts: int, k: int, hidden: int, inner: int, most: int
 ) -> None:
     arguments = case(seed, tokens, experts, min(k, experts), hidden, inner)
     ids = arguments["expert_ids_Tk"]
     arguments |= {"expert_ids_Tk": jnp.where(ids == seed % 5, experts, ids)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic_tpu, "MOST_TOKENS", most)
+        patch.setattr(mosaic_tpu, "MAX_TOKENS", most)
         got = computed(prepared(arguments, "mosaic_tpu"), backend="mosaic_tpu")
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=5e-3)
 
 
 @pytest.mark.slow
-def test_tpu_kernels_on_parts_that_devices_prepare_for_themselves() -> None:
+def test_tpu_kernels_on_shards_that_devices_prepare() -> None:
     """Two experts a device, and of the intermediate dimension 96, which the layout pads."""
     arguments = case(3, 9, 4, 2, 96, 192)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("expert", "tensor"))
@@ -316,7 +316,7 @@ def test_tpu_kernels_on_parts_that_devices_prepare_for_themselves() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "cores"), [(3, 1), (3, 2), (70, 1)])
-def test_tpu_kernels_race_with_nothing(tokens: int, cores: int) -> None:
+def test_tpu_kernels_do_not_race(tokens: int, cores: int) -> None:
     """Several blocks and chunks of both products, on the TPU interpreter, whose unwritten memory is NaN."""
     arguments = case(tokens, tokens, 3, 2, 96, 1088)
     got = mosaic_tpu.expert_mlp(
@@ -355,7 +355,7 @@ def test_bfloat16_is_no_worse_than_the_reference(
 @pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
 @pytest.mark.parametrize("ids", [0, 3, 4])
 def test_kernels_with_all_tokens_on_one_expert_or_on_none(backend: str, ids: int) -> None:
-    # More than the TPU kernel for few tokens takes, where the last tile is not full.
+    # More tokens than the few-token TPU kernel supports; the last tile is not full.
     arguments = case(0, 70, 4, 1) | {"expert_ids_Tk": jnp.full((70, 1), ids, jnp.int32)}
     got = computed(prepared(arguments, backend), backend=backend)
     np.testing.assert_allclose(got, expected(arguments), rtol=1e-4, atol=2e-3)
@@ -366,12 +366,12 @@ def test_kernels_with_all_tokens_on_one_expert_or_on_none(backend: str, ids: int
     [
         # A full tile, one of more than half and one of less; outputs of several steps, and of one that is not full.
         ([0] * 130 + [2] * 70, 64, 224),
-        # Contracting sizes that end a round of blocks, or begin one, with a half block or a whole one.
+        # Contracting sizes that end or begin an iteration of blocks, with half a block or a whole one.
         pytest.param([1, 2], 3 * 128 + 64, 4 * 128, marks=pytest.mark.slow),
         ([3, 3], 64, 64),
     ],
 )
-def test_the_hopper_kernel_races_with_nothing(ids: list[int], hidden: int, inner: int) -> None:
+def test_the_hopper_kernel_does_not_race(ids: list[int], hidden: int, inner: int) -> None:
     """On the GPU interpreter, whose unwritten memory is NaN and whose barriers must all be waited for."""
     arguments = case(0, len(ids), 3, 1, hidden, inner)
     arguments["x_TD"] = arguments["x_TD"].astype(jnp.bfloat16)
@@ -461,7 +461,7 @@ def test_many_rows_are_sorted_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     jax.tree.map(np.testing.assert_array_equal, tiles.tiles_by_expert(ids, 8, 16), compared)
 
 
-def test_what_the_kernels_do_not_cover_is_said() -> None:
+def test_the_kernels_name_what_they_do_not_support() -> None:
     arguments = case(0, 3, 4, 2)
     for backend in ("triton", "mosaic_gpu", "mosaic_tpu"):
         with pytest.raises(NotImplementedError, match="layout"):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.rotary import rotate_and_keep
+from pallas_kernels.rotary import rotate_and_store
 
 EXAMPLES = pytest.mark.parametrize("examples", [3, pytest.param(15, marks=pytest.mark.long)])
 
@@ -27,8 +27,8 @@ def kernel_equals_reference(
         jnp.asarray(slots, jnp.int32),
     )
     options = {"concentration": 1.3, "out_dtype": jnp.float32}
-    got = rotate_and_keep(*arguments, **options, backend="triton")
-    want = rotate_and_keep(*arguments, **options, backend="reference")
+    got = rotate_and_store(*arguments, **options, backend="triton")
+    want = rotate_and_store(*arguments, **options, backend="reference")
     for x, y in zip(got, want, strict=True):
         assert x.dtype == y.dtype
         # Values that differ in their last bits may round to neighbours in the cache's dtype.
@@ -83,10 +83,10 @@ def test_any_shape_and_place_equal_the_reference(examples: int) -> None:
     check()
 
 
-def test_a_page_past_the_last_keeps_a_token_out() -> None:
+def test_a_token_with_a_page_past_the_last_is_not_stored() -> None:
     x = jnp.ones((1, 2, 1, 16))
     pages, slots = jnp.asarray([[1, 2]], jnp.int32), jnp.asarray([[3, 0]], jnp.int32)
-    _, kv = rotate_and_keep(
+    _, kv = rotate_and_store(
         x,
         x,
         x,

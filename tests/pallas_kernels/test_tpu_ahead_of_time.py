@@ -1,4 +1,4 @@
-"""The kernels compiled for TPUs that are not here; needs libtpu, and skips without it."""
+"""The kernels compiled ahead of time for TPUs; skipped without libtpu."""
 
 import re
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def sharded(mesh: Mesh, value: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeS
 
 
 def prepared(mesh: Mesh, rows: int, contracting: int, spec: P, transposed: P, parts: int) -> Any:
-    """Weights [E, rows, contracting] that each device prepares its own part of."""
+    """Weights [E, rows, contracting] of which each device prepares its own shard."""
     groups = contracting // GROUP
     packed = MXFP4Tensor(
         bench.shape(EXPERTS, rows, groups, GROUP // 2, dtype=jnp.uint8),  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def pages(mesh: Mesh, page: int, count: int) -> tuple[Callable[..., jax.Array], 
 
 
 def prompts(mesh: Mesh) -> tuple[Callable[..., jax.Array], list[P], list[Any]]:
-    """A chunk over the ring that came before it."""
+    """A chunk that attends to the preceding ring."""
     batch, keys = mesh.shape["data"], 128 + PROMPT
     kv_heads = max(KV_HEADS, mesh.shape["tensor"])
     specs = [P("data", None, "tensor"), P("data", None, "tensor"), P("tensor"), P("data", None), P("data", None)]
@@ -129,7 +129,7 @@ def reduced(op: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
     ],
 )
 def test_inside_shard_map(topology: str, data: int, expert: int, tensor: int) -> None:
-    """Each device's part of 120b, under the meshes of docs/planner.md's table and of the README."""
+    """Each device's shard of 120b, with the meshes of docs/planner.md's table and of the README."""
     devices = np.array(parse_topology(topology).devices()).reshape(data, expert, tensor)
     mesh = Mesh(devices, ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3)
     for op, specs, arrays in (
