@@ -47,15 +47,15 @@ def ways(text: str) -> tuple[str, ...]:
 class EveryOther:
     """A constraint that allows half of the vocabulary."""
 
-    def fill(self, words: np.ndarray) -> None:
+    def fill(self, bitmask: np.ndarray) -> None:
         """Set the bits of the tokens that may come next."""
-        words[:] = 0x55555555
+        bitmask[:] = 0x55555555
 
     def accept(self, token: int) -> None:
         """Nothing follows from it."""
 
 
-def every_other(form: StructuredOutputsParams, scope: Scope) -> EveryOther:
+def every_other(params: StructuredOutputsParams, scope: Scope) -> EveryOther:
     """The constraint for any form."""
     return EveryOther()
 

@@ -18,7 +18,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.text.harmony import function_tools, parse, to_openai
-from gptoss_jax.text.structured import Grammars, check
+from gptoss_jax.text.structured import GrammarCompiler, check
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import TokenConstraint
 
@@ -52,9 +52,9 @@ def tokenizer() -> Tokenizer:
 
 
 @cache
-def grammars() -> Grammars:
-    # As a model with more outputs than the tokenizer has tokens.
-    return Grammars(tokenizer(), VOCABULARY, eos())
+def compiler() -> GrammarCompiler:
+    # The model has more outputs than the tokenizer has tokens.
+    return GrammarCompiler(tokenizer(), VOCABULARY, eos())
 
 
 def eos() -> list[int]:
@@ -88,7 +88,7 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
         "long_prefill_token_threshold": 64,
         "max_num_batched_tokens": 64,
     } | options
-    engine = Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=grammars())
+    engine = Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=compiler())
     tokens = [[[] for _ in range(params.n)] for params in requests]
     for name, params in enumerate(requests):
         engine.add(str(name), range(1, 42 + name), params, "final" if name % 2 else "text")
@@ -102,7 +102,7 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
 def babble(form: dict, scope: str, seed: int, most: int = 150) -> tuple[list[int], bool]:
     """What a model writes that chooses any token that is allowed, marks more often than words; whether it ended."""
     rng, marks = random.Random(seed), set(tokenizer().special_tokens.values())
-    constraint = grammars()(StructuredOutputsParams(**form), scope)
+    constraint = compiler()(StructuredOutputsParams(**form), scope)
     tokens: list[int] = []
     while len(tokens) < most:
         words = np.full(-(-VOCABULARY // 32), 0xFFFFFFFF, np.uint32)
@@ -155,7 +155,7 @@ def masked(text: str) -> str:
     parts = re.split(r"(<\|[a-z_]+\|>)", text)
     marks = tokenizer().special_tokens
     tokens = [token for part in parts for token in ([marks[part]] if part in marks else tokenizer().encode(part))]
-    constraint = grammars()(StructuredOutputsParams(json_object=True), "final or call")
+    constraint = compiler()(StructuredOutputsParams(json_object=True), "final or call")
     return tokenizer().decode(tokens[allowed(constraint, tokens) :])
 
 
@@ -395,7 +395,7 @@ def test_values_that_look_like_a_format_are_values() -> None:
 
 def fits(schema: dict, text: str) -> bool:
     tokens = [*tokenizer().encode(text), tokenizer().encode_special("<|return|>")]
-    return allowed(grammars()(StructuredOutputsParams(json=schema), "text"), tokens) == len(tokens)
+    return allowed(compiler()(StructuredOutputsParams(json=schema), "text"), tokens) == len(tokens)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.text import harmony
-from gptoss_jax.text.harmony.forms import read_messages
+from gptoss_jax.text.harmony.json_messages import read_messages
 from gptoss_jax.text.tokenizer import Tokenizer
 from tools.goldens.harmony_goldens import parse_case, render_case
 
