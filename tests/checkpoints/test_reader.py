@@ -301,9 +301,11 @@ def test_nan_scale_is_refused_when_read(copy: Callable[[str], Path], layout: str
 
 def test_quantization_that_config_denies(copy: Callable[[str], Path]) -> None:
     packed, plain = copy("single"), copy("plain")
-    message = "expected a plain model.layers.0.mlp.experts.gate_up_proj as config.json has no quantization_config"
+    message = (
+        "expected a plain model.layers.0.mlp.experts.gate_up_proj, because config.json has no quantization_config"
+    )
     assert message in refused(packed, PLAIN_CONFIG)
-    assert "expected MXFP4 (_blocks and _scales) as config.json's" in refused(plain, CONFIG)
+    assert "expected MXFP4 (_blocks and _scales) according to config.json's" in refused(plain, CONFIG)
 
 
 def test_tensor_twice_over_shards_without_index(copy: Callable[[str], Path]) -> None:

@@ -53,7 +53,7 @@ def entry(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4)) -> dict[s
         ({"a": entry(offsets=[4, 0])}, 4, "a: data_offsets: expected 4 bytes"),
         ({"a": entry(shape=[5])}, 4, "a: data_offsets: expected 5 bytes"),
         ({"a": entry()}, 3, r"at most the 3 bytes that the file holds \(truncated\?\)"),
-        ({"a": entry()}, 5, "as its header tells, found"),
+        ({"a": entry()}, 5, "according to its header, found"),
         ({"a": entry(offsets=[1, 5])}, 5, "a: leaves a hole before it"),
         ({"a": entry(), "b": entry(offsets=[2, 6])}, 6, "b: overlaps"),
         ({"a\n": 3}, 0, r"'a\\n': entry"),
