@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gptoss_jax.errors import GptOssError, UsageError, named
 from sharding.errors import ClusterError, ShardingError
-from sharding.processes.multihost import current
+from sharding.processes import current
 
 if TYPE_CHECKING:
     from gptoss_jax.engine.engine import EngineOptions

@@ -16,8 +16,8 @@ from gptoss_jax.checkpoints.hub import resolve
 from gptoss_jax.commands import cli
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.model.config import ModelConfig
+from sharding.processes import Cluster, start
 from sharding.processes.membership import membership
-from sharding.processes.multihost import Cluster, start
 
 if TYPE_CHECKING:
     from gptoss_jax.serving.client import LLM

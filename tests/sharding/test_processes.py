@@ -278,8 +278,8 @@ from sharding.processes import cluster
 from sharding.processes import follower
 from sharding.processes import leader
 from sharding.processes import links
-from sharding.processes import multihost
 from sharding.processes import process
+from sharding.processes import current, start
 from sharding.processes.membership import membership
 from sharding.errors import ClusterError
 links.SILENCE_SECONDS = 2.0
@@ -288,14 +288,14 @@ cluster.END_SECONDS = leader.END_SECONDS = follower.END_SECONDS = 1.0
 report = process.report
 address, count, process, body = sys.argv[2], int(sys.argv[4]), int(sys.argv[6]), sys.argv[7]
 try:
-    cluster = multihost.start(membership(address, count, process), 5)
+    cluster = start(membership(address, count, process), 5)
     exec(body)
     code, why = cluster.exit_code, ""
 except ClusterError as error:
     code, why = 2, str(error)
     if process == 0:
         report(why)
-multihost.current().end(code, why)
+current().end(code, why)
 """
 
 
@@ -342,7 +342,7 @@ def test_facts_that_differ_are_grouped() -> None:
     [
         ([2, 3], [0, 1], "--num-processes: process 0 has 2, process 1 has 3"),
         ([3, 3, 3], [0, 1, 1], "--process-id: 1 is used by two processes"),
-        ([3, 3], [0, 1], "process 2 did not come to"),
+        ([3, 3], [0, 1], "process 2 did not connect to"),
     ],
 )
 def test_processes_that_do_not_belong_together(counts: list[int], ids: list[int], expected: str) -> None:
