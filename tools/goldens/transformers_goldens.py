@@ -115,7 +115,7 @@ def build(case: dict[str, Any], rng: np.random.Generator) -> tuple[GptOssForCaus
 
 
 class Recorder:
-    """Records each layer's output, and the smallest gap of router logits between the last chosen and the next expert."""
+    """Records layer outputs, and the smallest gap of router logits between the last chosen expert and the next."""
 
     def __init__(self, model: GptOssForCausalLM) -> None:
         self.outs: dict[str, np.ndarray] = {}
