@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
 
 GIB = 2**30
 
@@ -214,4 +214,4 @@ def stats() -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

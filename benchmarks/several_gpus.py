@@ -37,7 +37,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.several_gpus_tables import tables
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.files import check_writable, parse_json, read_text
+from gptoss_jax.commands.flags import sizes
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import expect, named
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +141,7 @@ def flags() -> argparse.ArgumentParser:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(sorted(cli.sizes(text)))
+    return tuple(sorted(sizes(text)))
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -176,8 +178,8 @@ def main() -> None:
 
 def saved(path: Path) -> list[Row]:
     """The rows of a file. Raises UsageError."""
-    lines = enumerate(cli.read_text(path, "--show").splitlines(), 1)
-    return [cli.parse_json(line, f"--show: {path}: line {number}", dict) for number, line in lines]
+    lines = enumerate(read_text(path, "--show").splitlines(), 1)
+    return [parse_json(line, f"--show: {path}: line {number}", dict) for number, line in lines]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -190,7 +192,7 @@ def check(options: argparse.Namespace) -> None:
     expect(options.limit > 0, "--limit", "seconds above 0", options.limit)
     expect(isinstance(options.compiler_options, dict), "--compiler-options", "an object", options.compiler_options)
     if options.json:
-        cli.check_writable(options.json, "--json")
+        check_writable(options.json, "--json")
     from gptoss_jax.model.config import ModelConfig
     from sharding import parse_mesh
     from sharding.compiled.topologies import families
@@ -381,4 +383,4 @@ def progress(message: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from benchmarks.several_gpus import MEMORY_SHARE, NO_MULTICAST, progress
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -126,4 +126,4 @@ def unlike(found: Sequence[Sequence[Sums]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

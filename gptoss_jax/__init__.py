@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 # Read when jax first meets a GPU, of which it would take three quarters: too little for 120b on one of 80 GB.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"] and any(argument.startswith(f"{__name__}.") for argument in sys.orig_argv[1:]):
+    # `python -m gptoss_jax.NAME`: until the command answers signals itself, they end the process without a traceback.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) != signal.SIG_IGN:
+            signal.signal(_number, lambda number, _: os._exit(128 + number))
 
 if TYPE_CHECKING:
     from gptoss_jax.checkpoints.loading import load_model, random_model

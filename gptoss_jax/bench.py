@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.commands import cli, plotting
+from gptoss_jax.commands import plotting
+from gptoss_jax.commands.flags import add_engine_flags, add_max_num_seqs, add_model_flags, command_parser, sizes
+from gptoss_jax.commands.options import by_flag, engine_options, sampling_params
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,12 +29,10 @@ ALIKE = {"num_prompts": 64, "input_len": 512, "output_len": 128}
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("bench", "Measure how fast a model runs here; a subcommand's --help lists its flags.")
+    parser = command_parser("bench", "Measure how fast a model runs here; a subcommand's --help lists its flags.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="latency|throughput|start")
     latency = _add(commands, "latency", "Time to first token and time a step of alike requests that run together.")
-    latency.add_argument(
-        "--batch-size", type=cli.sizes, default=[1], metavar="N,...", help="requests (default: 1)"
-    )
+    latency.add_argument("--batch-size", type=sizes, default=[1], metavar="N,...", help="requests (default: 1)")
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
     latency.add_argument(
         "--sampling",
@@ -48,7 +49,7 @@ def flags() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help="requests that come one by one: {arrival_s, prompt_tokens, output_tokens} a line",
     )
-    cli.add_max_num_seqs(throughput)
+    add_max_num_seqs(throughput)
     throughput.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs (default: 1)")
     throughput.set_defaults(**dict.fromkeys(ALIKE))
     start = _add(
@@ -61,14 +62,14 @@ def flags() -> argparse.ArgumentParser:
 def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
     lengths = name == "latency"
-    kind, help_ = (cli.sizes, " (several: each in turn)") if lengths else (int, "")
+    kind, help_ = (sizes, " (several: each in turn)") if lengths else (int, "")
     default: Any = [512] if lengths else 512
     parser.add_argument(
         "--input-len", type=kind, default=default, metavar="N", help=f"of random tokens; default: 512{help_}"
     )
     parser.add_argument("--output-len", type=int, default=128, metavar="N", help="of each request (default: 128)")
-    cli.add_model_flags(parser, "a checkpoint's directory or Hub name, or a config.json for random weights")
-    cli.add_engine_flags(parser, max_num_seqs=False)
+    add_model_flags(parser, "a checkpoint's directory or Hub name, or a config.json for random weights")
+    add_engine_flags(parser, max_num_seqs=False)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
     sampling.add_argument("--top-p", type=float, default=1.0)
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     _check(options)
     if options.plot:
         plotting.check(options.plot)
-    with cli.by_flag(options):
+    with by_flag(options):
         if options.command == "start":
             return _start(options, arguments)
         run: dict[str, Callable[[argparse.Namespace], int]] = {"latency": _latency, "throughput": _throughput}
@@ -116,7 +117,7 @@ def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams
 
     enable_compile_cache()
     options.max_new_tokens, options.min_p, options.stop = None, 0.0, []
-    return cli.engine_options(options), cli.sampling_params(options)
+    return engine_options(options), sampling_params(options)
 
 
 def _load(options: argparse.Namespace) -> GptOss:
@@ -272,4 +273,4 @@ def _progress(message: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

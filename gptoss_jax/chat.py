@@ -9,7 +9,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.commands import cli
+from gptoss_jax.commands import processes
+from gptoss_jax.commands.files import read_tools
+from gptoss_jax.commands.flags import (
+    add_cluster_flags,
+    add_conversation_flags,
+    add_engine_flags,
+    add_model_flags,
+    add_sampling_flags,
+    command_parser,
+)
+from gptoss_jax.commands.options import by_flag, conversation_options, sampling_params
+from gptoss_jax.commands.printing import dimmed
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,12 +39,12 @@ HELP = """\
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("chat", "Chat in the terminal; /help lists what a line can do besides talking.")
-    cli.add_conversation_flags(parser)
-    cli.add_sampling_flags(parser)
-    cli.add_model_flags(parser)
-    cli.add_engine_flags(parser)
-    cli.add_cluster_flags(parser)
+    parser = command_parser("chat", "Chat in the terminal; /help lists what a line can do besides talking.")
+    add_conversation_flags(parser)
+    add_sampling_flags(parser)
+    add_model_flags(parser)
+    add_engine_flags(parser)
+    add_cluster_flags(parser)
     parser.add_argument("--hide-analysis", action="store_true", help="do not show the reasoning")
     return parser
 
@@ -40,16 +52,16 @@ def flags() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
-    with cli.by_flag(options):
+    with by_flag(options):
         return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:
-    params = cli.sampling_params(options)
-    if follow := cli.join("chat", options):
+    params = sampling_params(options)
+    if follow := processes.join("chat", options):
         return follow()
-    session = Session(cli.conversation_options(options), options.instructions, not options.hide_analysis)
-    session.start(cli.load_llm(options, max_num_seqs=1), params)
+    session = Session(conversation_options(options), options.instructions, not options.hide_analysis)
+    session.start(processes.load_llm(options, max_num_seqs=1), params)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() history and editing)
     if sys.stdin.isatty():
@@ -93,7 +105,7 @@ class Session:
         elif name == "/effort" and argument in ("low", "medium", "high"):
             self._conversation["reasoning_effort"] = argument
         elif name == "/tools" and argument:
-            tools = None if argument == "off" else cli.read_tools(Path(argument).expanduser(), "/tools")
+            tools = None if argument == "off" else read_tools(Path(argument).expanduser(), "/tools")
             self._conversation["tools"] = tools
         elif name == "/analysis" and argument in ("on", "off"):
             self._show_analysis = argument == "on"
@@ -148,7 +160,7 @@ class _Printer:
         if self._thinking not in (None, thinking):
             print()
         self._thinking = thinking
-        print(cli.dimmed(delta.text, sys.stdout) if thinking else delta.text, end="", flush=True)
+        print(dimmed(delta.text, sys.stdout) if thinking else delta.text, end="", flush=True)
 
     def finish(self) -> None:
         """Ends the last line."""
@@ -180,4 +192,4 @@ def _tool_result(call: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

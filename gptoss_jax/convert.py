@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gptoss_jax.commands.cli import Parser, run
+from gptoss_jax.commands.flags import Parser
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 DESCRIPTION = """\
@@ -84,4 +85,4 @@ def main(arguments: list[str] | None = None, prog: str = "python -m gptoss_jax.c
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -10,8 +10,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.commands import cli
+from gptoss_jax.commands import processes
+from gptoss_jax.commands.files import read_text
+from gptoss_jax.commands.flags import (
+    add_cluster_flags,
+    add_conversation_flags,
+    add_engine_flags,
+    add_model_flags,
+    add_sampling_flags,
+    add_structure_flags,
+    command_parser,
+)
+from gptoss_jax.commands.options import by_flag, conversation_options, sampling_params, structured_outputs
+from gptoss_jax.commands.printing import dimmed
 from gptoss_jax.commands.results import result
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,19 +33,19 @@ if TYPE_CHECKING:
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("generate", "Answer a prompt; the answer goes to standard output as it is generated.")
+    parser = command_parser("generate", "Answer a prompt; the answer goes to standard output as it is generated.")
     parser.add_argument("prompt", nargs="?", help="the prompt (default: standard input)")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument(
         "--prompt-tokens", metavar="1,2,3", help="continue token ids; with --json no tokenizer is needed"
     )
     parser.add_argument("--raw", action="store_true", help="continue the text, without any chat format")
-    cli.add_conversation_flags(parser)
-    cli.add_sampling_flags(parser)
-    cli.add_structure_flags(parser)
-    cli.add_model_flags(parser)
-    cli.add_engine_flags(parser)
-    cli.add_cluster_flags(parser)
+    add_conversation_flags(parser)
+    add_sampling_flags(parser)
+    add_structure_flags(parser)
+    add_model_flags(parser)
+    add_engine_flags(parser)
+    add_cluster_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--show-analysis", action="store_true", help="show the reasoning on standard error")
     output.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -54,23 +67,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
     _check(options)
-    with cli.by_flag(options):
+    with by_flag(options):
         return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:
-    params = cli.sampling_params(options, logprobs=options.logprobs)
-    if follow := cli.join("generate", options):
+    params = sampling_params(options, logprobs=options.logprobs)
+    if follow := processes.join("generate", options):
         return follow()
-    params = dataclasses.replace(params, structured_outputs=cli.structured_outputs(options))
+    params = dataclasses.replace(params, structured_outputs=structured_outputs(options))
     if options.batch:
         from gptoss_jax.commands.batch import run_batch
 
         return run_batch(options, params)
     prompt = _prompt(options)
-    conversation = cli.conversation_options(options)
+    conversation = conversation_options(options)
     started = time.perf_counter()
-    llm = cli.load_llm(options, max_num_seqs=1)
+    llm = processes.load_llm(options, max_num_seqs=1)
     loaded = time.perf_counter() - started
     if options.raw or options.prompt_tokens:
         request = llm.raw_request("prompt", prompt, params)
@@ -110,7 +123,7 @@ def _prompt(options: argparse.Namespace) -> str | list[int]:
     if options.prompt is not None:
         text = options.prompt
     elif options.prompt_file is not None:
-        text = cli.read_text(options.prompt_file, "--prompt-file")
+        text = read_text(options.prompt_file, "--prompt-file")
     else:
         try:
             text = sys.stdin.buffer.read().decode("utf-8-sig")
@@ -136,7 +149,7 @@ class _Printer:
                 print(delta.text, end="", flush=True)
                 self._end = delta.text
             elif delta.kind == "reasoning" and self._show_analysis:
-                print(cli.dimmed(delta.text, sys.stderr), end="", file=sys.stderr, flush=True)
+                print(dimmed(delta.text, sys.stderr), end="", file=sys.stderr, flush=True)
                 self._thinking = True
 
     def _close_analysis(self) -> None:
@@ -195,4 +208,4 @@ def _answer(llm: LLM, request: Request, options: argparse.Namespace, load_second
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.commands.cli import Parser, run
+from gptoss_jax.commands.flags import Parser
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError, named
 from gptoss_jax.text.harmony.json_messages import read_messages
 from gptoss_jax.text.harmony.messages import ROLES, ParsedMessage
@@ -145,4 +146,4 @@ def _as_json(message: ParsedMessage) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

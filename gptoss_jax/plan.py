@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_jax.commands import cli, plotting
+from gptoss_jax.commands import plotting
+from gptoss_jax.commands.flags import command_parser
+from gptoss_jax.commands.options import by_flag
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ CONTEXT = 8192
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser(
+    parser = command_parser(
         "plan",
         "Compile a model's prefill and decode steps for a machine that need not be here, and report the memory they "
         "take on each device, what they communicate, and the least and the expected time they take.",
@@ -72,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = flags().parse_args(arguments)
     _check(options)
-    with cli.by_flag(options):
+    with by_flag(options):
         return _run(options)
 
 
@@ -133,4 +136,4 @@ def _progress(message: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

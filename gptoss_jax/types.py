@@ -71,8 +71,9 @@ class SamplingParams:
       seed: makes a request's tokens reproducible regardless of the other requests in the batch, up to the rounding of
         logits, which in bfloat16 depends on the number of tokens in a step; None draws a random seed.
       stop: strings that end the generation; the output text does not include them.
-      stop_token_ids: tokens that end the request, in addition to the checkpoint's own.
-      ignore_eos: continue past the checkpoint's own stop tokens.
+      stop_token_ids: tokens that end the request, in addition to the checkpoint's own; their text is left out as well.
+      ignore_eos: continue past the checkpoint's own stop tokens: those of generation_config.json, or of config.json if
+        it lists none, and harmony's.
       logprobs: number of most likely tokens to report at each position, besides the chosen one; None reports none.
       n: number of completions of the prompt; they share the prompt's pages, and completion i uses seed + i.
       min_tokens: number of tokens before which no token or string may end the request.

@@ -22,7 +22,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
 
 settings.register_profile(
     "default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -58,7 +58,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     def run(main, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         with pytest.raises(SystemExit) as exit_:
-            cli.run(lambda: main([str(argument) for argument in arguments]))
+            run_command(lambda: main([str(argument) for argument in arguments]))
         out, err = capsys.readouterr()
         return exit_.value.code or 0, out, err
 

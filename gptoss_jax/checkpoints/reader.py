@@ -306,7 +306,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
-    config = ModelConfig.from_file(path / "config.json")
+    config = ModelConfig.from_file(path / "config.json").with_generation_file(path)
     index = path / INDEX_FILE
     if is_orbax(path):
         if next(path.glob("*.safetensors"), None):

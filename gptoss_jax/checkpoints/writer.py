@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,15 @@ def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
         # transformers requires this metadata.
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(str(error)) from None
+        raise _os_error(error) from None
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _os_error(error: SafetensorError) -> OSError:
+    """The OSError whose number is in the message of the library's error, if any."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:

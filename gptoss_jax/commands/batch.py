@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gptoss_jax.commands import cli
+from gptoss_jax.commands import processes
+from gptoss_jax.commands.files import check_writable, parse_json, read_text
+from gptoss_jax.commands.options import conversation_options
+from gptoss_jax.commands.printing import ESCAPED
 from gptoss_jax.commands.results import result
 from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.types import SamplingParams
@@ -44,7 +47,7 @@ def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
     before that.
     """
     lines = _read_requests(options, params)
-    cli.check_writable(options.output, "--output")
+    check_writable(options.output, "--output")
     if options.output.exists() and options.output.samefile(options.batch):
         raise UsageError(f"--output: {options.output}: expected another file than --batch")
     done = _finished_ids(options.output)
@@ -57,8 +60,8 @@ def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
         # What an interruption cut short is removed all the same.
         _open_output(options.output).close()
         return 0
-    conversation = cli.conversation_options(options)
-    llm = cli.load_llm(options)
+    conversation = conversation_options(options)
+    llm = processes.load_llm(options)
     requests = [_request(llm, line, options, conversation) for line in todo]
     _write_results(llm, requests, [line.id for line in todo], options.output)
     return 0
@@ -72,7 +75,7 @@ def _write_results(llm: LLM, requests: list[Request], ids: list[Any], path: Path
         for progress in llm.stream(requests):
             if progress.output.finished:
                 line = {"id": names[progress.output.request_id], **result(progress.output)}
-                _append(output, path, json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                _append(output, path, json.dumps(line, ensure_ascii=False).encode(errors=ESCAPED) + b"\n")
                 bar.update()
 
 
@@ -80,11 +83,11 @@ def _read_requests(options: argparse.Namespace, params: SamplingParams) -> list[
     """The lines of `--batch`, held against what can be known without a model. Raises UsageError, naming the line."""
     lines: list[_Line] = []
     seen: dict[str | int, int] = {}
-    for number, text in enumerate(cli.read_text(options.batch, "--batch").split("\n"), 1):
+    for number, text in enumerate(read_text(options.batch, "--batch").split("\n"), 1):
         if not text.strip():
             continue
         where = f"--batch: {options.batch}: line {number}"
-        fields = {"id": number} | cli.parse_json(text, where, dict)
+        fields = {"id": number} | parse_json(text, where, dict)
         with named(where):
             _check(fields, options.raw)
             if fields["id"] in seen:

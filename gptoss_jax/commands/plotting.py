@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_jax.commands.cli import check_writable
+from gptoss_jax.commands.files import check_writable
 from gptoss_jax.errors import UsageError, expect
 
 if TYPE_CHECKING:

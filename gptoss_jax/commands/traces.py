@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_jax.benching.workload import Arrival
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.files import parse_json, read_text
 from gptoss_jax.errors import UsageError
 
 
 def read_trace(path: Path) -> list[Arrival]:
     """A JSON line a request, in the order of their arrival. Raises UsageError, naming the line."""
     arrivals = []
-    for number, text in enumerate(cli.read_text(path, "--trace").splitlines(), 1):
+    for number, text in enumerate(read_text(path, "--trace").splitlines(), 1):
         if text.strip():
             where = f"--trace: {path}: line {number}"
-            arrivals.append(_arrival(cli.parse_json(text, where, dict), where))
+            arrivals.append(_arrival(parse_json(text, where, dict), where))
     if not arrivals:
         raise UsageError(f"--trace: {path}: expected a request a line, found none")
     return sorted(arrivals, key=lambda arrival: arrival.arrival_s)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,29 @@ from gptoss_jax.errors import CheckpointError
 
 LayerType = Literal["sliding_attention", "full_attention"]
 LAYER_TYPES: tuple[str, ...] = ("sliding_attention", "full_attention")
+
+GENERATION_FILE = "generation_config.json"
+
+_YARN: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+"""What transformers' GptOssConfig assumes where config.json has no rotary settings."""
+
+_ROPE_SETTINGS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "yarn": frozenset(_YARN.keys() | {"attention_factor", "mscale", "mscale_all_dim"}),
+}
+"""The settings that decide something, by rope_type; rope_theta is every type's."""
+
+_OTHER_ROPE_SETTINGS = frozenset(
+    {"low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "mrope_section"}
+)
+"""Those of types that gpt-oss has not been trained with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +60,7 @@ class RopeConfig:
 class ModelConfig:
     """Every size of a gpt-oss model under its Hugging Face name; the defaults are gpt-oss-20b.
 
-    `quantization` tells how the experts are stored: "mxfp4" packed, or None for plain floats.
+    `quantization` says how the experts are stored: "mxfp4" packed, or None for plain floats.
     """
 
     vocab_size: int = 201088
@@ -68,14 +92,27 @@ class ModelConfig:
         try:
             if path.is_dir():
                 path = path / "config.json"
-            fields = json.loads(path.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        fields = _read_json(path)
+        if fields is None:
+            raise CheckpointError(f"{path}: no such file")
         return cls.from_dict(fields, source=str(path))
+
+    def with_generation_file(self, directory: Path) -> ModelConfig:
+        """This config with the end tokens of a checkpoint's generation_config.json, if it has one that names any.
+
+        As in transformers they replace those of config.json. Raises CheckpointError, also for ids beyond the
+        vocabulary.
+        """
+        path = directory / GENERATION_FILE
+        fields = _read_json(path)
+        if fields is None:
+            return self
+        if not isinstance(fields, Mapping):
+            raise CheckpointError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+        eos = _Reader(fields, str(path)).eos(self.vocab_size)
+        return dataclasses.replace(self, eos_token_id=eos) if eos else self
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> ModelConfig:
@@ -102,12 +139,28 @@ class ModelConfig:
             "layer_types": list(self.layer_types),
             "eos_token_id": list(self.eos_token_id),
             "rope_theta": theta,
-            "rope_scaling": rope if self.rope.rope_type == "yarn" else None,
+            # Left out or null it would be read as YaRN.
+            "rope_scaling": rope if self.rope.rope_type == "yarn" else {"rope_type": "default"},
             "hidden_act": "silu",
             "attention_bias": True,
             "tie_word_embeddings": False,
             **({"quantization_config": {"quant_method": "mxfp4"}} if self.quantization else {}),
         }
+
+
+def _read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is no such file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if value is None:
+        raise CheckpointError(f"{path}: expected a JSON object, found null")
+    return value
 
 
 def _from_openai_names(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,14 +184,41 @@ def _from_openai_names(fields: Mapping[str, Any]) -> dict[str, Any]:
         "original_max_position_embeddings": original,
         "truncate": False,
     }
-    if isinstance(original, int) and isinstance(factor, int | float):
+    if isinstance(original, int) and isinstance(factor, int | float) and 0 < original * factor < 2**31:
         translated.setdefault("max_position_embeddings", int(original * factor))
     translated.setdefault("quantization_config", {"quant_method": "mxfp4"})
     return translated
 
 
+_FIXED: Mapping[str, Any] = {
+    "model_type": "gpt_oss",
+    "hidden_act": "silu",
+    "swiglu_alpha": 1.702,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
+"""Fields of which this model has one value, which an absent one has in transformers, too."""
+
+
+_LEAST_NUMBER, _MOST_NUMBER = 2.0**-126, 2.0**127
+"""The range of float32, in which the model computes."""
+
+
+class _Absent:
+    """Stands for a field that is not there, in messages too."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_ABSENT = _Absent()
+
+
 class _Reader:
-    """Checks each field's type and range, so that a wrong config is refused by name before any tensor is."""
+    """Reads the fields as transformers' GptOssConfig does, and refuses by name what this model cannot do.
+
+    Sizes must be given; GptOssConfig would take those of gpt-oss-120b for them.
+    """
 
     def __init__(self, fields: Mapping[str, Any], source: str) -> None:
         self.fields = fields
@@ -147,42 +227,63 @@ class _Reader:
     def fail(self, name: str, expected: str, found: object) -> CheckpointError:
         return CheckpointError(f"{self.source}: {name}: expected {expected}, found {found!r:.80}")
 
-    def integer(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        value = self.fields.get(name, default)
+    def integer(
+        self, name: str, default: int | None = None, most: int = 2**31 - 1, fields: Mapping[str, Any] | None = None
+    ) -> int:
+        value = (self.fields if fields is None else fields).get(name, _ABSENT if default is None else default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
             raise self.fail(name, "a positive integer", value)
         return value
 
-    def number(self, name: str, default: float, fields: Mapping[str, Any] | None = None) -> float:
-        value = (self.fields if fields is None else fields).get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self.fail(name, "a positive number", value)
+    def number(
+        self, name: str, default: float | None = None, fields: Mapping[str, Any] | None = None, least: float = 0.0
+    ) -> float:
+        """A positive number that float32 can hold, `least` or more."""
+        value = (self.fields if fields is None else fields).get(name, _ABSENT if default is None else default)
+        fine = isinstance(value, int | float) and not isinstance(value, bool)
+        if not fine or not max(least, _LEAST_NUMBER) <= value <= _MOST_NUMBER:
+            raise self.fail(name, f"a number from {least:g}" if least else "a positive number", value)
         return float(value)
 
+    def fixed(self, name: str, value: Any) -> None:
+        """Refuse a field with another value than the one that this model has."""
+        found = self.fields.get(name, value)
+        same_type = isinstance(found, bool) == isinstance(value, bool)
+        if not same_type or found != value:
+            raise self.fail(name, json.dumps(value), found)
+
+    def same(self, name: str, value: int, of: str, fields: Mapping[str, Any] | None = None) -> None:
+        """Refuse a second name of a setting that says something else than the first."""
+        found = (self.fields if fields is None else fields).get(name)
+        if found is not None and (found != value or isinstance(found, bool)):
+            raise self.fail(name, f"{value} as {of} is", found)
+
     def config(self) -> ModelConfig:
-        if self.fields.get("model_type", "gpt_oss") != "gpt_oss":
-            raise self.fail("model_type", "'gpt_oss'", self.fields["model_type"])
-        if self.fields.get("tie_word_embeddings"):
-            raise self.fail("tie_word_embeddings", "false", self.fields["tie_word_embeddings"])
-        if self.fields.get("attention_bias", True) is not True:
-            raise self.fail("attention_bias", "true", self.fields["attention_bias"])
-        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        for name, value in _FIXED.items():
+            self.fixed(name, value)
+        experts = self.integer("num_local_experts", self.fields.get("num_experts"))
+        chosen = self.integer("num_experts_per_tok", self.fields.get("experts_per_token"))
+        self.same("num_experts", experts, "num_local_experts")
+        self.same("experts_per_token", chosen, "num_experts_per_tok")
+        layer_types = self.layer_types()
+        head_dim = self.integer("head_dim", 64)
+        longest = self.integer("max_position_embeddings", 131072)
         config = ModelConfig(
             vocab_size=self.integer("vocab_size"),
-            hidden_size=hidden,
+            hidden_size=self.integer("hidden_size"),
             intermediate_size=self.integer("intermediate_size"),
             num_hidden_layers=self.integer("num_hidden_layers", most=10_000),
-            num_attention_heads=heads,
+            num_attention_heads=self.integer("num_attention_heads"),
             num_key_value_heads=self.integer("num_key_value_heads"),
-            head_dim=self.integer("head_dim", max(hidden // heads, 1)),
-            num_local_experts=self.integer("num_local_experts"),
-            num_experts_per_tok=self.integer("num_experts_per_tok", self.fields.get("experts_per_token")),
-            sliding_window=self.integer("sliding_window", 128),
-            layer_types=self.layer_types(),
+            head_dim=head_dim,
+            num_local_experts=experts,
+            num_experts_per_tok=chosen,
+            sliding_window=self.sliding_window(layer_types),
+            layer_types=layer_types,
             rms_norm_eps=self.number("rms_norm_eps", 1e-5),
             swiglu_limit=self.number("swiglu_limit", 7.0),
-            max_position_embeddings=self.integer("max_position_embeddings", 131072),
-            rope=self.rope(),
+            max_position_embeddings=longest,
+            rope=self.rope(head_dim, longest),
             eos_token_id=self.eos(),
             quantization=self.quantization(),
         )
@@ -212,53 +313,125 @@ class _Reader:
     def layer_types(self) -> tuple[str, ...]:
         layers = self.integer("num_hidden_layers", most=10_000)
         # transformers' GptOssConfig lets even layers slide where the field is absent.
-        types = self.fields.get("layer_types") or [LAYER_TYPES[i % 2] for i in range(layers)]
+        types = self.fields.get("layer_types")
+        if types is None:
+            types = [LAYER_TYPES[i % 2] for i in range(layers)]
         if not isinstance(types, list | tuple) or any(t not in LAYER_TYPES for t in types):
             raise self.fail("layer_types", f"a list of {' or '.join(LAYER_TYPES)}", types)
         if len(types) != layers:
             raise self.fail("layer_types", f"{layers} entries (num_hidden_layers)", len(types))
         return tuple(types)
 
-    def rope(self) -> RopeConfig:
-        """transformers v5 writes everything into `rope_parameters`, the released files two fields."""
-        scaling = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
-        if not isinstance(scaling, Mapping):
-            raise self.fail("rope_parameters or rope_scaling", "an object", scaling)
-        theta = self.number("rope_theta", self.number("rope_theta", 150000.0), scaling)
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
+    def sliding_window(self, layer_types: Sequence[str]) -> int:
+        """The window; null is one that no layer has."""
+        if "sliding_attention" not in layer_types and self.fields.get("sliding_window", _ABSENT) is None:
+            return ModelConfig.sliding_window
+        return self.integer("sliding_window", 128)
+
+    def rope(self, head_dim: int, longest: int) -> RopeConfig:
+        """The rotary settings, checked; `longest` are the positions that the model is made for."""
+        name, settings = self.rope_settings()
+        theta = self.number("rope_theta", self.number("rope_theta", 150000.0), settings)
+        kind = settings.get("rope_type", settings.get("type", "default"))
+        if not isinstance(kind, str) or kind not in _ROPE_SETTINGS:
+            raise self.fail(f"{name}.rope_type", "'yarn' or 'default'", kind)
+        unused = (_OTHER_ROPE_SETTINGS | _ROPE_SETTINGS["yarn"]) - _ROPE_SETTINGS[kind] - {"rope_type"}
+        for key in sorted(unused & settings.keys()):
+            if settings[key] is not None:
+                raise self.fail(f"{name}.{key}", f"nothing where rope_type is {kind!r}", settings[key])
+        for fields in (self.fields, settings):
+            self.same("partial_rotary_factor", 1, "the rotated part of a head", fields)
         if kind == "default":
             return RopeConfig(theta=theta, rope_type="default", factor=1.0)
-        if kind != "yarn":
-            raise self.fail("rope_type", "'yarn' or 'default'", kind)
-        original = scaling.get("original_max_position_embeddings", self.fields.get("initial_context_length", 4096))
-        if not isinstance(original, int) or isinstance(original, bool) or original <= 0:
-            raise self.fail("original_max_position_embeddings", "a positive integer", original)
-        truncate = scaling.get("truncate", True)
+        return self.yarn(settings, theta, head_dim, longest)
+
+    def rope_settings(self) -> tuple[str, Mapping[str, Any]]:
+        """The field that holds the settings, and these: `rope_scaling` precedes, as in transformers 5.24."""
+        for name in ("rope_scaling", "rope_parameters"):
+            settings = self.fields.get(name)
+            if settings is not None and not isinstance(settings, Mapping):
+                raise self.fail(name, "an object", settings)
+            # An empty `rope_parameters` is plain rotation there, an empty `rope_scaling` as good as none.
+            if settings or (settings is not None and name == "rope_parameters"):
+                for key, value in settings.items():
+                    if key in LAYER_TYPES or isinstance(value, Mapping):
+                        raise self.fail(f"{name}.{key}", "one setting for all layers", value)
+                return name, settings
+        return "rope_parameters", _YARN
+
+    def yarn(self, settings: Mapping[str, Any], theta: float, head_dim: int, longest: int) -> RopeConfig:
+        original = self.integer("original_max_position_embeddings", longest, fields=settings)
+        self.same("original_max_position_embeddings", original, "the one of the rotary settings")
+        truncate = settings.get("truncate", True)
         if not isinstance(truncate, bool):
             raise self.fail("truncate", "true or false", truncate)
-        attention_factor = scaling.get("attention_factor")
-        return RopeConfig(
+        given = {key: value for key, value in settings.items() if value is not None}
+        absent = settings.keys() - given.keys()
+        # A factor of null is that of the positions, a factor that is not there an error in transformers, too.
+        factor = {"factor": longest / original} if "factor" in absent else given
+        rope = RopeConfig(
             theta=theta,
-            factor=self.number("factor", 32.0, scaling),
-            beta_fast=self.number("beta_fast", 32.0, scaling),
-            beta_slow=self.number("beta_slow", 1.0, scaling),
+            factor=self.number("factor", fields=factor, least=1),
+            beta_fast=self.number("beta_fast", 32.0, given),
+            beta_slow=self.number("beta_slow", 1.0, given),
             original_max_position_embeddings=original,
             truncate=truncate,
-            attention_factor=None if attention_factor is None else self.number("attention_factor", 1.0, scaling),
         )
+        self.check_ramp(rope, head_dim)
+        return dataclasses.replace(rope, attention_factor=self.attention_factor(given, rope.factor))
 
-    def eos(self) -> tuple[int, ...]:
+    def attention_factor(self, given: Mapping[str, Any], factor: float) -> float | None:
+        """The factor on cos and sin; None for the one that follows from YaRN's `factor`."""
+        scale = {name: self.number(name, fields=given) for name in ("mscale", "mscale_all_dim") if name in given}
+        if "attention_factor" in given:
+            return self.number("attention_factor", fields=given)
+        if len(scale) < 2 or factor <= 1:
+            return None
+        growth = 0.1 * math.log(factor)
+        return (growth * scale["mscale"] + 1) / (growth * scale["mscale_all_dim"] + 1)
+
+    def check_ramp(self, rope: RopeConfig, head_dim: int) -> None:
+        """Refuse settings that leave no dimension between those that are slowed and those that are not."""
+        if rope.beta_fast < rope.beta_slow:
+            raise self.fail("beta_fast", f"beta_slow {rope.beta_slow:g} or more", rope.beta_fast)
+        if rope.theta <= 1:
+            raise self.fail("rope_theta", "a number above 1", rope.theta)
+
+        def dimension_that_turns(times: float) -> float:
+            turns = rope.original_max_position_embeddings / (2 * math.pi * times)
+            return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+        low, high = dimension_that_turns(rope.beta_fast), dimension_that_turns(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        if high < 0 or low > head_dim - 1:
+            raise self.fail(
+                "original_max_position_embeddings",
+                "a context in which some dimension turns beta_slow to beta_fast times",
+                rope.original_max_position_embeddings,
+            )
+
+    def eos(self, below: int | None = None) -> tuple[int, ...]:
+        """The ids that end a text, which may have to be below a vocabulary's size."""
         value = self.fields.get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+        if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31 for i in ids):
             raise self.fail("eos_token_id", "a token id or a list of them", value)
+        for token in ids:
+            if below is not None and token >= below:
+                raise self.fail("eos_token_id", f"ids below config.json's vocab_size {below}", token)
         return tuple(ids)
 
     def quantization(self) -> Literal["mxfp4"] | None:
+        if self.fields.get("compression_config") is not None:
+            raise self.fail("compression_config", "nothing", self.fields["compression_config"])
         quantization = self.fields.get("quantization_config")
         if quantization is None:
             return None
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        if method != "mxfp4":
-            raise self.fail("quantization_config.quant_method", "'mxfp4'", method)
+        if not isinstance(quantization, Mapping):
+            raise self.fail("quantization_config", "an object", quantization)
+        if quantization.get("quant_method") != "mxfp4":
+            raise self.fail(
+                "quantization_config.quant_method", "'mxfp4'", quantization.get("quant_method", _ABSENT)
+            )
         return "mxfp4"

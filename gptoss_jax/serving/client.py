@@ -27,6 +27,9 @@ from sharding import ShardingRules
 
 Message = Mapping[str, Any]
 
+_MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", *harmony.STOP_TOKENS)
+"""The special tokens of the harmony format; other stop tokens are not part of the text."""
+
 
 @dataclasses.dataclass
 class Request:
@@ -90,7 +93,13 @@ class LLM:
                 f"{path / 'tokenizer.json'}: expected ids below config.json's vocab_size {self.config.vocab_size}, "
                 f"found {self.tokenizer.vocab_size - 1}"
             )
+        # As in transformers: those of generation_config.json if it lists any, else those of config.json.
         eos = set(self.config.eos_token_id)
+        if beyond := [token for token in sorted(eos) if token >= self.config.vocab_size]:
+            raise CheckpointError(
+                f"{path / 'config.json'}: eos_token_id: expected ids below vocab_size {self.config.vocab_size}, "
+                f"found {beyond[0]}"
+            )
         if self.tokenizer and set(harmony.STOP_TOKENS) <= self.tokenizer.special_tokens.keys():
             # The released config.json lists <|return|> only, OpenAI's original one no stop token.
             eos |= set(harmony.stop_token_ids(self.tokenizer))
@@ -226,6 +235,8 @@ class _RunningRequest:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self._params = request.params
+        special = tokenizer.special_tokens if tokenizer and request.chat else {}
+        self._marks = {special[name] for name in _MARKS if name in special}
         self._transcripts: list[ChatTranscript | RawTranscript] = []
         self._drafts = [(0, 0)] * request.params.n
         completions = []
@@ -250,7 +261,8 @@ class _RunningRequest:
         self._drafts[event.index] = event.drafted, event.accepted
         self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._drafts, strict=True))
         may_stop = len(completion.token_ids) >= self._params.min_tokens
-        deltas = transcript.push(event.token_id, may_stop)
+        unseen = event.finish_reason == "stop" and event.token_id not in self._marks
+        deltas = [] if unseen else transcript.push(event.token_id, may_stop)
         finish = "stop" if transcript.stopped else event.finish_reason
         if finish:
             deltas += transcript.finish()

@@ -28,6 +28,11 @@ def current() -> Cluster | None:
     return _current
 
 
+def follows() -> bool:
+    """Whether this process is a follower, which repeats the steps of process 0."""
+    return _current is not None and not _current.is_leader
+
+
 def start(member: Membership, timeout: float = START_SECONDS) -> Cluster:
     """Connect to the other processes; returns once all are connected.
 

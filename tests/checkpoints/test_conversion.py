@@ -24,13 +24,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 
+from gptoss_jax.checkpoints import writer
 from gptoss_jax.checkpoints.conversion import compare, convert, parse_size
 from gptoss_jax.checkpoints.layouts import SINGLE_FILE
 from gptoss_jax.checkpoints.loading import load_model
 from gptoss_jax.checkpoints.reader import open_checkpoint
 from gptoss_jax.checkpoints.writer import save_weights
-from gptoss_jax.commands.cli import run
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.convert import main
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.model.config import ModelConfig
@@ -270,11 +272,13 @@ def test_file_size_limit(packed: dict[str, Path], tmp_path: Path, to: str) -> No
 
 
 def test_disk_full(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pwrite(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def save_file(*_: object, **__: object) -> None:
+        # What the library raises where a file may not grow, with a full disk's number.
+        text = f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})"
+        raise SafetensorError(f"Error while serializing: {text}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", pwrite)
+        patch.setattr(writer, "save_file", save_file)
         with pytest.raises(CheckpointError, match="out: cannot be written: No space left on device"):
             convert(packed["hf"], tmp_path / "out", "hf")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 7, 3))  # type: ignore[attr-defined]
@@ -316,7 +320,7 @@ def test_target_in_use_and_wrong_flags(
     ):
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            run(main)
+            run_command(main)
         assert caught.value.code == 2
         error = capsys.readouterr().err
         assert message in error

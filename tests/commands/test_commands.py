@@ -1,6 +1,7 @@
 """The commands, run in this process on the embedded model."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 import pallas_kernels
 from gptoss_jax import LLM, chat, generate
 from gptoss_jax.checkpoints.loading import EMBEDDED
-from gptoss_jax.commands import batch, cli
+from gptoss_jax.commands import batch
 from gptoss_jax.engine.engine import TokenEvent
 from gptoss_jax.text.tokenizer import Tokenizer
 from pallas_kernels import backend
@@ -307,7 +308,8 @@ def test_a_signal_during_garbage_collection_is_not_lost(number: signal.Signals, 
     # Whatever starts the tests may have SIGINT ignored, as a shell does in the background.
     program = f"""
 import gc, os, signal, time
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -321,7 +323,7 @@ def main():
     gc.collect()
     time.sleep(60)
 
-cli.run(main)
+run_command(main)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert ended.returncode == code
@@ -334,7 +336,8 @@ def test_a_command_that_is_told_to_end_leaves_nothing_half_written(
 ) -> None:
     program = f"""
 import signal, time
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
 from gptoss_jax.checkpoints.new_directory import new_directory
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -344,7 +347,7 @@ def main():
         print("begun", flush=True)
         time.sleep(60)
 
-cli.run(main)
+run_command(main)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -352,6 +355,231 @@ cli.run(main)
     process.send_signal(number)
     assert process.wait(30) == code
     assert not list(tmp_path.iterdir())
+
+
+INTERRUPTIBLE = (
+    sys.executable,
+    "-c",
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('gptoss_jax.generate', run_name='__main__', alter_sys=True)",
+)
+"""`python -m gptoss_jax.generate`, whatever starts the tests: a shell has SIGINT ignored in the background."""
+
+MOMENTS = (0.3, 1.0, 2.5, 5.0)
+"""Seconds after the start: while modules are imported, weights loaded, steps compiled, tokens generated."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [*MOMENTS, *(0.6 + 0.4 * i for i in range(16))])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_at_any_moment_ends_a_command(number: int, code: int, seconds: float, times: int) -> None:
+    arguments = ("--raw", "--max-new-tokens", "4000", "x")
+    process = subprocess.Popen(
+        [*INTERRUPTIBLE, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for wait in (seconds, 0.01)[:times]:
+        time.sleep(wait)
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_does_not_wait_for_what_still_computes(tmp_path: Path, number: int, code: int) -> None:
+    """XLA's threads abort the process if they are still at work when the interpreter ends."""
+    lines = "".join(f'{{"prompt": "What is {i} + {i}?", "ignore_eos": true}}\n' for i in range(8))
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi", "max_tokens": 1}\n' + lines)
+    results = tmp_path / "out.jsonl"
+    process = subprocess.Popen(
+        [
+            *(*INTERRUPTIBLE, "--batch", tmp_path / "in.jsonl"),
+            *("--output", results, "--max-new-tokens", "3000"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (results.exists() and results.read_bytes().endswith(b"\n")):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert "terminate called" not in err
+    assert [json.loads(line)["id"] for line in results.read_text().splitlines()] == [1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_a_library_drops_is_sent_again(number: int, code: int) -> None:
+    """As jaxlib drops what is raised in Python functions that it calls, without a word."""
+    program = f"""
+import os, signal, time
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+library = {{"__name__": "jax._src", "os": os}}
+exec('''
+def drop(number):
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException:
+        pass
+''', library)
+
+def main():
+    library["drop"]({int(number)})
+    time.sleep(60)
+
+run_command(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_interruption_that_a_command_answers_itself_is_over() -> None:
+    program = """
+import os, signal, time
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+    time.sleep(0.5)
+    print("went on")
+
+run_command(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "went on\n", "")
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "Terminated(143)"])
+def test_a_signal_that_a_library_makes_its_own_error_of_is_still_one(raised: str) -> None:
+    program = f"""
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
+
+def main():
+    try:
+        raise {raised}
+    except BaseException:
+        raise RuntimeError("made of it")
+
+run_command(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (143 if "143" in raised else 130, "interrupted\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("module", ["numpy._globals", "jax._src.config", "jax.numpy"])
+def test_a_signal_while_jax_is_imported_leaves_no_traceback(number: int, code: int, module: str) -> None:
+    """jaxlib imports numpy from C, prints a traceback of what this raises, and fails with an ImportError instead."""
+    program = f"""
+import os, signal, sys
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), {int(number)})
+
+def main():
+    sys.meta_path.insert(0, Finder())
+    import jax
+
+run_command(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (code, "interrupted\n" if number == signal.SIGINT else "")
+
+
+def test_a_signal_while_an_extension_is_imported_is_not_lost() -> None:
+    """jaxlib's module drops the exception and raises an ImportError without a cause."""
+    program = """
+import os, signal
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        pass
+    raise ImportError("Encountered an error while initializing the extension.")
+
+run_command(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (143, "interrupted\n")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8", "utf-16-le"])
+def test_what_an_encoding_lacks_is_escaped(encoding: str) -> None:
+    """Neither a character nor the command is lost, and JSON says the same in any encoding."""
+    text = "a\u65e5\xe9\U0001f600\ud800b"
+    program = f"""
+import json, sys
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
+from gptoss_jax.errors import UsageError
+
+def main():
+    print(json.dumps({text!r}, ensure_ascii=False))
+    raise UsageError({text!r})
+
+run_command(main)
+"""
+    environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert ended.returncode == 2
+    assert json.loads(ended.stdout.decode(encoding)) == text
+    error = ended.stderr.decode(encoding).rstrip("\r\n")
+    assert json.loads(f'"{error}"') == f"error: {text}"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_standard_input_is_utf_8(encoding: str) -> None:
+    program = """
+from gptoss_jax import chat
+from gptoss_jax.commands.running import run_command
+from gptoss_jax.commands.signals import Terminated
+from gptoss_jax.errors import UsageError
+
+def main():
+    while (line := chat._ask("")) is not None:
+        print(ascii(line))
+
+run_command(main)
+"""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    for given, code, out in (("\ufeffh\xe9\n".encode(), 0, b"'h\\xe9'\n"), (b"h\xe9\n", 2, b"")):
+        ended = subprocess.run([sys.executable, "-c", program], input=given, capture_output=True, env=environment)
+        assert (ended.returncode, ended.stdout) == (code, out)
+        assert ended.stderr == (b"error: standard input: not UTF-8 text\n" if code else b"")
+
+
+def test_help_that_cannot_be_written_is_no_success() -> None:
+    with open("/dev/full", "wb") as full:
+        line = [sys.executable, "-m", "gptoss_jax.generate", "--help"]
+        ended = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: standard output: No space left on device\n"
 
 
 def test_a_bad_tool_is_named_with_its_file(command, tmp_path: Path) -> None:
@@ -450,7 +678,7 @@ class Scripted(LLM):
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *completions: str) -> Scripted:
     llm = Scripted(*completions)
-    monkeypatch.setattr(cli, "load_llm", lambda options, **more: llm)
+    monkeypatch.setattr("gptoss_jax.commands.processes.load_llm", lambda options, **more: llm)
     return llm
 
 

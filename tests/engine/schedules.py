@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 from gptoss_jax.checkpoints.loading import random_model
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.flags import add_cluster_flags
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.leading import LeadingEngine, follow
 from gptoss_jax.engine.pages import Prefixes
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     from sharding.processes.membership import membership
 
     parser = argparse.ArgumentParser()
-    cli.add_cluster_flags(parser)
+    add_cluster_flags(parser)
     parser.add_argument("--mesh")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--soak", type=int, help="a soak of so many requests instead of 24 greedy ones")
@@ -202,4 +203,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptoss_jax.commands import cli
+from gptoss_jax.commands.running import run_command
 from gptoss_jax.harmony import main
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -21,7 +21,7 @@ def run(
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     with pytest.raises(SystemExit) as ended:
-        cli.run(lambda: main(arguments))
+        run_command(lambda: main(arguments))
     out, err = capsys.readouterr()
     return ended.value.code, [json.loads(line) for line in out.splitlines()], err
 

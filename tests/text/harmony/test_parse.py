@@ -45,8 +45,8 @@ def fields(completion: harmony.ParsedCompletion) -> list[dict]:
 
 
 def check_invariants(tokens: list[int], tokenizer: Tokenizer, role: str | None, strict: bool) -> None:
-    """Deltas add up to texts between a message's start and end, every token is in a message or stray, and what is
-    stray is told.
+    """Deltas add up to texts between a message's start and end, every token is in a message or stray, and stray
+    tokens are reported.
     """
     parser = harmony.StreamParser(tokenizer, role, strict=strict)
     texts, text = [], ""

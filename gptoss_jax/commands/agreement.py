@@ -1,11 +1,10 @@
-"""A command over several processes: they must agree on what they run, process 0 decides, the others follow."""
+"""What processes that run one command must agree on: versions, flags, the checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import importlib.metadata
-import math
 import os
 import platform
 from collections.abc import Iterable
@@ -13,14 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.checkpoints.hub import resolve
-from gptoss_jax.commands import cli
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.model.config import ModelConfig
-from sharding.processes import Cluster, start
-from sharding.processes.membership import membership
+from sharding.processes import Cluster
 
 if TYPE_CHECKING:
-    from gptoss_jax.serving.client import LLM
+    pass
 
 PACKAGES = ("gptoss-jax", "jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda13-plugin", "jax-rocm7-plugin")
 SOURCES = ("gptoss_jax", "sharding", "pallas_kernels")
@@ -66,28 +62,8 @@ FILES = (
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
-def join(command: str, options: argparse.Namespace) -> Cluster | None:
-    """The processes that run this command together; None for one alone.
-
-    Raises ClusterError where they cannot, CheckpointError for a checkpoint that none of them can read.
-    """
-    member = membership(options.coordinator_address, options.num_processes, options.process_id)
-    if member is None:
-        return None
-    cluster = start(member)
-    cluster.agree(_versions() | _flags(command, options))
-    if not cluster.is_leader:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    _agree_on_checkpoint(cluster, options)
-    cluster.initialize_jax()
-    import jax
-
-    device = jax.local_devices()[0]
-    cluster.agree({"device": f"{device.platform}: {device.device_kind}"})
-    return cluster
-
-
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """Versions of what computes, a digest of the source, and what the environment sets."""
     facts: dict[str, Any] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -106,7 +82,8 @@ def _source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _flags(command: str, options: argparse.Namespace) -> dict[str, Any]:
+def flags_of(command: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The command and its flags, but for those that may differ between processes."""
     facts = {
         f"--{name.replace('_', '-')}": value if value is None or isinstance(value, int | list) else str(value)
         for name, value in vars(options).items()
@@ -115,7 +92,8 @@ def _flags(command: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"command": command} | facts
 
 
-def _agree_on_checkpoint(cluster: Cluster, options: argparse.Namespace) -> None:
+def agree_on_checkpoint(cluster: Cluster, options: argparse.Namespace) -> None:
+    """See that all processes read the same checkpoint. Raises CheckpointError, ClusterError where they differ."""
     from gptoss_jax.checkpoints.loading import EMBEDDED
 
     error: CheckpointError | None = None
@@ -155,40 +133,3 @@ def _fingerprint(file: Path) -> str:
                 stream.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
                 digest.update(stream.read(SAMPLE_BYTES))
     return f"{size} bytes, digest {digest.hexdigest()[:12]}"
-
-
-def default_mesh(config: ModelConfig, devices: int) -> str:
-    """The mesh of all devices where none is asked for: experts over as many as divide, `tensor` over the rest."""
-    expert = math.gcd(config.num_local_experts, devices)
-    return f"expert={expert},tensor={devices // expert}"
-
-
-def lead(cluster: Cluster, options: argparse.Namespace, more: dict[str, Any]) -> LLM:
-    """Load the model in all processes, from process 0: what its engine is told, the others do as well."""
-    from gptoss_jax.engine.leading import LeadingEngine
-
-    cluster.broadcast({"load": more})
-    llm = _load(options, more)
-    llm.engine = LeadingEngine(llm.engine, cluster)  # type: ignore[assignment]
-    return llm
-
-
-def follow(cluster: Cluster, options: argparse.Namespace) -> int:
-    """What the other processes do, until process 0 ends; returns its exit code."""
-    from gptoss_jax.engine import leading
-
-    if (message := cluster.broadcast()) is not None:
-        leading.follow(_load(options, message["load"], progress=False).engine, cluster)
-    return cluster.exit_code
-
-
-def _load(options: argparse.Namespace, more: dict[str, Any], progress: bool | None = None) -> LLM:
-    import jax
-
-    from gptoss_jax.checkpoints.loading import EMBEDDED
-    from gptoss_jax.serving.client import LLM
-
-    path = resolve(options.model or EMBEDDED)
-    mesh = options.mesh or default_mesh(ModelConfig.from_file(path / "config.json"), jax.device_count())
-    engine = cli.engine_options(options, **more)
-    return LLM(path, mesh, options.dtype, engine=engine, warm_up=options.warm_up, progress=progress)

@@ -1,0 +1,89 @@
+"""Parsed flags as the Python objects that they set, and errors of those by their flags."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax.commands.files import read_text, read_tools
+from gptoss_jax.errors import UsageError
+from sharding.errors import ClusterError, ShardingError
+
+if TYPE_CHECKING:
+    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.types import SamplingParams, StructuredOutputsParams
+
+
+def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
+    """The sampling flags as SamplingParams. Raises UsageError, naming the field."""
+    from gptoss_jax.types import SamplingParams
+
+    names = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
+    given = {name: getattr(options, name) for name in names}
+    return SamplingParams(max_tokens=options.max_new_tokens, **given, **more)
+
+
+def structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams | None:
+    """The form that a flag asks for, checked. Raises UsageError, naming the flag."""
+    from gptoss_jax.text.structured import check
+    from gptoss_jax.types import StructuredOutputsParams
+
+    if options.json_schema is not None:
+        flag, text = "--json-schema", options.json_schema
+        form = StructuredOutputsParams(json=text if text[:1] == "{" else read_text(Path(text), flag))
+    elif options.regex is not None:
+        flag, form = "--regex", StructuredOutputsParams(regex=options.regex)
+    elif options.grammar is not None:
+        flag, form = "--grammar", StructuredOutputsParams(grammar=read_text(options.grammar, "--grammar"))
+    else:
+        return None
+    try:
+        check(form)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {str(error).partition(': ')[2]}") from None
+    return form
+
+
+def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `LLM.chat` takes besides messages, from the flags; a schema of the answer is shown to the model, too."""
+    form = structured_outputs(options) if getattr(options, "json_schema", None) else None
+    return {
+        "tools": read_tools(options.tools, "--tools") if options.tools else None,
+        "builtin_tools": options.builtin_tools,
+        "reasoning_effort": options.reasoning_effort,
+        "response_format": form and {"type": "json_schema", "schema": json.loads(str(form.json))},
+    }
+
+
+def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
+    """The engine flags as EngineOptions; `more` has precedence. Raises UsageError, naming the field."""
+    from gptoss_jax.engine.engine import EngineOptions
+
+    names = [field.name for field in dataclasses.fields(EngineOptions)]
+    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    return dataclasses.replace(EngineOptions(**given), **more)
+
+
+@contextlib.contextmanager
+def by_flag(options: argparse.Namespace) -> Iterator[None]:
+    """What runs here names a field that cannot be used as Python does; report it by the flag that sets it."""
+    given = vars(options)
+    try:
+        yield
+    except (UsageError, ShardingError) as error:
+        # Of a single prompt it goes without saying which request it is.
+        message = str(error).removeprefix("request prompt: ")
+        field, _, rest = message.partition(":")
+        name = {"max_tokens": "max_new_tokens"}.get(field, field)
+        if name == "prompt" and given.get("prompt_tokens") is not None:
+            name = "prompt_tokens"
+        if name in given and name != "prompt":
+            raise UsageError(f"--{name.replace('_', '-')}:{rest}") from None
+        if isinstance(error, ShardingError) and not isinstance(error, ClusterError) and given.get("mesh"):
+            raise UsageError(f"--mesh: {given['mesh']}: {message}") from None
+        raise type(error)(message) from None

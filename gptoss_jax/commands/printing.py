@@ -1,0 +1,114 @@
+"""Standard streams: text in any encoding, readers that leave, warnings as lines."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from gptoss_jax.errors import UsageError
+from sharding.processes import follows
+
+
+def dimmed(text: str, stream: TextIO) -> str:
+    """Text that a terminal shows dimmed; elsewhere as it is."""
+    return f"\033[2m{text}\033[0m" if stream.isatty() else text
+
+
+class _Guarded:
+    """A standard stream that may break, because its reader has left or the disk is full.
+
+    What comes then is dropped, silently if the stream is not `needed`; else BrokenPipeError or UsageError is raised.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str, needed: bool) -> None:
+        # A process that was started without the stream has None in its place: this cannot be written either.
+        self._stream, self._name, self._needed = stream or open(os.devnull), name, needed  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """See TextIO."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """See TextIO."""
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError as error:
+            # What is buffered must not raise again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._needed and isinstance(error, BrokenPipeError):
+                raise
+            if self._needed:
+                raise UsageError(f"{self._name}: {error.strerror or error}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+ESCAPED = "gptoss_jax.escaped"
+"""How text is encoded of which the encoding lacks characters, lone surrogates among them: as JSON escapes them.
+
+JSON stays valid so, whatever the encoding.
+"""
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error(ESCAPED, _escape)
+
+
+@contextlib.contextmanager
+def streams_guarded() -> Iterator[None]:
+    """Progress that cannot be shown does not end a command; an answer that cannot be written does.
+
+    Standard input that is no terminal is UTF-8, as files are.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors=ESCAPED)
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        # Not once it has been read from.
+        with contextlib.suppress(OSError):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    out: Any = _Guarded(sys.stdout, "standard output", needed=True)
+    err: Any = _Guarded(sys.stderr, "standard error", needed=False)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
+
+
+class _Warnings(logging.Handler):
+    """Warnings as lines on standard error; of several processes, those of process 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not follows():
+            print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show this project's warnings, such as that of an op without a kernel."""
+    handler = _Warnings(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("gptoss_jax", "sharding", "pallas_kernels")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)

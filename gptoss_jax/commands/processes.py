@@ -1,0 +1,112 @@
+"""A command's model in one process or in several, of which process 0 decides and the others follow."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax.commands.options import engine_options
+from sharding.processes import Cluster, current, follows, start
+from sharding.processes.membership import membership
+
+if TYPE_CHECKING:
+    from gptoss_jax.model.config import ModelConfig
+    from gptoss_jax.serving.client import LLM
+
+
+def join(command: str, options: argparse.Namespace) -> Callable[[], int] | None:
+    """Meet the other processes, if there are any; returns what this one runs instead if it only follows.
+
+    Raises ClusterError where they cannot meet, CheckpointError for a checkpoint that none of them can read.
+    """
+    cluster = _meet(command, options)
+    if cluster is None:
+        return None
+    # The others are to end with a process that dies.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return (lambda: _follow(cluster, options)) if follows() else None
+
+
+def _meet(command: str, options: argparse.Namespace) -> Cluster | None:
+    """The processes that run this command together; None for one alone.
+
+    Raises ClusterError where they cannot, CheckpointError for a checkpoint that none of them can read.
+    """
+    member = membership(options.coordinator_address, options.num_processes, options.process_id)
+    if member is None:
+        return None
+    from gptoss_jax.commands.agreement import agree_on_checkpoint, flags_of, versions
+
+    cluster = start(member)
+    cluster.agree(versions() | flags_of(command, options))
+    if not cluster.is_leader:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    agree_on_checkpoint(cluster, options)
+    cluster.initialize_jax()
+    import jax
+
+    device = jax.local_devices()[0]
+    cluster.agree({"device": f"{device.platform}: {device.device_kind}"})
+    return cluster
+
+
+def _lead(cluster: Cluster, options: argparse.Namespace, more: dict[str, Any]) -> LLM:
+    """Load the model in all processes, from process 0: what its engine is told, the others do as well."""
+    from gptoss_jax.engine.leading import LeadingEngine
+
+    cluster.broadcast({"load": more})
+    llm = _load(options, more, _default_mesh(options))
+    llm.engine = LeadingEngine(llm.engine, cluster)  # type: ignore[assignment]
+    return llm
+
+
+def _follow(cluster: Cluster, options: argparse.Namespace) -> int:
+    """What the other processes do, until process 0 ends; returns its exit code."""
+    from gptoss_jax.engine import leading
+
+    if (message := cluster.broadcast()) is not None:
+        leading.follow(_load(options, message["load"], _default_mesh(options), progress=False).engine, cluster)
+    return cluster.exit_code
+
+
+def _default_mesh(options: argparse.Namespace) -> str:
+    import jax
+
+    from gptoss_jax.checkpoints.hub import resolve
+    from gptoss_jax.checkpoints.loading import EMBEDDED
+    from gptoss_jax.model.config import ModelConfig
+
+    config = ModelConfig.from_file(resolve(options.model or EMBEDDED) / "config.json")
+    return default_mesh(config, jax.device_count())
+
+
+def default_mesh(config: ModelConfig, devices: int) -> str:
+    """The mesh of all devices where none is asked for: experts over as many as divide, `tensor` over the rest."""
+    expert = math.gcd(config.num_local_experts, devices)
+    return f"expert={expert},tensor={devices // expert}"
+
+
+def _load(
+    options: argparse.Namespace, more: dict[str, Any], mesh: str | None = None, progress: bool | None = None
+) -> LLM:
+    from gptoss_jax.checkpoints.loading import EMBEDDED
+    from gptoss_jax.serving.client import LLM
+
+    return LLM(
+        options.model or EMBEDDED,
+        options.mesh or mesh,
+        options.dtype,
+        engine=engine_options(options, **more),
+        warm_up=options.warm_up,
+        progress=progress,
+    )
+
+
+def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
+    """The model of the flags; in all processes where there are several."""
+    cluster = current()
+    return _lead(cluster, options, more) if cluster else _load(options, more)
