@@ -1,4 +1,4 @@
-"""python -m gptoss_jax.convert: a checkpoint from one layout to another. `python -m tools.convert` is the same."""
+"""python -m gptoss_jax.convert: converts a checkpoint to another layout; the same as `python -m tools.convert`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 DESCRIPTION = """\
-Convert a checkpoint. SOURCE may be in Hugging Face's layout, OpenAI's original one, or Orbax: it is detected.
-Every tensor keeps its bytes and dtype, MXFP4 included. TARGET appears only when it is whole."""
+Convert a checkpoint. The layout of SOURCE is detected: Hugging Face's, OpenAI's original one, or Orbax. Every
+tensor keeps its bytes and dtype, MXFP4 included. TARGET appears only when it is complete."""
 
 EXAMPLES = """\
 examples:
@@ -21,7 +21,7 @@ examples:
 
 
 def flags(prog: str) -> argparse.ArgumentParser:
-    """The command's flags; `prog` is how it was started."""
+    """The command's flags; `prog` is the name shown in the help text."""
     parser = Parser(
         prog=prog,
         description=DESCRIPTION,
@@ -29,17 +29,17 @@ def flags(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint's directory, or a Hub name")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="a directory that is new or empty")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="a new or empty directory")
     parser.add_argument("--to", choices=("hf", "orbax"), help="the layout of TARGET")
     check = parser.add_mutually_exclusive_group()
     check.add_argument(
         "--verify", action="store_true", help="read TARGET back and compare every byte, before it appears"
     )
     check.add_argument(
-        "--verify-only", action="store_true", help="compare a TARGET that exists with SOURCE, and write nothing"
+        "--verify-only", action="store_true", help="compare an existing TARGET with SOURCE, and write nothing"
     )
     parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="start a new file of --to hf at this size (default: 5GB)"
+        "--max-shard-size", metavar="SIZE", help="maximum size of a file with --to hf (default: 5GB)"
     )
     parser.add_argument(
         "--progress",
@@ -50,13 +50,13 @@ def flags(prog: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m gptoss_jax.convert") -> None:
-    """Convert or compare as the flags say. Raises GptOssError."""
+    """Convert or compare checkpoints, as given by the flags. Raises GptOssError."""
     options = flags(prog).parse_args(arguments)
     if options.verify_only == bool(options.to):
         raise UsageError("--to: expected either --to hf, --to orbax, or --verify-only")
     if options.max_shard_size is not None and options.to != "hf":
         raise UsageError("--max-shard-size: only for --to hf")
-    # Imported here because jax takes longer than --help may.
+    # Imported here so that --help does not wait for jax.
     from gptoss_jax.checkpoints.conversion import compare, convert, parse_size
     from gptoss_jax.checkpoints.hub import resolve
     from gptoss_jax.checkpoints.reader import open_checkpoint

@@ -1,4 +1,4 @@
-"""python -m gptoss_jax.harmony render|parse: JSON lines in, JSON lines out."""
+"""python -m gptoss_jax.harmony render|parse: reads and writes JSON lines."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from gptoss_jax.commands.flags import Parser
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError, named
-from gptoss_jax.text.harmony.forms import read_messages
+from gptoss_jax.text.harmony.json_messages import read_messages
 from gptoss_jax.text.harmony.messages import ROLES, ParsedMessage
 from gptoss_jax.text.harmony.openai import render
 from gptoss_jax.text.harmony.parse import parse
@@ -30,20 +30,20 @@ _OPENAI_OPTIONS = (
 )
 _DESCRIPTION = """\
 render: each input line is an object with one of
-  "harmony_json"  a conversation in openai-harmony's JSON form, {"messages": [...]}
-  "messages"      in the neutral form (content objects of type "system" or "developer", or header fields such
-                  as "channel"; an empty list too), or else OpenAI-style messages, with the options tools,
-                  builtin_tools, reasoning_effort, model_identity, current_date, knowledge_cutoff and
+  "harmony_json"  a conversation in openai-harmony's JSON format, {"messages": [...]}
+  "messages"      messages in the neutral format (content objects of type "system" or "developer", or header
+                  fields such as "channel"; also an empty list), or else OpenAI-style messages, with the options
+                  tools, builtin_tools, reasoning_effort, model_identity, current_date, knowledge_cutoff and
                   response_format
 and optionally "id", "next_role" (null: none) and "auto_drop_analysis"; the output is {"id", "tokens", "text"}.
 
-parse: each input line is an object with "tokens" and optionally "id", "role" (default assistant; null: none
-known) and "strict" (default false); the output is {"id", "messages", "malformed"}.
+parse: each input line is an object with "tokens" and optionally "id", "role" (default assistant; null:
+not known) and "strict" (default false); the output is {"id", "messages", "malformed"}.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command. Raises UsageError, naming the line."""
+    """Runs the command. Raises UsageError naming the input line."""
     parser = Parser(
         prog="python -m gptoss_jax.harmony",
         description=_DESCRIPTION,

@@ -1,4 +1,4 @@
-"""What a request asks for, and what comes back: plain data, no jax."""
+"""Sampling parameters, request outputs and the constraint interface: plain data that does not import jax."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What form a request's answer has: exactly one of these. Raises UsageError for anything else.
+    """A constraint on a request's answer. Exactly one field is set; anything else raises UsageError.
 
     Args:
       json: a JSON schema, as an object or as its text.
-      regex: a regular expression that the whole answer matches.
-      choice: texts, one of which is the answer.
+      regex: a regular expression that the whole answer must match.
+      choice: strings, one of which the answer must be.
       grammar: a context-free grammar, in Lark's or llama.cpp's (GBNF) notation.
-      json_object: any JSON object.
+      json_object: True requires a JSON object of any schema.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -60,31 +60,30 @@ class StructuredOutputsParams:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are chosen. Raises UsageError for a value out of range.
+    """How a request's tokens are sampled. Raises UsageError for a value out of range.
 
     Args:
-      max_tokens: most tokens to generate; None for as many as the context holds.
-      temperature: 0 takes the likeliest token; otherwise divides the logits.
-      top_p: keeps the smallest set of likeliest tokens whose probability reaches it.
-      top_k: keeps this many of the likeliest tokens, and those as likely as the last of them; 0 or -1 for all.
-      min_p: keeps tokens at least this likely relative to the likeliest.
-      seed: makes a request's tokens repeatable, whatever else is in the batch, but for the rounding of logits, which in
-        bfloat16 depends on how many tokens a step has; None draws one.
-      stop: strings that end the text, and are left out of it.
-      stop_token_ids: tokens that end the request, besides the checkpoint's own; their text is left out, too.
-      ignore_eos: go on past the checkpoint's own stop tokens: those of generation_config.json, or of config.json where
-        it names none, and harmony's.
-      logprobs: how many of the likeliest tokens to report at each position, besides the chosen one; None for
-        no report.
-      n: how many completions of the prompt, whose pages they share; the i-th uses seed + i.
-      min_tokens: tokens before which nothing that ends the request may be chosen.
-      repetition_penalty: above 1 makes tokens of prompt and output less likely: divides their positive logits,
-        multiplies their negative ones.
-      presence_penalty: subtracted from the logits of tokens in the output.
-      frequency_penalty: subtracted for each time that a token is in the output.
-      logit_bias: added to the logits of these tokens.
-      prompt_logprobs: as `logprobs`, for the tokens of the prompt.
-      structured_outputs: the form that the answer must have: in a chat the text of its final channel, else all of it.
+      max_tokens: maximum number of tokens to generate; None allows as many as the context holds.
+      temperature: divides the logits; 0 selects the most likely token.
+      top_p: keeps the smallest set of most likely tokens whose total probability reaches this value.
+      top_k: keeps this many of the most likely tokens, including ties with the last one; 0 or -1 keeps all.
+      min_p: keeps tokens whose probability is at least this fraction of the most likely token's.
+      seed: makes a request's tokens reproducible regardless of the other requests in the batch, up to the rounding of
+        logits, which in bfloat16 depends on the number of tokens in a step; None draws a random seed.
+      stop: strings that end the generation; the output text does not include them.
+      stop_token_ids: tokens that end the request, in addition to the checkpoint's own; their text is left out as well.
+      ignore_eos: continue past the checkpoint's own stop tokens: those of generation_config.json, or of config.json if
+        it lists none, and harmony's.
+      logprobs: number of most likely tokens to report at each position, besides the chosen one; None reports none.
+      n: number of completions of the prompt; they share the prompt's pages, and completion i uses seed + i.
+      min_tokens: number of tokens before which no token or string may end the request.
+      repetition_penalty: divides the positive logits, and multiplies the negative logits, of tokens in the prompt and
+        the output; values above 1 make them less likely.
+      presence_penalty: subtracted from the logits of tokens that occur in the output.
+      frequency_penalty: subtracted from a token's logit once for each of its occurrences in the output.
+      logit_bias: values added to the logits, by token id.
+      prompt_logprobs: like `logprobs`, for the tokens of the prompt.
+      structured_outputs: constraint on the answer: in a chat on the text of the final channel, else on all text.
     """
 
     max_tokens: int | None = None
@@ -136,7 +135,7 @@ class SamplingParams:
             self._check("ignore_eos", not self.ignore_eos, "false with structured_outputs")
 
     def _normalise(self) -> None:
-        """Take what JSON and other libraries make of a value: null, a lone string, keys as text, -1 for all."""
+        """Convert values as JSON and other libraries write them: null, a single string, keys as text, -1 for all."""
         put = partial(object.__setattr__, self)
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
@@ -149,17 +148,17 @@ class SamplingParams:
             self._check("logit_bias", isinstance(self.logit_bias, Mapping), "token ids with a number each")
             keys = [int(key) if isinstance(key, str) and key.isdecimal() else key for key in self.logit_bias]
             put("logit_bias", dict(zip(keys, self.logit_bias.values(), strict=True)))
-        if isinstance(form := self.structured_outputs, Mapping):
+        if isinstance(constraint := self.structured_outputs, Mapping):
             known = {field.name for field in dataclasses.fields(StructuredOutputsParams)}
-            for name in sorted(form.keys() - known):
+            for name in sorted(constraint.keys() - known):
                 raise UsageError(f"structured_outputs.{name}: expected one of {', '.join(sorted(known))}")
-            put("structured_outputs", StructuredOutputsParams(**form))
+            put("structured_outputs", StructuredOutputsParams(**constraint))
         fine = self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams)
         self._check("structured_outputs", fine, 'an object such as {"regex": "[0-9]+"}')
 
     @property
     def penalised(self) -> bool:
-        """Whether what has been generated changes the logits."""
+        """Whether the tokens generated so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
@@ -167,19 +166,22 @@ class SamplingParams:
 
 
 def is_int(value: Any, least: int, most: int = 2**31 - 1) -> bool:
-    """Whether it is an integer from `least` to `most`."""
+    """Whether `value` is an integer, and no boolean, from `least` to `most`."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
 def is_number(value: Any, least: float, most: float) -> bool:
-    """Whether it is a number from `least` to `most`."""
+    """Whether `value` is a real number, and no boolean, from `least` to `most`."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return real and bool(least <= value <= most)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one position, before temperature: of the chosen token, and of the likeliest."""
+    """Log-probabilities at one position, before temperature.
+
+    `logprob` is that of the chosen token, `top` those of the most likely tokens by id.
+    """
 
     token_id: int
     logprob: float
@@ -190,8 +192,9 @@ class TokenLogprobs:
 class CompletionOutput:
     """One generated sequence.
 
-    `text` is all of its text (None without a tokenizer), in a chat the final answer's. `message` is a chat's
-    OpenAI-style assistant message (content, thinking, tool_calls), and `malformed` says where its form is broken.
+    `text` is the generated text, or None without a tokenizer; in a chat it is the text of the final answer. `message`
+    is the OpenAI-style assistant message of a chat (content, thinking, tool_calls). `malformed` lists the violations
+    of the harmony format, one line each.
     """
 
     index: int
@@ -207,8 +210,8 @@ class CompletionOutput:
 class RequestOutput:
     """A request's prompt and what was generated for it.
 
-    `prompt_logprobs` has None for the first token. `cached_tokens` of the prompt were taken up from earlier ones. Of
-    `drafted_tokens`, guessed where the engine guesses, `accepted_tokens` stood.
+    `prompt_logprobs` has None for the first token. `cached_tokens` is the number of prompt tokens found in the prefix
+    cache. `drafted_tokens` counts the tokens that speculative decoding proposed, `accepted_tokens` those it accepted.
     """
 
     request_id: str
@@ -223,24 +226,27 @@ class RequestOutput:
 
 
 Scope = Literal["text", "final", "final or call"]
-"""Where a form applies: to all of a completion, or to harmony's final channel; with calls of tools instead, or not."""
+"""The part of a completion that a constraint applies to.
+
+"text" is all of it, "final" is harmony's final channel. "final or call" allows tool calls instead of a final answer.
+"""
 
 
 class TokenConstraint(Protocol):
-    """What a sequence's next token may be."""
+    """Restricts the next token of one sequence."""
 
-    def fill(self, words: np.ndarray) -> None:
-        """Set the bits of the tokens that may come next in uint32 words, which are all ones."""
+    def fill(self, bitmask: np.ndarray) -> None:
+        """Set the bits of `bitmask`, uint32 words that are all ones on entry, to the tokens allowed next."""
         ...
 
     def accept(self, token: int) -> None:
-        """Take note of the token that came."""
+        """Advance by the sampled token."""
         ...
 
 
-class ConstraintMaker(Protocol):
-    """Makes the constraint of a completion. Raises UsageError for a form that cannot be used."""
+class ConstraintFactory(Protocol):
+    """Creates the constraint of a completion. Raises UsageError for a grammar that cannot be used."""
 
-    def __call__(self, form: StructuredOutputsParams, scope: Scope) -> TokenConstraint:
-        """One constraint for one completion."""
+    def __call__(self, params: StructuredOutputsParams, scope: Scope) -> TokenConstraint:
+        """A new constraint, for a single completion."""
         ...

@@ -246,7 +246,7 @@ def test_held_out_problems() -> None:
     assert problems == arithmetic.held_out_problems(500)
     assert len(set(problems)) == 500
     assert all(map(arithmetic.is_held_out, problems))
-    assert not any(map(arithmetic.may_be_seen, problems))
+    assert not any(map(arithmetic.may_train_on, problems))
     assert {p.op for p in problems} == {"+", "-"}
 
 

@@ -1,1 +1,1 @@
-"""Scripts around the project: conversion, training of the embedded model, goldens."""
+"""Development tools: checkpoint conversion, training of the embedded model, and golden files for the tests."""

@@ -47,15 +47,15 @@ def sampling_modes(text: str) -> tuple[str, ...]:
 class HalfVocabulary:
     """A constraint that always allows every other token of the vocabulary."""
 
-    def fill(self, words: np.ndarray) -> None:
+    def fill(self, bitmask: np.ndarray) -> None:
         """Set the bits of the allowed tokens."""
-        words[:] = 0x55555555
+        bitmask[:] = 0x55555555
 
     def accept(self, token: int) -> None:
         """Ignore the token: the constraint has no state."""
 
 
-def half_vocabulary(form: StructuredOutputsParams, scope: Scope) -> HalfVocabulary:
+def half_vocabulary(params: StructuredOutputsParams, scope: Scope) -> HalfVocabulary:
     """Return the same constraint for every grammar."""
     return HalfVocabulary()
 

@@ -1,1 +1,1 @@
-"""Files to weights and back: Hugging Face, OpenAI and Orbax layouts."""
+"""Reads, writes and converts checkpoints in the layouts of Hugging Face, OpenAI and Orbax."""

@@ -1,4 +1,4 @@
-"""Conversion between layouts, one tensor in memory at a time."""
+"""Converts checkpoints between layouts, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptoss_jax.model.gpt_oss import weight_specs
 
 Layout = Literal["hf", "orbax"]
 
-CARRIED = (
+COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,7 +32,7 @@ CARRIED = (
     "LICENSE",
     "USAGE_POLICY",
 )
-"""Files beside the weights that go along, where the source has them."""
+"""Files beside the weights that are copied if the source has them."""
 
 Advance = Callable[[int], object]
 
@@ -46,11 +46,10 @@ def convert(
     max_shard_bytes: int = 5_000_000_000,
     progress: bool | None = None,
 ) -> int:
-    """Write the checkpoint `source`, of any layout, as a new directory `target`; returns its tensors' bytes.
+    """Write the checkpoint `source`, of any layout, to a new directory `target`; returns its size in bytes.
 
-    Tensors keep the bytes and dtypes that they have. `target` appears when all of it is written, and with
-    `verify` read back and compared. Progress goes to stderr if `progress`, or if that is a terminal. Raises
-    CheckpointError.
+    Tensors keep their bytes and dtypes. `target` appears once it is complete and, with `verify`, has been read back and
+    compared. `progress` shows a progress bar on stderr; None shows it if stderr is a terminal. Raises CheckpointError.
     """
     with open_checkpoint(source) as checkpoint:
         checkpoint.validate(weight_specs(checkpoint.config))
@@ -60,9 +59,9 @@ def convert(
             _check_space(partial, target, total)
             with _bar("Converting", total, progress) as advance:
                 written = _write(checkpoint, tensors, partial, to, max_shard_bytes, advance)
-            _carry(checkpoint, written)
+            _copy_files(checkpoint, written)
             if verify:
-                compare(checkpoint, written, progress=progress, called=target)
+                compare(checkpoint, written, progress=progress, shown_as=target)
             if written != partial:
                 for path in written.iterdir():
                     path.rename(partial / path.name)
@@ -71,7 +70,7 @@ def convert(
 
 
 def tensor_info(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    """A checkpoint's tensor as Hugging Face's layout, and ours in Orbax, stores it."""
+    """A checkpoint's tensor as it is stored in Hugging Face's layout and in our Orbax layout."""
     tensor = checkpoint.tensors[name]
     shape = stored_shape(name, tensor.shape) if len(tensor.shape) == 3 else tensor.shape
     return TensorInfo(name, tensor.entry.dtype, shape)
@@ -85,7 +84,7 @@ def _write(
     max_shard_bytes: int,
     advance: Advance,
 ) -> Path:
-    """Write the tensors into or below `directory`, and tell where."""
+    """Write the tensors into `directory` or a directory below it, which is returned."""
     infos = {info.name: info for info in tensors}
 
     def read(name: str) -> np.ndarray:
@@ -101,17 +100,17 @@ def _write(
         return directory
     from gptoss_jax.checkpoints.orbax_writer import write_orbax
 
-    # Orbax makes the directory itself.
+    # Orbax creates the directory itself.
     write_orbax(directory / "orbax", tensors, read)
     return directory / "orbax"
 
 
-def _carry(checkpoint: Checkpoint, directory: Path) -> None:
+def _copy_files(checkpoint: Checkpoint, directory: Path) -> None:
     if any(tensor.entry.name.startswith("block.") for tensor in checkpoint.tensors.values()):
         write_json(directory / "config.json", checkpoint.config.to_dict())
     else:
         shutil.copyfile(checkpoint.path / "config.json", directory / "config.json")
-    for name in CARRIED:
+    for name in COPIED_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
 
@@ -123,11 +122,11 @@ def _check_space(partial: Path, target: str | Path, needed: int) -> None:
 
 
 def compare(
-    source: Checkpoint, target: str | Path, *, progress: bool | None = None, called: str | Path | None = None
+    source: Checkpoint, target: str | Path, *, progress: bool | None = None, shown_as: str | Path | None = None
 ) -> int:
-    """Compare every tensor of two checkpoints byte for byte, whatever their layouts; returns the tensors' bytes.
+    """Compare every tensor of two checkpoints of any layout byte for byte; returns their size in bytes.
 
-    Raises CheckpointError naming the first tensor that differs. The target is named `called` in messages.
+    Raises CheckpointError naming the first tensor that differs. Messages call the target `shown_as`, if given.
     """
     try:
         with open_checkpoint(target) as other:
@@ -141,9 +140,9 @@ def compare(
                     _compare_tensor(source, other, name, advance)
         return total
     except CheckpointError as error:
-        if called is None:
+        if shown_as is None:
             raise
-        raise CheckpointError(str(error).replace(str(target), str(called))) from None
+        raise CheckpointError(str(error).replace(str(target), str(shown_as))) from None
 
 
 def _compare_tensor(source: Checkpoint, target: Checkpoint, name: str, advance: Advance) -> None:
@@ -176,7 +175,7 @@ def _bar(title: str, total: int, progress: bool | None) -> Iterator[Advance]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 5GB. Raises ValueError."""
+    """The number of bytes in a size such as 500MB or 5GB. Raises ValueError."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number = text.strip().upper().rstrip("BKMGT")
     unit = text.strip().upper()[len(number) :]

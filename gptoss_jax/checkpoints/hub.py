@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local directory, or what the Hub has under a name."""
+"""Resolves the name of a checkpoint: a local directory, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HUB_PATTERNS = (
 
 
 def resolve(name: str | Path) -> Path:
-    """The local directory of a checkpoint: `name` itself, or a Hub repository's `org/name`, downloaded if need be.
+    """The local directory of a checkpoint: `name` itself, or the download of the Hub repository `org/name`.
 
-    Progress goes to stderr; without a network the Hub's local cache serves. Raises CheckpointError, and UsageError for
-    what is no name.
+    Files in the Hub's local cache are not downloaded again, and without a network only the cache is used. Progress goes
+    to stderr. Raises CheckpointError, or UsageError if `name` is neither text nor a path.
     """
     expect(isinstance(name, str | Path), "path", "a checkpoint's directory or a Hub name", name)
     try:
@@ -31,7 +31,7 @@ def resolve(name: str | Path) -> Path:
     except RuntimeError:  # ~nobody
         path = Path(name)
     try:
-        # An empty name would be the current directory.
+        # Path("") is the current directory.
         if str(name) and path.is_dir():
             return path
         if str(name) and path.exists():
@@ -40,12 +40,12 @@ def resolve(name: str | Path) -> Path:
         raise CheckpointError(f"{show(name)}: {error.strerror}") from None
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", str(name), re.ASCII):
         raise CheckpointError(f"{show(name)}: no such directory")
-    # Imported here because it takes longer than reading a config.
+    # Imported here because the import takes longer than reading a config.
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        # `*` matches slashes as well: folders hold other copies of the same weights.
+        # `*` also matches slashes, and subfolders hold other copies of the same weights.
         return Path(
             huggingface_hub.snapshot_download(
                 str(name), allow_patterns=list(HUB_PATTERNS), ignore_patterns=["*/*"]
@@ -55,7 +55,7 @@ def resolve(name: str | Path) -> Path:
         reason = "the Hub repository is gated: log in with `hf auth login` and ask for access"
     except RepositoryNotFoundError:
         reason = "the Hub has no such repository, or it is private"
-    except Exception as error:  # The library lets through whatever its HTTP client of the day raises.
+    except Exception as error:  # The library does not wrap the exceptions of its HTTP client, which varies.
         reason = f"the Hub could not be reached: {_first_cause(error)}"
     raise CheckpointError(f"{name}: not a local directory, and {reason}")
 

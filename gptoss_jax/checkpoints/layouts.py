@@ -1,6 +1,6 @@
-"""How files name and shape the tensors that the model declares: Hugging Face's layout and OpenAI's.
+"""Maps the tensor names and shapes of Hugging Face's and OpenAI's layouts to those that the model declares.
 
-Layout differences live here and nowhere else.
+All differences between the layouts are handled in this module.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("BF16", "F32", "F16")
 
-# Buffers that some exports keep and that follow from the config.
+# Buffers that some exporters write and that can be computed from the config.
 _UNUSED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq)")
 _EXPERT_MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)")
 
-# OpenAI's names as openai/gpt-oss `gpt_oss/torch/{model,weights}.py` has them. Its rotary halves the head as
-# Hugging Face's does, so q and k rows keep their order.
+# OpenAI's names as in openai/gpt-oss `gpt_oss/torch/{model,weights}.py`. Its rotary embedding splits the head in halves
+# as Hugging Face's does, so the rows of q and k keep their order.
 _OPENAI_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "norm.scale": "model.norm.weight",
@@ -60,24 +60,24 @@ _OPENAI_BLOCK = re.compile(r"block\.(\d+)\.(.+)")
 
 
 class TensorFile(Protocol):
-    """Tensors in one place, whose headers have been checked: a safetensors file, or an Orbax directory."""
+    """A container of tensors whose headers have been checked: a safetensors file or an Orbax directory."""
 
     path: Path
     tensors: dict[str, TensorEntry]
 
     def read_into(self, entry: TensorEntry, box: Box, out: np.ndarray, pool: Executor | None = None) -> None:
-        """Fill `out`, any view of the shape of `box`, with that slice of a tensor, converted to `out`'s dtype."""
+        """Read the slice `box` of a tensor into `out`, any view of the same shape, converted to `out`'s dtype."""
 
     def close(self) -> None:
-        """Nothing can be read any longer."""
+        """Close the container; reading is an error afterwards."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor under the model's name and shape, and where it is stored.
+    """A tensor by the model's name and shape, and its location in a file.
 
-    It is the rows from `first_row` of `entry` (the fused q|k|v of OpenAI's layout), and `transposed` if the file
-    has the last two dimensions the other way around.
+    The tensor consists of the rows of `entry` from `first_row` on (OpenAI's layout fuses q, k and v). `transposed`
+    means that the file stores the last two dimensions swapped.
     """
 
     name: str
@@ -99,7 +99,7 @@ class StoredTensor:
         return f"{self.file.path}: {show(self.entry.name)}{alias}"
 
     def read_into(self, box: Box, out: np.ndarray, pool: ThreadPoolExecutor) -> None:
-        """Fill `out` with a slice of the tensor, converted to `out`'s dtype."""
+        """Read the slice `box` of the tensor into `out`, converted to `out`'s dtype."""
         if self.transposed:
             box, out = [*box[:-2], box[-1], box[-2]], out.swapaxes(-1, -2)
         if self.first_row:
@@ -109,17 +109,17 @@ class StoredTensor:
 
 
 def is_openai(name: str) -> bool:
-    """Whether a tensor of a block goes by the name that OpenAI's layout gives it."""
+    """Whether a name is that of a block's tensor in OpenAI's layout."""
     return _OPENAI_BLOCK.fullmatch(name) is not None
 
 
 def is_unused(name: str) -> bool:
-    """Whether a tensor is a buffer that follows from the config."""
+    """Whether a tensor is a buffer that can be computed from the config."""
     return _UNUSED.fullmatch(name) is not None
 
 
 def tensors_of(file: TensorFile, config: ModelConfig) -> Iterator[StoredTensor]:
-    """A file's tensors under the model's names and shapes; what neither layout knows keeps its name."""
+    """A file's tensors by the model's names and shapes; tensors unknown to both layouts keep their names."""
     for entry in file.tensors.values():
         block = _OPENAI_BLOCK.fullmatch(entry.name)
         if block and block[2] in ("attn.qkv.weight", "attn.qkv.bias"):
@@ -130,7 +130,7 @@ def tensors_of(file: TensorFile, config: ModelConfig) -> Iterator[StoredTensor]:
         elif entry.name in _OPENAI_NAMES:
             yield StoredTensor(_OPENAI_NAMES[entry.name], entry.shape, file, entry)
         elif _EXPERT_MATRIX.fullmatch(entry.name) and len(entry.shape) == 3:
-            # Unquantised, Hugging Face stores experts with the contracting dimension first.
+            # Hugging Face's layout stores unquantised experts with the contracting dimension first.
             experts, inputs, outputs = entry.shape
             yield StoredTensor(entry.name, (experts, outputs, inputs), file, entry, transposed=True)
         else:
@@ -157,5 +157,5 @@ def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_stored_transposed(name: str) -> bool:
-    """Whether Hugging Face's layout has a tensor's last two dimensions the other way around than the model."""
+    """Whether Hugging Face's layout stores a tensor with the last two dimensions swapped."""
     return _EXPERT_MATRIX.fullmatch(name) is not None

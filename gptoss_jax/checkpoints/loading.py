@@ -1,4 +1,4 @@
-"""A model from a checkpoint, or with random weights."""
+"""Builds models from checkpoints or with random weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def load_model(
 ) -> GptOss:
     """Load a checkpoint: a local directory, or a Hub name that is downloaded first.
 
-    Computation and plain weights are in `dtype`; experts stay in MXFP4 where the checkpoint has them so. `mesh` is
-    `expert=4,tensor=2`, a preset's name or a `jax.sharding.Mesh`, over which `rules` split the weights; None is one
-    device. Progress goes to stderr if `progress`, or if that is a terminal. Raises CheckpointError or ShardingError
-    before anything is computed.
+    `dtype` is that of plain weights and of the computation; experts that the checkpoint stores in MXFP4 stay packed.
+    `mesh` is a description such as `expert=4,tensor=2`, the name of a preset or a `jax.sharding.Mesh`, over which
+    `rules` shard the weights; None is one device. `progress` shows a progress bar on stderr; None shows it if stderr is
+    a terminal. Raises CheckpointError or ShardingError before anything is computed.
     """
     with open_checkpoint(resolve(path)) as checkpoint:
         checkpoint.validate(weight_specs(checkpoint.config))
@@ -55,21 +55,22 @@ def random_model(
     rules: ShardingRules | None = None,
     seed: int = 0,
 ) -> GptOss:
-    """A model of any shape with random weights, for tests and benchmarks; its experts are drawn packed.
+    """A model of any shape with random weights, for tests and benchmarks; packed experts are drawn in MXFP4.
 
-    `mesh` and `rules` are as for `load_model`. Raises CheckpointError for a config that no checkpoint could have.
+    `mesh` and `rules` are as for `load_model`. Raises CheckpointError for an invalid config.
     """
-    # A config made in Python is checked as one that is read.
+    # Checks a config made in Python like one that is read from a file.
     config = ModelConfig.from_dict(config.to_dict())
-    # The hardware generator: threefry would take minutes for the released sizes on a CPU.
+    # Uses the hardware generator, because threefry takes minutes on a CPU for the released sizes.
     create = partial(random_creator, jax.random.key(seed, impl="rbg"), check_dtype(dtype))
     return _build(config, create, partition_for(config, mesh, rules))
 
 
 def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Partition) -> GptOss:
-    """The model on its mesh; each weight goes straight to its shards, but for heads in an order of the mesh's own.
+    """The model on its mesh.
 
-    Packed experts are then prepared for the kernels, each before the next is made; see `largest_first` for the order.
+    Each weight is created directly on its shards, except attention weights whose heads the mesh rearranges. Packed
+    experts are prepared for the kernels one by one, in the order of `largest_first`.
     """
     specs = weight_specs(config)
     create = _on_device(creator, partition) if partition.mesh is None else _on_mesh(specs, creator, partition)
@@ -78,12 +79,12 @@ def _build(config: ModelConfig, creator: Callable[..., Creator], partition: Part
 
 
 def largest_first(specs: Iterable[WeightSpec]) -> list[WeightSpec]:
-    """The order in which weights are made: by falling size, and one kind layer by layer.
+    """The order in which weights are created: by descending size, and weights of one kind layer by layer.
 
-    Preparing a packed weight needs memory beside it, which is free afterwards. JAX's allocator for GPUs gives a free
-    block away whole unless half of it or 128 MiB would be left: to a smaller weight, which then holds the rest as
-    long as it lives. Layer by layer this would lose up to a sixth of the weights' size. In this order the next weight
-    of a kind fits exactly, and only once a kind ends is what it leaves free given to smaller ones.
+    Preparing a packed weight needs temporary memory. JAX's GPU allocator splits a free block only if at least half of
+    it or 128 MiB remain; otherwise a smaller weight gets the whole block and wastes the rest for its lifetime. Creating
+    weights layer by layer would waste up to a sixth of their size. In this order the next weight of a kind fits a freed
+    block exactly, and smaller weights use freed blocks only after the last weight of a kind.
     """
     return sorted(specs, key=lambda spec: math.prod(spec.shape), reverse=True)
 
@@ -94,7 +95,7 @@ def _on_device(creator: Callable[..., Creator], partition: Partition) -> Creator
 
 
 def _on_mesh(specs: Iterable[WeightSpec], creator: Callable[..., Creator], partition: Partition) -> Creator:
-    # All of them before the first is read, so that a mesh that cannot be is refused at once.
+    # All weights are placed before the first is read, so that an impossible mesh raises at once.
     placed = {spec.name: place(spec, partition) for spec in specs}
     rearranged = {name for name, spec in placed.items() if any(spec.sources)}
 
@@ -115,7 +116,7 @@ def _on_mesh(specs: Iterable[WeightSpec], creator: Callable[..., Creator], parti
 
 
 def check_dtype(dtype: str) -> jnp.dtype:
-    """The dtype of that name. Raises UsageError."""
+    """The dtype named `dtype`. Raises UsageError."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected {' or '.join(DTYPES)}, found {dtype!r}")
     return jnp.dtype(dtype)

@@ -1,4 +1,4 @@
-"""A directory that appears when it is complete, or not at all."""
+"""Creates a directory atomically: it appears once it is complete, or not at all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gptoss_jax.errors import CheckpointError
 
 @contextlib.contextmanager
 def new_directory(directory: str | Path) -> Iterator[Path]:
-    """A directory to fill, that appears as `directory` when the block ends without an exception.
+    """A temporary directory that becomes `directory` when the block ends without an exception.
 
-    `directory` must not exist or be empty. Until then it is a hidden one beside it; what killed processes left of
-    those is removed. Raises CheckpointError, also for an OSError inside the block.
+    `directory` must not exist or must be empty. The temporary directory is hidden and beside it; those that killed
+    processes left behind are removed. Raises CheckpointError, also for an OSError inside the block.
     """
     directory = Path(directory).absolute()
     try:
@@ -45,7 +45,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory, in which a writer's threads may still be making files."""
+    """Remove a directory in which the threads of a writer may still create files."""
     gone_since = None
     for _ in range(100):
         shutil.rmtree(directory, ignore_errors=True)
@@ -58,7 +58,7 @@ def _remove(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Whether a lock on the directory was free, that lasts as long as the block and the process."""
+    """Try to lock a directory for the duration of the block or the process; yields whether that succeeded."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -68,7 +68,7 @@ def _locked(directory: Path) -> Iterator[bool]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
-        except OSError:  # Held by a living process, or a file system without locks.
+        except OSError:  # Held by a running process, or the file system has no locks.
             free = False
         yield free
     finally:

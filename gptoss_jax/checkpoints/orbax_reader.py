@@ -1,7 +1,8 @@
-"""Orbax checkpoints: one array a tensor, under the names, shapes and dtypes of Hugging Face's layout.
+"""Reads Orbax checkpoints with one array per tensor, by the names, shapes and dtypes of Hugging Face's layout.
 
-Reading goes through TensorStore, on which Orbax stands: slices as every other layout gives them, converted, padded
-and checked alike, without the barriers of a collective restore. `orbax_writer` writes them.
+The arrays are read with TensorStore, on which Orbax is built. This gives the same interface to slices as the other
+layouts, with the same conversion, padding and checks, and without the barriers of a collective restore.
+`orbax_writer` writes such checkpoints.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class OrbaxDirectory:
-    """The arrays of an Orbax checkpoint, OCDBT or a directory each; nested trees go by their keys joined by dots.
+    """The arrays of an Orbax checkpoint, in OCDBT or with one directory each.
 
-    `tensors` maps each name to its entry. `on_read`, if given, is called with the size of every slice (from any
-    thread). Opening raises CheckpointError naming the directory and the array that is wrong.
+    `tensors` maps each name to its entry; in nested trees the name is the keys joined by dots. `on_read`, if given, is
+    called from any thread with the size of each slice read. The constructor raises CheckpointError naming the directory
+    and the array.
     """
 
     def __init__(self, path: Path, on_read: Callable[[int], None] | None = None) -> None:
@@ -39,7 +41,7 @@ class OrbaxDirectory:
         metadata = _metadata(path)
         self._spec: dict[str, Any] = {
             "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
-            # Otherwise an array whose data is gone reads as zeros.
+            # By default, an array whose data is missing reads as zeros.
             "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value", False),
         }
         self._ocdbt = (path / "manifest.ocdbt").exists() or metadata.get("use_ocdbt") is True
@@ -54,7 +56,7 @@ class OrbaxDirectory:
         self.tensors = {name: _entry(path, name, store) for name, store in self._stores.items()}
 
     def close(self) -> None:
-        """Forget the arrays; they can no longer be read."""
+        """Close the arrays; reading is an error afterwards."""
         self._stores.clear()
         self.tensors = {}
 
@@ -65,9 +67,9 @@ class OrbaxDirectory:
         return ts.open(self._spec | {"kvstore": place}, open=True, read=True, context=self._context)
 
     def read_into(self, entry: TensorEntry, box: Box, out: np.ndarray, pool: Executor | None = None) -> None:
-        """Fill `out`, of the shape of `box`, with that slice of a tensor, converted to `out`'s dtype.
+        """Read the slice `box` of a tensor into `out`, converted to `out`'s dtype.
 
-        `out` may be any view. Chunks that the slice touches are read whole.
+        `out` is any view of the same shape. Chunks that the slice intersects are read whole.
         """
         if not out.size:
             return
@@ -90,7 +92,7 @@ class OrbaxDirectory:
 
 
 def _pieces(out: np.ndarray) -> Iterator[tuple[slice, ...]]:
-    """Slices along the first dimension, of about a chunk."""
+    """Slices along the first dimension, of about `CHUNK_BYTES` each."""
     if not out.shape:
         yield ()
         return
@@ -105,7 +107,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     try:
         fields = load_json(file, file.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file, so this is no whole Orbax checkpoint of arrays") from None
+        raise CheckpointError(f"{file}: no such file, so the Orbax checkpoint of arrays is incomplete") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("tree_metadata"), dict):
@@ -114,7 +116,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _names(path: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
-    """The arrays' names as Orbax stores them: a tree's keys joined with dots."""
+    """The names of the arrays as Orbax stores them: the keys of the tree joined by dots."""
     for key, leaf in metadata["tree_metadata"].items():
         try:
             name = ".".join(str(part["key"]) for part in leaf["key_metadata"])
@@ -125,7 +127,7 @@ def _names(path: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
             ) from None
         if kind not in ("jax.Array", "np.ndarray"):
             raise CheckpointError(f"{path}: {show(name)}: expected an array, found {show(kind)}")
-        # What comes from a file must not name files elsewhere.
+        # A name read from a file must not refer to files elsewhere.
         if not name or "/" in name or ".." in name:
             raise CheckpointError(f"{path}: expected an array's name, found {show(name)}")
         yield name

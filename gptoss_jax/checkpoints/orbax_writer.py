@@ -1,4 +1,4 @@
-"""Writes Orbax checkpoints with orbax-checkpoint, one tensor in memory at a time."""
+"""Writes Orbax checkpoints with orbax-checkpoint, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ except ImportError as error:
     raise CheckpointError(f"Orbax checkpoints need the package orbax-checkpoint: {error}") from None
 
 WRITE_CHUNK_BYTES = 2 << 20
-"""What one read takes at least: small next to an expert, so that tensor parallelism reads little in vain."""
+"""Chunk size, the minimum size of a read: small relative to an expert, so that sharded reads waste little."""
 
 DATA_FILE_BYTES = 256 << 20
-"""Orbax holds a data file in memory until it is full."""
+"""Size of a data file, which Orbax holds in memory until it is full."""
 
-# As TensorStore's messages end.
+# The end of TensorStore's error messages.
 _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs what it raises as well."""
+    """Suppress Orbax's logging of exceptions that it also raises."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -44,7 +44,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _Lazy:
-    """An array that is made when it is written."""
+    """An array that is created when it is written."""
 
     def __init__(self, info: TensorInfo, make: Callable[[str], np.ndarray]) -> None:
         self.shape, self.dtype, self.nbytes = info.shape, DTYPES[info.dtype], info.nbytes
@@ -53,7 +53,7 @@ class _Lazy:
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Makes and writes one array after the other, where Orbax would hold all of them."""
+    """Creates and writes one array at a time; Orbax by itself would hold all of them in memory."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -64,16 +64,16 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         """Write the values and wait for them."""
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
             commits = await super().serialize([value.make()], [info], [arg])
-            # A commit holds its array.
+            # A pending commit keeps its array alive.
             while commits:
                 commits.pop().result()
         return []
 
 
 def write_orbax(directory: Path, tensors: Sequence[TensorInfo], make: Callable[[str], np.ndarray]) -> None:
-    """Write a new directory of arrays, each made by its name when its turn comes, one at a time in memory.
+    """Write a new directory of arrays. `make` creates each by its name, one at a time in memory.
 
-    Raises OSError if it cannot be written, and whatever `make` raises.
+    Raises OSError if the directory cannot be written, and any exception of `make`.
     """
     failures: list[BaseException] = []
 
@@ -91,7 +91,7 @@ def write_orbax(directory: Path, tensors: Sequence[TensorInfo], make: Callable[[
     save_args = {
         info.name: ocp.SaveArgs(
             chunk_byte_size=WRITE_CHUNK_BYTES,
-            # Whole experts, where there are any, or parts of one.
+            # A chunk of stacked experts holds whole experts or a part of one.
             shard_axes=(0,) if len(info.shape) > 2 else (),
         )
         for info in tensors

@@ -1,11 +1,11 @@
-"""Checkpoints in: Hugging Face's and OpenAI's layouts and Orbax, straight into the shards of a mesh.
+"""Reads checkpoints in the layouts of Hugging Face, OpenAI and Orbax, directly into the shards of a mesh.
 
     checkpoint = open_checkpoint(resolve("openai/gpt-oss-20b"))
     checkpoint.validate(specs)                      # every header against the model, before any tensor is read
-    create = checkpoint.creator("bfloat16")         # building the model with it is loading it
+    create = checkpoint.creator("bfloat16")         # the model's constructor loads its weights with it
 
-Whatever the layout, tensors go by the names and shapes that the model declares (weights.py), packed ones as
-`<name>_blocks` and `<name>_scales`. Layout differences live in layouts.py and nowhere else.
+Tensors of every layout have the names and shapes that the model declares (model/weights.py); packed ones are
+`<name>_blocks` and `<name>_scales`. layouts.py handles the differences between layouts.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ NAN_SCALE = 255
 
 
 class Checkpoint:
-    """An opened checkpoint: `config`, and `tensors` by the model's names; nothing but headers has been read yet.
+    """An open checkpoint: its `config`, and `tensors` by the model's names. Opening reads only the headers.
 
-    `bytes_read` counts what this process has read of the files, headers included.
+    `bytes_read` counts the bytes that this process has read from the files, including headers.
     """
 
     def __init__(self, path: Path, config: ModelConfig, files: Sequence[Path]) -> None:
-        """Open the given files of `path`; use `open_checkpoint` unless you know them. Raises CheckpointError."""
+        """Open the given files of `path`, which `open_checkpoint` finds. Raises CheckpointError."""
         self.path = path
         self.bytes_read = 0
         self._lock = threading.Lock()
@@ -74,14 +74,14 @@ class Checkpoint:
                     raise CheckpointError(f"{tensor.where}: found twice, also in {other.file.path.name}")
                 self.tensors[tensor.name] = tensor
         if any(is_openai(t.entry.name) for t in self.tensors.values()):
-            # OpenAI's config.json does not tell.
+            # OpenAI's config.json does not record the quantization.
             packed = any(name.endswith("_blocks") for name in self.tensors)
             self.config = dataclasses.replace(config, quantization="mxfp4" if packed else None)
 
     def _open(self, file: Path) -> TensorFile:
         if not is_orbax(file):
             return SafetensorsFile(file, self._count)
-        # Imported here because not every installation has it.
+        # Imported here because orbax-checkpoint is an optional dependency.
         from gptoss_jax.checkpoints.orbax_reader import OrbaxDirectory
 
         return OrbaxDirectory(file, self._count)
@@ -91,7 +91,7 @@ class Checkpoint:
             self.bytes_read += size
 
     def close(self) -> None:
-        """Close the files; arrays that were read stay."""
+        """Close the files; arrays that were read remain valid."""
         self._pool.shutdown()
         for file in self.files:
             file.close()
@@ -103,7 +103,7 @@ class Checkpoint:
         self.close()
 
     def validate(self, specs: Iterable[WeightSpec]) -> None:
-        """Check every header against all of a model's weights: names, dtypes, shapes.
+        """Check the names, dtypes and shapes of all tensors against the weights of a model.
 
         Raises CheckpointError for a tensor that is missing, wrong, or unknown to the model.
         """
@@ -114,7 +114,7 @@ class Checkpoint:
             raise CheckpointError(f"{unknown[0].where}: unknown tensor, not part of this model{more}")
 
     def _parts(self, spec: WeightSpec) -> list[StoredTensor]:
-        """The tensors that make up a weight, checked."""
+        """The tensors that make up a weight, after checking them."""
         self._check_quantization(spec)
         stored = spec.stored
         if not spec.packed:
@@ -133,13 +133,13 @@ class Checkpoint:
             )
         if spec.packed and plain:
             raise CheckpointError(
-                f"{self.tensors[spec.name].where}: expected MXFP4 (_blocks and _scales) as config.json's "
-                f"quantization_config tells, found plain {self.tensors[spec.name].entry.dtype}"
+                f"{self.tensors[spec.name].where}: expected MXFP4 (_blocks and _scales) according to "
+                f"config.json's quantization_config, found plain {self.tensors[spec.name].entry.dtype}"
             )
         if not spec.packed and packed:
             raise CheckpointError(
-                f"{self.tensors[f'{spec.name}_blocks'].where}: expected a plain {spec.name} as config.json has no "
-                "quantization_config, found MXFP4"
+                f"{self.tensors[f'{spec.name}_blocks'].where}: expected a plain {spec.name}, because config.json has "
+                "no quantization_config, found MXFP4"
             )
 
     def _part(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> StoredTensor:
@@ -164,10 +164,10 @@ class Checkpoint:
         dtype: DTypeLike | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> np.ndarray:
-        """A tensor, or the slice `index` of it (steps of 1), in `dtype` or as stored.
+        """A tensor by the model's name, or its slice `index` (steps of 1), in `dtype` or as stored.
 
-        `name` is the model's; only the bytes of the slice are read. A `shape` larger than the stored one has zeros
-        at the end of its dimensions. Raises CheckpointError, also where scales hold 255, MXFP4's NaN.
+        Only the bytes of the slice are read. A `shape` larger than the stored one pads the end of each dimension with
+        zeros. Raises CheckpointError, also for scales of 255, which is NaN in MXFP4.
         """
         tensor = self._named(name)
         box = _box(shape or tensor.shape, index or ())
@@ -184,7 +184,7 @@ class Checkpoint:
         return out
 
     def read_into(self, name: str, box: Box, out: np.ndarray) -> None:
-        """Fill `out`, any view of the shape of `box`, with that slice of a tensor; see `read`."""
+        """Read the slice `box` of a tensor into `out`, any view of the same shape; see `read`."""
         tensor = self._named(name)
         tensor.read_into(box, out, self._pool)
         if name.endswith("_scales"):
@@ -201,13 +201,13 @@ class Checkpoint:
         sharding: Sharding | None = None,
         progress: bool | None = None,
     ) -> Creator:
-        """What a model's constructor asks for its weights: reads each as it is asked for.
+        """A function from which a model's constructor gets its weights; each call reads one weight.
 
-        Plain weights come in `dtype`, packed ones as they are. `sharding` tells where a weight goes (of packed
-        ones, blocks and scales alike), and each process reads its own shards only; None is the default device.
-        Host memory holds one tensor at a time, and a chunk a thread. What a spec's shape has beyond its
-        `stored_shape` is zero. A progress bar goes to stderr if `progress`,
-        or if that is a terminal. The creator raises CheckpointError for a weight that `validate` would refuse.
+        Plain weights are converted to `dtype`, packed ones stay as stored. `sharding` returns the sharding of a weight
+        (for packed weights, that of both blocks and scales); None is the default device. Each process reads only its
+        own shards. Host memory holds one tensor at a time, and one chunk per thread. Elements of a spec's shape beyond
+        its `stored_shape` are zero. `progress` shows a progress bar on stderr; None shows it if stderr is a terminal.
+        The function raises CheckpointError for a weight that `validate` would reject.
         """
         bar = self._progress_bar(progress)
 
@@ -219,7 +219,7 @@ class Checkpoint:
                 weight: Weight = MXFP4Tensor(blocks, self._array(parts[1], spec.groups_shape, place, None))
             else:
                 weight = self._array(parts[0], spec.shape, place, dtype)
-            # Otherwise transfers queue up and hold the host's copies.
+            # Queued transfers would keep their host copies alive.
             jax.block_until_ready(weight)
             if bar is not None:
                 bar.update(sum(part.nbytes for part in parts))
@@ -241,7 +241,7 @@ class Checkpoint:
         boxes = {
             tuple(_box(shape, index or ())) for index in place.addressable_devices_indices_map(shape).values()
         }
-        # Devices that hold the same shard share one read.
+        # Devices with the same shard share one read.
         reads: dict[_Bounds, np.ndarray] = {}
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -272,7 +272,7 @@ _Bounds = tuple[tuple[int, int], ...]
 
 
 def _joined(box: _Bounds, boxes: Iterable[_Bounds], tensor: StoredTensor) -> _Bounds:
-    """The slice to read for `box`: with it, other `boxes` that it would read through anyway."""
+    """The slice to read for `box`, extended to other `boxes` in the gaps that reading it covers anyway."""
     joined = list(box)
     for axis in range(1, len(box)):
         row = math.prod(tensor.shape[axis:]) * DTYPES[tensor.entry.dtype].itemsize
@@ -301,7 +301,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a local checkpoint directory and check all of its headers; see `Checkpoint`.
 
     The directory holds config.json and one `model.safetensors`, shards with `model.safetensors.index.json`, any
-    *.safetensors without an index, or what Orbax writes. Raises CheckpointError naming the file or tensor.
+    *.safetensors without an index, or an Orbax checkpoint. Raises CheckpointError naming the file or tensor.
     """
     path = Path(path)
     if not path.is_dir():
@@ -330,7 +330,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def is_orbax(path: Path) -> bool:
-    """Whether a directory holds what Orbax writes; it need not be whole."""
+    """Whether a directory holds an Orbax checkpoint, which may be incomplete."""
     return any((path / name).is_file() for name in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"))
 
 
@@ -343,7 +343,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map: expected an object of tensor names and files")
     for name, file in weight_map.items():
-        # What comes from a file must not name files elsewhere. (The entry may be a link: the Hub's cache does so.)
+        # A name read from a file must not refer to files elsewhere. The entry may be a link, as in the Hub's cache.
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file, re.ASCII):
             raise CheckpointError(
                 f"{index}: {show(name)}: expected a plain *.safetensors name, found {show(file)}"

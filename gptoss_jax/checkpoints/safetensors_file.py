@@ -1,9 +1,9 @@
-"""A reader of safetensors files: the header is checked in full before any tensor is read, and slices are read alone.
+"""Reads safetensors files: checks the whole header before any tensor is read, and reads slices without the rest.
 
-The format (https://github.com/huggingface/safetensors#format) is eight bytes of header length, a JSON header, and
-the tensors' bytes without holes. The safetensors library writes our files and is what tests compare this reader
-with. The reader stays because the library reads a tensor on one thread: from the page cache of a host with 16 cores it
-reads 1.4 GB/s where this one reads 15 GB/s (4.2 GB in 16 tensors, H200 host). Its errors name the file and the tensor.
+The format (https://github.com/huggingface/safetensors#format) is eight bytes of header length, a JSON header, and the
+tensors' bytes without holes. The safetensors library writes our files, and the tests compare this reader with it. This
+reader exists because the library reads a tensor on one thread: from the page cache of a host with 16 cores it reads
+1.4 GB/s, this module 15 GB/s (4.2 GB in 16 tensors, H200 host). Errors name the file and the tensor.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ DTYPES: Mapping[str, np.dtype] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-"""What the format's dtype names mean in numpy."""
+"""The numpy dtypes of the format's dtype names."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own bound on the header."""
+"""The format's limit on the size of the header."""
 
 CHUNK_BYTES = 16 << 20
-"""How much one thread reads at a time."""
+"""Size of the chunks in which a thread reads."""
 
 THREADS = 8
-"""How many chunks of a tensor are read at once."""
+"""Number of chunks of a tensor that are read concurrently."""
 
 MAX_GAP_BYTES = 64 << 10
-"""Reading through a gap of this size costs less than a second call."""
+"""Gaps up to this size are read through, which costs less than another system call."""
 
 Box = Sequence[tuple[int, int]]
-"""A slice of a tensor: start and stop along every dimension."""
+"""A slice of a tensor: start and stop in each dimension."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,13 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry(TensorInfo):
-    """A tensor of an opened file; `offset` is that of its first byte in the file."""
+    """A tensor of an open file; `offset` is the position of its first byte in the file."""
 
     offset: int
 
 
 def show(name: object) -> str:
-    """A name from a file as it may stand in a one-line message."""
+    """A name read from a file, escaped and truncated for a one-line message."""
     text = str(name)
     return text if text and text.isprintable() and len(text) <= 200 else ascii(text)[:200]
 
@@ -137,7 +137,7 @@ class SafetensorsFile:
         self.tensors = self._read_header()
 
     def close(self) -> None:
-        """Close the file; it can no longer be read."""
+        """Close the file; reading is an error afterwards."""
         self._close()
 
     def _read_header(self) -> dict[str, TensorEntry]:
@@ -159,10 +159,10 @@ class SafetensorsFile:
         return parse_header(self.path, bytes(text), size)
 
     def read_into(self, entry: TensorEntry, box: Box, out: np.ndarray, pool: Executor | None = None) -> None:
-        """Fill `out`, of the shape of `box`, with that slice of a tensor, converted to `out`'s dtype.
+        """Read the slice `box` of a tensor into `out`, converted to `out`'s dtype.
 
-        `out` may be any view, for instance a transposed one. Only the slice's bytes are read, and gaps of up to
-        MAX_GAP_BYTES between them. Large reads are split over `pool`.
+        `out` is any view of the same shape, for example a transposed one. Only the bytes of the slice are read, and
+        gaps of up to MAX_GAP_BYTES between them. Large reads are split over the threads of `pool`.
         """
         if not out.size:
             return
@@ -213,7 +213,7 @@ class SafetensorsFile:
 
 
 def parse_header(path: Path, text: bytes, file_size: int) -> dict[str, TensorEntry]:
-    """The tensors that a header tells of, checked against the file's size. Raises CheckpointError."""
+    """The tensors that a header lists, checked against the file's size. Raises CheckpointError."""
     if text[:1] != b"{":
         raise CheckpointError(f"{path}: not a safetensors file: expected a header starting with '{{'")
     fields = load_json(path, text)
@@ -231,7 +231,7 @@ def parse_header(path: Path, text: bytes, file_size: int) -> dict[str, TensorEnt
             )
         end += entry.nbytes
     if end != file_size:
-        raise CheckpointError(f"{path}: expected {end} bytes as its header tells, found {file_size}")
+        raise CheckpointError(f"{path}: expected {end} bytes according to its header, found {file_size}")
     return entries
 
 
@@ -266,7 +266,7 @@ def _is_size(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A contiguous read: `shape` elements from byte `offset` of a tensor; its part `wanted` goes to `target`."""
+    """A contiguous read of `shape` elements from byte `offset` of a tensor; its slice `wanted` goes to `target`."""
 
     offset: int
     shape: tuple[int, ...]
@@ -276,7 +276,7 @@ class _Piece:
 
 def _pieces(shape: Sequence[int], itemsize: int, box: Box) -> Iterator[_Piece]:
     strides = [math.prod(shape[i + 1 :]) * itemsize for i in range(len(shape))]
-    # Dimensions after `split` are read whole, also where the slice takes a part of them but leaves small gaps.
+    # Dimensions after `split` are read whole, even if the slice leaves small gaps in them.
     split = len(shape) - 1
     while split and (shape[split] - box[split][1] + box[split][0]) * strides[split] <= MAX_GAP_BYTES:
         split -= 1
@@ -303,7 +303,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 def _assign(target: np.ndarray, values: np.ndarray) -> None:
     if target.dtype == values.dtype:
-        # numpy copies ml_dtypes' types element by element; as integers of the same size they go fast.
+        # numpy copies ml_dtypes' types element by element, but integers of the same size fast.
         bits = f"u{target.itemsize}"
         target.view(bits)[...] = values.view(bits)
     else:

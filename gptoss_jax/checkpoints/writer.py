@@ -1,4 +1,4 @@
-"""Write Hugging Face's layout of a checkpoint."""
+"""Writes checkpoints in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from gptoss_jax.model.weights import Creator, WeightSpec
 
 
 def stored_tensors(specs: Iterable[WeightSpec], dtype: DTypeLike = "bfloat16") -> list[TensorInfo]:
-    """How Hugging Face's layout stores a model's weights, plain ones in `dtype`: what `save_safetensors` takes."""
+    """The tensors in which Hugging Face's layout stores a model's weights, for `save_safetensors`.
+
+    Plain weights are stored in `dtype`.
+    """
     float_names = [name for name in FLOAT_DTYPES if DTYPES[name] == np.dtype(dtype)]
     if not float_names:
         raise ValueError(f"dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {np.dtype(dtype)}")
@@ -51,7 +54,7 @@ def save_weights(
     dtype: DTypeLike = "bfloat16",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a checkpoint of the weights that a creator makes, one at a time; see `save_safetensors`."""
+    """Write a checkpoint of weights that a creator returns one at a time; see `save_safetensors`."""
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for spec in specs:
@@ -75,9 +78,9 @@ def save_safetensors(
 ) -> None:
     """Write Hugging Face's layout: config.json and one model.safetensors, or shards with an index.
 
-    `tensors` announces what `arrays` then yields, in any order; see `write_safetensors` for what is in memory.
-    `directory` must not exist or be empty, and appears only when all of it is written. Raises CheckpointError if it
-    cannot be written, ValueError if `arrays` yields something else than announced.
+    `tensors` declares the arrays that `arrays` yields, in any order; see `write_safetensors` for the memory needed.
+    `directory` must not exist or must be empty, and appears only once it is complete. Raises CheckpointError if it
+    cannot be written, ValueError if `arrays` does not match `tensors`.
     """
     with new_directory(directory) as partial:
         write_hugging_face(partial, tensors, arrays, max_shard_bytes)
@@ -87,7 +90,7 @@ def save_safetensors(
 def write_hugging_face(
     directory: Path, tensors: Sequence[TensorInfo], arrays: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
 ) -> None:
-    """The tensors of `save_safetensors` alone, into an existing directory; raises OSError if they cannot."""
+    """Write only the tensors of `save_safetensors`, into an existing directory. Raises OSError."""
     shards = _shards(tensors, max_shard_bytes)
     write_safetensors({directory / name: shard for name, shard in shards.items()}, arrays)
     if len(shards) > 1:
@@ -113,39 +116,37 @@ def _shards(tensors: Sequence[TensorInfo], max_bytes: int) -> dict[str, list[Ten
 def write_safetensors(
     shards: Mapping[Path, Sequence[TensorInfo]], arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Write files whose tensors are announced, as the arrays come in, in any order.
+    """Write files with the declared tensors from `arrays`, which yields them in any order.
 
-    A file is written when the last of its tensors has come; until then its arrays are in memory, so arrays that come
-    file by file need as much memory as the largest file. Raises ValueError if an array was not announced or does not
-    come, OSError if a file cannot be written.
+    A file is written when the last of its tensors has arrived; until then its arrays are kept in memory. If the arrays
+    arrive file by file, this takes as much memory as the largest file. Raises ValueError if an array is not declared or
+    is missing, OSError if a file cannot be written.
     """
     missing: dict[str, tuple[Path, TensorInfo]] = {}
     for path, tensors in shards.items():
         for info in tensors:
             if info.name in missing:
-                raise ValueError(f"{info.name}: announced twice")
+                raise ValueError(f"{info.name}: declared twice")
             missing[info.name] = path, info
     held: dict[Path, dict[str, np.ndarray]] = {path: {} for path in shards}
     for name, array in arrays:
         if name not in missing:
-            raise ValueError(f"{name}: not announced, or written already")
+            raise ValueError(f"{name}: not declared, or already written")
         path, info = missing.pop(name)
         if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
-            raise ValueError(
-                f"{name}: announced as {info.dtype} {info.shape}, came as {array.dtype} {array.shape}"
-            )
+            raise ValueError(f"{name}: expected {info.dtype} {info.shape}, found {array.dtype} {array.shape}")
         held[path][name] = np.asarray(array, order="C")
-        # The generator's next array is not made beside this one.
+        # Releases the array before the generator creates the next one.
         del array
         if len(held[path]) == len(shards[path]):
             _write_file(path, held.pop(path))
     if missing:
-        raise ValueError(f"{next(iter(missing))}: announced, but not written")
+        raise ValueError(f"{next(iter(missing))}: declared, but not written")
 
 
 def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     try:
-        # The format's metadata is what transformers asks for before it reads a file.
+        # transformers requires this metadata.
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise _os_error(error) from None
@@ -154,11 +155,11 @@ def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _os_error(error: SafetensorError) -> OSError:
-    """The OSError that the library has put into the text of its own error."""
+    """The OSError whose number is in the message of the library's error, if any."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """An indented JSON file."""
+    """Write an indented JSON file."""
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

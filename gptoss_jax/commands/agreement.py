@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.checkpoints.hub import resolve
 from gptoss_jax.errors import CheckpointError
-from sharding.processes.multihost import Cluster
+from sharding.processes import Cluster
 
 if TYPE_CHECKING:
     pass

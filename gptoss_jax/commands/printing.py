@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from gptoss_jax.errors import UsageError
-from sharding.processes.multihost import follows
+from sharding.processes import follows
 
 
 def dimmed(text: str, stream: TextIO) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.commands.options import engine_options
+from sharding.processes import Cluster, current, follows, start
 from sharding.processes.membership import membership
-from sharding.processes.multihost import Cluster, current, follows, start
 
 if TYPE_CHECKING:
     from gptoss_jax.model.config import ModelConfig

@@ -10,7 +10,7 @@ from gptoss_jax.commands import signals
 from gptoss_jax.commands.printing import streams_guarded, warnings_shown
 from gptoss_jax.errors import GptOssError
 from sharding.errors import ClusterError, ShardingError
-from sharding.processes.multihost import current, follows
+from sharding.processes import current, follows
 from sharding.processes.process import exit_now
 
 

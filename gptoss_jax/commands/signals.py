@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from sharding.processes.multihost import current
+from sharding.processes import current
 
 _OWN = frozenset({"__main__", "gptoss_jax", "sharding", "tools", "benchmarks"})
 """Packages whose code catches the exception of a signal only where it is done with it."""

@@ -24,7 +24,7 @@ from gptoss_jax.engine.step import Logprobs, StepShape
 from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.types import (
-    ConstraintMaker,
+    ConstraintFactory,
     FinishReason,
     SamplingParams,
     Scope,
@@ -170,7 +170,7 @@ class Engine:
         *,
         eos_token_ids: Iterable[int] | None = None,
         drafter: Drafter | None = None,
-        constrain: ConstraintMaker | None = None,
+        constrain: ConstraintFactory | None = None,
     ) -> None:
         options = options or EngineOptions()
         self.config, self.options = model.config, options

@@ -17,7 +17,7 @@ from typing import Any
 
 from gptoss_jax.engine.engine import Engine, TokenEvent
 from gptoss_jax.types import SamplingParams, Scope
-from sharding.processes.multihost import Cluster
+from sharding.processes import Cluster
 
 
 class LeadingEngine:

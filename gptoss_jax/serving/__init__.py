@@ -1,1 +1,1 @@
-"""Who owns the engine, and its clients."""
+"""The Python API that runs requests on the engine."""

@@ -1,4 +1,4 @@
-"""The Python interface: prompts or conversations in, results shaped like vLLM's out."""
+"""The Python API: `LLM` runs prompts or conversations and returns outputs like vLLM's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
 from gptoss_jax.errors import CheckpointError, UsageError, expect
 from gptoss_jax.runtime.compile_cache import enable_compile_cache
 from gptoss_jax.text import harmony
-from gptoss_jax.text.structured import Grammars
+from gptoss_jax.text.structured import GrammarCompiler
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.text.transcripts import ChatTranscript, RawTranscript, TextDelta
 from gptoss_jax.types import CompletionOutput, RequestOutput, SamplingParams, Scope, TokenLogprobs
@@ -28,13 +28,15 @@ from sharding import ShardingRules
 Message = Mapping[str, Any]
 
 _MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", *harmony.STOP_TOKENS)
-"""The special tokens that harmony is written with; other tokens that end a text are no part of it."""
+"""The special tokens of the harmony format; other stop tokens are not part of the text."""
 
 
 @dataclasses.dataclass
 class Request:
-    """A prompt as tokens, and how to go on; `chat` reads what comes as harmony, where `tools` are the names of the
-    tools that there are, and `scope` is of structured output.
+    """A tokenized prompt with its sampling parameters.
+
+    `chat` parses the completion as harmony; `tools` then holds the names of the available tools. `scope` is the part of
+    the completion that structured output constrains.
     """
 
     request_id: str
@@ -48,7 +50,7 @@ class Request:
 
 @dataclasses.dataclass
 class Progress:
-    """What one token changed: the text it made certain, the completion that it belongs to, and all of the request."""
+    """The effect of one token: the new text, its completion, and the output of the whole request so far."""
 
     deltas: list[TextDelta]
     completion: CompletionOutput
@@ -56,12 +58,13 @@ class Progress:
 
 
 class LLM:
-    """A model with its tokenizer and engine; `path`, `mesh`, `dtype` and `rules` are as for `load_model`,
-    `engine` says how much runs at once. `kernels` are "auto", "reference" or a backend's name (see `EngineOptions`).
-    With `warm_up`, every kind of step that requests with plain settings can need is compiled now, not when it is first
-    needed.
+    """A model with its tokenizer and engine.
 
-    Raises CheckpointError or ShardingError if it cannot be loaded so, UsageError for kernels that there are not.
+    `path`, `mesh`, `dtype` and `rules` are as for `load_model`; `engine` holds the engine options. `kernels` is "auto",
+    "reference" or the name of a backend (see `EngineOptions`). `warm_up` compiles all step shapes of requests with
+    plain sampling parameters at once, instead of when each is first needed.
+
+    Raises CheckpointError or ShardingError if the model cannot be loaded, UsageError for unknown kernels.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class LLM:
                 f"{path / 'tokenizer.json'}: expected ids below config.json's vocab_size {self.config.vocab_size}, "
                 f"found {self.tokenizer.vocab_size - 1}"
             )
-        # As in transformers, those of generation_config.json where it names any, else those of config.json.
+        # As in transformers: those of generation_config.json if it lists any, else those of config.json.
         eos = set(self.config.eos_token_id)
         if beyond := [token for token in sorted(eos) if token >= self.config.vocab_size]:
             raise CheckpointError(
@@ -98,9 +101,9 @@ class LLM:
                 f"found {beyond[0]}"
             )
         if self.tokenizer and set(harmony.STOP_TOKENS) <= self.tokenizer.special_tokens.keys():
-            # The released config.json names <|return|> only, OpenAI's original none.
+            # The released config.json lists <|return|> only, OpenAI's original one no stop token.
             eos |= set(harmony.stop_token_ids(self.tokenizer))
-        constrain = Grammars(self.tokenizer, self.config.vocab_size, eos) if self.tokenizer else None
+        constrain = GrammarCompiler(self.tokenizer, self.config.vocab_size, eos) if self.tokenizer else None
         self.engine = Engine(model, engine, eos_token_ids=eos, constrain=constrain)
         if warm_up:
             self.engine.warm_up(progress)
@@ -114,7 +117,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue prompts, given as text or as token ids, without any chat format.
 
-        `sampling_params` is one for all or one each. Raises UsageError.
+        `sampling_params` is one object for all prompts or a list with one for each. Raises UsageError.
         """
         expect(
             isinstance(prompts, str) or _is_list(prompts), "prompts", "text, token ids or a list of them", prompts
@@ -141,8 +144,8 @@ class LLM:
         """Answer one conversation or several, given as OpenAI-style messages.
 
         `tools` are OpenAI tool objects or Python functions; `options` go to `harmony.render`: reasoning_effort,
-        builtin_tools, model_identity, current_date (today unless given), response_format. Each output's `message`
-        is the assistant's next message, tool calls in it. Raises UsageError.
+        builtin_tools, model_identity, current_date (default: today), response_format. Each output's `message` is the
+        assistant's next message, including its tool calls. Raises UsageError.
         """
         expect(_is_list(messages), "messages", "a list of messages, or of such lists", messages)
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
@@ -178,36 +181,36 @@ class LLM:
         return Request(request_id, prompt, params, chat=True, scope=scope, tools=tools)
 
     def check(self, request: Request) -> None:
-        """Raises UsageError for a request that can never run, as `stream` does before any has started."""
+        """Raises UsageError for a request that can never run, as `stream` does before it starts any request."""
         self.engine.check(request.prompt_token_ids, request.params, request.scope)
 
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
             raise UsageError(
-                f"tokenizer.json: the checkpoint has none, so {purpose} cannot be used, only token ids"
+                f"tokenizer.json: the checkpoint has none, so {purpose} cannot be used; pass token ids"
             )
         return self.tokenizer
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Progress]:
-        """Run requests together and give out each token as it comes, in the order in which they come.
+        """Run requests together and yield the progress of each token as it is generated.
 
-        A request that is still running when the iterator is closed is cancelled. Raises UsageError for a request
-        that can never run, before any has started.
+        Closing the iterator cancels the requests that are still running. Raises UsageError for a request that can
+        never run, before any request starts.
         """
-        running: dict[str, _Running] = {}
+        running: dict[str, _RunningRequest] = {}
         try:
             for request in requests:
                 if request.request_id in running:
                     raise UsageError(f"request_id: {request.request_id!r} is used twice")
                 self.engine.add(request.request_id, request.prompt_token_ids, request.params, request.scope)
-                running[request.request_id] = _Running(request, self.tokenizer)
+                running[request.request_id] = _RunningRequest(request, self.tokenizer)
             while running:
                 for event in self.engine.step():
                     if (state := running.get(event.request_id)) is None:
                         continue
                     progress = state.push(event)
                     if progress.completion.finish_reason and not event.finish_reason:
-                        # A stop string, which the engine does not see.
+                        # The text reached a stop string, which the engine cannot detect.
                         self.engine.stop(event.request_id, event.index)
                     if progress.output.finished:
                         del running[event.request_id]
@@ -227,15 +230,15 @@ class LLM:
         return [outputs[request.request_id] for request in requests]
 
 
-class _Running:
-    """A request's output as it grows."""
+class _RunningRequest:
+    """The output of a running request, updated by its token events."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self._params = request.params
         special = tokenizer.special_tokens if tokenizer and request.chat else {}
         self._marks = {special[name] for name in _MARKS if name in special}
         self._transcripts: list[ChatTranscript | RawTranscript] = []
-        self._guesses = [(0, 0)] * request.params.n
+        self._drafts = [(0, 0)] * request.params.n
         completions = []
         for index in range(request.params.n):
             self._transcripts.append(_transcript(request, tokenizer))
@@ -255,8 +258,8 @@ class _Running:
         if event.prompt_logprobs is not None:
             self._output.prompt_logprobs = event.prompt_logprobs
         self._output.cached_tokens = max(self._output.cached_tokens, event.cached_tokens)
-        self._guesses[event.index] = event.drafted, event.accepted
-        self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._guesses, strict=True))
+        self._drafts[event.index] = event.drafted, event.accepted
+        self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._drafts, strict=True))
         may_stop = len(completion.token_ids) >= self._params.min_tokens
         unseen = event.finish_reason == "stop" and event.token_id not in self._marks
         deltas = [] if unseen else transcript.push(event.token_id, may_stop)
@@ -279,7 +282,7 @@ def _transcript(request: Request, tokenizer: Tokenizer | None) -> ChatTranscript
 
 
 def _is_list(value: Any) -> bool:
-    """Whether it is a list of some kind, such as an array, and no text."""
+    """Whether `value` is a sequence or an array, and not text."""
     return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
 
 

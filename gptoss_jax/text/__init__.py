@@ -1,1 +1,1 @@
-"""Text to tokens and back: the tokenizer, harmony conversations, structured output."""
+"""The tokenizer, harmony conversations and structured output."""

@@ -1,8 +1,8 @@
-"""Text with long runs, split into the pieces that byte-pair encoding takes one by one.
+"""Splits text with long runs into the pieces that byte-pair encoding processes one by one.
 
-tiktoken is the definition of the encoding, but its regex engine overflows its stack on a run of whitespace of some
-hundred thousand characters (seen with version 0.14). `gptoss_jax.text.tokenizer` splits such text here, with the same
-result, and has tiktoken encode the pieces.
+tiktoken defines the encoding, but its regex engine overflows its stack on whitespace runs of a few hundred thousand
+characters (observed with version 0.14). `gptoss_jax.text.tokenizer` splits such text with this module, which gives the
+same pieces, and encodes the pieces with tiktoken.
 """
 
 import re
@@ -14,14 +14,14 @@ from tiktoken import Encoding
 
 _CLASS = re.compile(r"\\[pP](?:\{\^?[^}]+\}|[A-Z])|\\[sSwWdD]")
 
-# One character for each general category that a pre-tokeniser's pattern can tell apart.
+# One character for each general category that a pre-tokeniser's pattern can distinguish.
 _REPRESENTATIVES = (
     "\u0100\u0101\u01c5\u02b0\u3042\u0301\u0903\u20dd\u0663\u2167\u00b2\u3000\u2028\u2016\u20ac\ue000\u203f\u200b"
 )
 
 
 def has_long_run(text: str, limit: int) -> bool:
-    """Whether some run of whitespace, or of anything else, is longer than `limit` characters."""
+    """Whether any run of whitespace, or of non-whitespace, is longer than `limit` characters."""
     if len(text) <= limit:
         return False
     return max(map(len, text.split()), default=0) > limit or any(
@@ -30,11 +30,10 @@ def has_long_run(text: str, limit: int) -> bool:
 
 
 class PieceSplitter:
-    """Splits text into pieces as tiktoken's own engine does, with the `regex` package, which has no stack
-    to overflow.
+    """Splits text into the same pieces as tiktoken's engine, with the `regex` package, whose stack does not overflow.
 
-    The two engines may know different versions of Unicode. A character that they class differently is
-    replaced, for the splitting only, by one that `regex` classes as tiktoken classes the original.
+    The two engines may use different versions of Unicode. For splitting only, a character that they classify
+    differently is replaced by one that `regex` classifies as tiktoken classifies the original.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -43,10 +42,10 @@ class PieceSplitter:
 
     def pieces(self, text: str) -> Iterator[str] | None:
         """The pieces of `text` in order, or None if a character's class cannot be expressed in `regex`."""
-        alike = self._alike(text)
-        if alike is None:
+        substituted = self._substituted(text)
+        if substituted is None:
             return None
-        return (text[found.start() : found.end()] for found in self._pattern.finditer(alike))
+        return (text[found.start() : found.end()] for found in self._pattern.finditer(substituted))
 
     @cached_property
     def _engines(self) -> list[tuple[Encoding, regex.Pattern[str]]]:
@@ -56,11 +55,12 @@ class PieceSplitter:
             for name in self._class_names
         ]
 
-    def _alike(self, text: str) -> str | None:
+    def _substituted(self, text: str) -> str | None:
+        """`text` with every character replaced whose class in `regex` differs, or None if that is not possible."""
         letters = "".join(sorted(character for character in set(text) if character > "\x7f"))
         if not letters:
             return text
-        # An unmatched character gives no token, so the decoded tokens are the characters of the class.
+        # Unmatched characters give no token, so the decoded tokens are exactly the characters of the class.
         theirs = [frozenset(engine.decode(engine.encode_ordinary(letters))) for engine, _ in self._engines]
         ours = [frozenset(pattern.findall(letters + _REPRESENTATIVES)) for _, pattern in self._engines]
         stand_ins = {tuple(c in group for group in ours): c for c in reversed(_REPRESENTATIVES)}

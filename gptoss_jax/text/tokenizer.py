@@ -1,4 +1,4 @@
-"""Text to token ids and back, through tiktoken, from a checkpoint's own tokenizer.json."""
+"""A tokenizer that reads a checkpoint's tokenizer.json and encodes with tiktoken."""
 
 import codecs
 from collections.abc import Iterable, Mapping
@@ -11,11 +11,11 @@ from gptoss_jax.errors import CheckpointError, UsageError
 from gptoss_jax.text.pieces import PieceSplitter, has_long_run
 from gptoss_jax.text.tokenizer_json import read_tokenizer_json
 
-_LONG = 2000  # characters of a run from which tiktoken's regex engine may overflow its stack
+_LONG = 2000  # run length, in characters, above which tiktoken's regex engine may overflow its stack
 _UNKNOWN = "\ufffd".encode()
 
-# o200k_harmony's ids (tiktoken_ext/openai_public.py): a vocabulary with these is that one, whose unnamed ids up to
-# the model's 201088 outputs are reserved tokens.
+# The ids of o200k_harmony (tiktoken_ext/openai_public.py), which identify that vocabulary. Its unnamed ids up to the
+# model's 201088 outputs are reserved tokens.
 _O200K_ORDINARY = 199_998
 _O200K_MARKS = {
     "<|startoftext|>": 199998,
@@ -32,10 +32,10 @@ _O200K_END = 201_088
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer: immutable, safe to share between threads.
+    """A byte-level BPE tokenizer; immutable and thread-safe.
 
-    Text never becomes a special token: `encode` treats "<|end|>" as any other text. Special tokens come from
-    `encode_special` alone.
+    Text is never encoded to special tokens: `encode` treats "<|end|>" as any other text. Only `encode_special` returns
+    special tokens.
     """
 
     def __init__(
@@ -46,9 +46,7 @@ class Tokenizer:
         special_tokens: Mapping[str, int],
         ranks: Mapping[bytes, int] | None = None,
     ) -> None:
-        """`vocab` maps token bytes to ids, and `ranks` to merge priorities where these are not the ids
-        themselves.
-        """
+        """`vocab` maps token bytes to ids; `ranks` maps them to merge priorities if these differ from the ids."""
         self.name = name
         self._ranks = dict(vocab if ranks is None else ranks)
         self._ids = None if ranks is None else {rank: vocab[token] for token, rank in ranks.items()}
@@ -61,10 +59,9 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
-        """The tokenizer of a checkpoint directory (or of a tokenizer.json itself).
+        """The tokenizer of a checkpoint directory or of a tokenizer.json file.
 
-        Raises CheckpointError naming the file and the field if it is missing, malformed or not byte-level
-        BPE.
+        Raises CheckpointError naming the file and the field if it is missing, malformed or not byte-level BPE.
         """
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
@@ -73,15 +70,15 @@ class Tokenizer:
         ranks = None if content.ranks is content.vocab else content.ranks
         try:
             return cls(file.parent.name, content.pattern, content.vocab, special, ranks)
-        except Exception as error:  # the two regex engines raise types of their own
+        except Exception as error:  # each of the two regex engines raises its own exception types
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{file}: pre_tokenizer: the pattern cannot be compiled: {reason}") from None
 
     @classmethod
     def from_name(cls, name: str = "o200k_harmony") -> Self:
-        """An encoding that tiktoken knows by name, from its cache or its server.
+        """A tiktoken encoding by name, from tiktoken's cache or its server.
 
-        Raises UsageError if there is no such encoding or it can be had from neither.
+        Raises UsageError if there is no such encoding, or if it is not cached and cannot be downloaded.
         """
         if name not in tiktoken.list_encoding_names():
             raise UsageError(f"tokenizer: expected a directory or a tiktoken encoding, found {name!r}")
@@ -96,7 +93,7 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Every special token's text and id."""
+        """The ids of all special tokens by their text."""
         return dict(self._special)
 
     @property
@@ -105,9 +102,9 @@ class Tokenizer:
         return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, none of them special, in time linear in its length.
+        """The tokens of `text`, none of them special. Takes time linear in the length.
 
-        A lone surrogate, which UTF-8 cannot hold, is read as U+FFFD.
+        A lone surrogate, which UTF-8 cannot encode, is replaced by U+FFFD.
         """
         try:
             text.encode()
@@ -123,9 +120,7 @@ class Tokenizer:
         return [rank for piece in pieces for rank in self._encoding._core_bpe.encode_single_piece(piece.encode())]
 
     def encode_special(self, name: str) -> int:
-        """The id of a special token such as "<|start|>"; raises UsageError if the vocabulary has none of
-        that name.
-        """
+        """The id of a special token such as "<|start|>"; raises UsageError if the vocabulary does not have it."""
         if name not in self._special:
             raise UsageError(f"tokenizer {self.name}: has no special token {name}")
         return self._special[name]
@@ -137,11 +132,11 @@ class Tokenizer:
         return self._bytes[token]
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The joined bytes of `tokens`; an id outside the vocabulary gives U+FFFD."""
+        """The concatenated bytes of `tokens`; an id outside the vocabulary decodes to U+FFFD."""
         return b"".join([self._bytes.get(token, _UNKNOWN) for token in tokens])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; what is not UTF-8 gives U+FFFD."""
+        """The text of `tokens`; invalid UTF-8 decodes to U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
     def __contains__(self, token: object) -> bool:
@@ -149,27 +144,23 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes tokens as they arrive: a character is given out once all of its bytes are there."""
+    """Decodes tokens incrementally: a character is returned once all of its bytes have arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token: "" in the middle of a character."""
+        """The text completed by this token; "" in the middle of a character."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """What an unfinished character leaves: U+FFFD, or "" if there is none. The decoder can then start
-        anew.
-        """
+        """U+FFFD for an incomplete character at the end, else "". Resets the decoder."""
         return self._decoder.decode(b"", final=True)
 
 
 def _with_reserved(vocab: Mapping[bytes, int], special: dict[str, int]) -> dict[str, int]:
-    """`special` with the reserved tokens that o200k_harmony has and a checkpoint's tokenizer.json leaves
-    out.
-    """
+    """`special` with the reserved tokens of o200k_harmony, which a checkpoint's tokenizer.json omits."""
     if len(vocab) != _O200K_ORDINARY or not _O200K_MARKS.items() <= special.items():
         return special
     named = {text: token_id for text, token_id in special.items() if token_id < _O200K_END}

@@ -1,6 +1,4 @@
-"""Reads a Hugging Face `tokenizer.json` (byte-level BPE) into what tiktoken needs: a pattern and ranked
-byte strings.
-"""
+"""Reads a Hugging Face `tokenizer.json` (byte-level BPE) into tiktoken's format: a pattern and ranked byte strings."""
 
 import json
 from collections.abc import Mapping
@@ -27,10 +25,10 @@ O200K_PATTERN = "|".join(
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """What a tokenizer.json says.
+    """The content of a tokenizer.json.
 
-    `vocab` maps the bytes of every ordinary token to its id; `ranks` maps those that merging can reach to
-    their priority, and is `vocab` itself where ids already stand in that order.
+    `vocab` maps the bytes of every ordinary token to its id. `ranks` maps the tokens that merging can produce to their
+    priority; it is `vocab` itself if the ids already have that order.
     """
 
     pattern: str
@@ -40,7 +38,7 @@ class TokenizerFile:
 
 
 class _Node:
-    """One JSON value and where it stands, so that an error can name its file and field."""
+    """A JSON value with its file and field, which error messages name."""
 
     def __init__(self, value: Any, file: Path, field: str = "") -> None:
         self.value, self.file, self.field = value, file, field
@@ -59,7 +57,7 @@ class _Node:
         return child
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Refuses a setting whose value is none of `allowed`; an absent key reads as null."""
+        """Rejects a setting whose value is not one of `allowed`; an absent key counts as null."""
         if not any(self.value.get(key) is value or self.value.get(key) == value for value in allowed):
             name = f"{self.field}.{key}" if self.field else key
             raise _Node(self.value.get(key), self.file, name).fail(" or ".join(map(json.dumps, allowed)))
@@ -71,9 +69,9 @@ class _Node:
 def read_tokenizer_json(path: Path) -> TokenizerFile:
     """Reads a tokenizer file.
 
-    Raises CheckpointError naming the file and the field for anything that is missing, malformed or would
-    make the tokens differ from those of byte-level BPE: another model type, a normaliser, an unknown
-    pre-tokeniser, double ids.
+    Raises CheckpointError naming the file and the field for anything that is missing, malformed or that would make the
+    tokens differ from those of byte-level BPE: another model type, a normaliser, an unknown pre-tokeniser, duplicate
+    ids.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -116,7 +114,7 @@ def _pattern(pre_tokenizer: _Node) -> str:
     pattern: str = split.get("pattern", dict, "an object").get("Regex", str, "a regular expression").value
     if drops_gaps or pattern == O200K_PATTERN:
         return pattern
-    # tiktoken drops what the pattern leaves out, as an inverted "Removed" does; "Isolated" keeps it as pieces.
+    # tiktoken drops text that the pattern does not match, like an inverted "Removed"; "Isolated" keeps it as pieces.
     return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
 
 
@@ -134,11 +132,10 @@ def _special_tokens(root: _Node) -> dict[str, int]:
 
 
 def _byte_characters() -> dict[int, int]:
-    """From the characters by which byte-level BPE writes the 256 bytes (GPT-2's `bytes_to_unicode`) to
-    those bytes.
+    """Maps the characters that represent the 256 bytes in byte-level BPE (GPT-2's `bytes_to_unicode`) to those bytes.
 
-    A byte that is no printable character stands above 255; the character that it would be itself is not in
-    use.
+    Bytes that are not printable characters are represented by characters from 256 on; their own code points are unused
+    and map to 0xFFFF.
     """
     plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [value for value in range(256) if value not in plain]
@@ -204,12 +201,11 @@ def _merge_pairs(node: _Node, vocab: Mapping[bytes, int]) -> dict[tuple[bytes, b
 
 
 def _ranks(model: _Node, vocab: dict[bytes, int]) -> dict[bytes, int]:
-    """Priorities under which joining by the rank of the result equals joining by the order of the merges.
+    """Priorities under which merging by the rank of the result equals merging by the order of the merges.
 
-    A token that merging reaches from its own bytes is made by one last pair, in any context: while it is
-    being made nothing joins across its ends, so its inside goes through the steps that it goes through
-    alone. The index of that pair is the token's rank; a token that merging does not reach from its own
-    bytes is never made and gets none.
+    If merging produces a token from its own bytes, the last pair is the same in any context: until then no merge
+    crosses the token's ends, so the merges inside it are the same as those of the token alone. The index of that pair
+    is the token's rank. A token that merging does not produce from its own bytes never occurs and has no rank.
     """
     pairs = _merge_pairs(model.get("merges", list, "a list"), vocab)
     if _lists_every_split_in_id_order(pairs, vocab):
@@ -240,7 +236,7 @@ def _lists_every_split_in_id_order(pairs: dict[tuple[bytes, bytes], int], vocab:
 
 
 def _last_pair(token: bytes, pairs: Mapping[tuple[bytes, bytes], int]) -> tuple[bytes, bytes] | None:
-    """The pair whose joining makes `token` out of its bytes, or None if merging stops short of it."""
+    """The last pair that merges the bytes of `token` to it, or None if merging does not produce the token."""
     parts = [bytes([value]) for value in token]
     while len(parts) > 2:
         found = [(pairs[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in pairs]

@@ -1,4 +1,4 @@
-"""From tokens to text as they come: whole characters, and stop strings wherever tokens cut them."""
+"""Converts generated tokens to text incrementally: whole characters, and stop strings across token boundaries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gptoss_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 
 class StopMatcher:
-    """Passes text on until one of some strings appears; holds back what may be the beginning of one."""
+    """Passes text through until a stop string occurs; withholds text that may be the beginning of one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -32,9 +32,10 @@ class StopMatcher:
         self.looking = True
 
     def push(self, text: str) -> str:
-        """More text in, what is certain out; sets `stopped` at the first match, whose text is left out.
+        """Consumes text and returns the part that no stop string can begin in.
 
-        Text that comes while `looking` is False is passed on as it is.
+        The first match sets `stopped`; the stop string and the text after it are dropped. While `looking` is False,
+        text is returned unchanged.
         """
         if self.stopped or not self._stop or not self.looking:
             return "" if self.stopped else text
@@ -49,22 +50,22 @@ class StopMatcher:
         return out
 
     def finish(self) -> str:
-        """What is still held back, when no more text comes."""
+        """The withheld text, at the end of the input."""
         out, self._held = self._held, ""
         return out
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextDelta:
-    """New text; in a chat, of a message of this kind (`harmony.meaning`), channel and recipient.
+    """New text; in a chat with the kind (`harmony.meaning`), channel and recipient of its message.
 
-    The deltas of answers and preambles together make the message's content, those of reasoning its thinking: text
-    between two messages is the second one's.
+    The concatenated deltas of answers and preambles equal the "content" of the assistant message, those of reasoning
+    its "thinking". A separator between two messages belongs to the second one's delta.
     """
 
     text: str
@@ -74,7 +75,7 @@ class TextDelta:
 
 
 class RawTranscript:
-    """A completion as plain text, special tokens left out."""
+    """A completion as plain text, without special tokens."""
 
     message: dict[str, Any] | None = None
     malformed: Sequence[str] = ()
@@ -86,14 +87,14 @@ class RawTranscript:
         self._text: list[str] = []
 
     def push(self, token: int, may_stop: bool = True) -> list[TextDelta]:
-        """What a token adds; stop strings are looked for in it if it `may_stop`."""
+        """The text that a token adds; stop strings are matched only if `may_stop`."""
         self._matcher.looking = may_stop
         if self._decoder is None or token in self._special:
             return []
         return self._add(self._matcher.push(self._decoder.push(token)))
 
     def finish(self) -> list[TextDelta]:
-        """What was held back, when no more tokens come."""
+        """The withheld text, at the end of the completion."""
         rest = self._matcher.push(self._decoder.finish()) if self._decoder else ""
         return self._add(rest + self._matcher.finish())
 
@@ -103,7 +104,7 @@ class RawTranscript:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has appeared."""
+        """Whether a stop string has occurred."""
         return self._matcher.stopped
 
     @property
@@ -116,10 +117,10 @@ _FIELDS: dict[Kind, str] = {"answer": "content", "preamble": "content", "reasoni
 
 
 class ChatTranscript:
-    """A completion in harmony. Its text is that of its answers, or of its preambles where it neither answers nor calls.
+    """A completion in the harmony format.
 
-    Stop strings are looked for in each answer. `tools` are the names of the tools that there are
-    (`harmony.tool_names`), where they are known.
+    Its text is that of its answers, or of its preambles if it has neither answers nor calls. Stop strings are matched
+    in each answer. `tools` holds the names of the available tools (`harmony.tool_names`), or None if not known.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], tools: Collection[str] | None = None) -> None:
@@ -129,15 +130,15 @@ class ChatTranscript:
         self._messages: list[tuple[Kind, list[str]]] = []
 
     def push(self, token: int, may_stop: bool = True) -> list[TextDelta]:
-        """What a token adds; stop strings are looked for in it if it `may_stop`."""
+        """The text that a token adds; stop strings are matched only if `may_stop`."""
         self._matcher.looking = may_stop
-        return self._take(self._parser.push(token))
+        return self._apply(self._parser.push(token))
 
     def finish(self) -> list[TextDelta]:
-        """What was held back, when no more tokens come."""
-        return self._take(self._parser.finish())
+        """The withheld text, at the end of the completion."""
+        return self._apply(self._parser.finish())
 
-    def _take(self, events: Sequence[Event]) -> list[TextDelta]:
+    def _apply(self, events: Sequence[Event]) -> list[TextDelta]:
         deltas = []
         for event in events:
             if isinstance(event, MessageStart):
@@ -147,7 +148,7 @@ class ChatTranscript:
                 text = self._matcher.push(event.text) if is_answer else event.text
                 deltas += self._add(text, event.header)
             else:
-                # What was held back goes out with its own message.
+                # Withheld text belongs to the message that ends.
                 deltas += self._add(self._matcher.finish(), event.message)
                 kind = meaning(event.message, self._tools).kind
                 self._messages[-1] = kind, self._messages[-1][1]
@@ -173,7 +174,7 @@ class ChatTranscript:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has appeared."""
+        """Whether a stop string has occurred."""
         return self._matcher.stopped
 
     @property
@@ -192,5 +193,5 @@ class ChatTranscript:
 
     @property
     def malformed(self) -> Sequence[str]:
-        """What was wrong with the completion's form."""
+        """Violations of the harmony format, one line each."""
         return self._parser.result.malformed

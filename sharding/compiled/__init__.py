@@ -1,1 +1,1 @@
-"""What compiled programs hold, communicate and take, on machines that are here or not."""
+"""Memory, collectives and execution time of compiled programs, also for devices that are not present."""

@@ -1,4 +1,4 @@
-"""How fast a program could be at best on a device, what stands in its way, and how fast it is expected to be."""
+"""Lower bounds (roofline) and estimates of the execution time of a program on a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Resource = Literal["compute", "memory", "links"]
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least seconds that each resource of a device is busy; they may all overlap, so the largest is the bound."""
+    """The minimum time in seconds for which each resource is busy. All may overlap, so the bound is the largest."""
 
     compute: float
     memory: float
@@ -22,20 +22,20 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """No call of the program takes less."""
+        """The lower bound on the time of a call of the program."""
         return max(self.compute, self.memory, self.links)
 
     @property
     def by(self) -> Resource:
-        """The resource that sets it."""
+        """The resource that determines the bound."""
         times: dict[Resource, float] = {"compute": self.compute, "memory": self.memory, "links": self.links}
         return max(times, key=lambda resource: times[resource])
 
 
 def lower_bound(topology: Topology, flops: float, num_bytes: float, collectives: Iterable[Collectives]) -> Bound:
-    """The bound of a program that does `flops` bf16 operations and moves `num_bytes` of memory on each device.
+    """The bound of a program that executes `flops` bf16 operations and moves `num_bytes` of memory on each device.
 
-    Collectives under a branch that may not be taken are left out.
+    Collectives in conditional branches are not counted.
     """
     facts = topology.facts
     links = sum(topology.seconds(c.op, c.num_bytes, c.group) for c in collectives if not c.conditional)
@@ -51,11 +51,11 @@ def expected_seconds(
     *,
     grouped: bool,
 ) -> float | None:
-    """What a program of so many layers is expected to take on each device; None if nothing was measured there.
+    """The estimated time of a program with `layers` layers, or None if the device has not been measured.
 
-    All parts are added up: kernels run one after the other, each bound by something else. Operations, bytes and
-    collectives are those of `lower_bound`, the bytes of the device that has most; `grouped` is whether experts have
-    several tokens.
+    The estimate is the sum over all resources, because kernels run one after the other, each bound by one of them.
+    Operations, bytes and collectives are as for `lower_bound`, with the bytes of the device that has the most.
+    `grouped` is whether experts have several tokens.
     """
     facts = topology.facts
     reached = facts.reached

@@ -1,4 +1,4 @@
-"""What a compiled program holds and moves, read off its memory analysis and its HLO text."""
+"""Memory and collectives of a compiled program, read from its memory analysis and its HLO text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPS = (
 
 @dataclasses.dataclass(frozen=True)
 class ProgramMemory:
-    """Bytes on one device while a program runs; outputs that reuse a donated argument are counted once."""
+    """Memory of a program on one device, in bytes; outputs that reuse a donated argument are counted once."""
 
     arguments: int
     outputs: int
@@ -34,7 +34,7 @@ class ProgramMemory:
 
     @property
     def total(self) -> int:
-        """All that must fit at once."""
+        """The memory that must be available at once."""
         return self.arguments + self.outputs - self.reused + self.temporaries + self.code
 
     @classmethod
@@ -52,11 +52,12 @@ class ProgramMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """The collectives of one kind in a program, over one set of mesh axes.
+    """All collectives of one kind over the same mesh axes in a program.
 
-    `count` is how often one runs on a device in a call of the program and `num_bytes` what the whole arrays hold on
-    one device (of an all-gather its result, of a reduce-scatter its operand). Those under `conditional` run only where
-    a branch is taken; in a loop of unknown length one round is counted. `group` is one set of devices that talk.
+    `count` is the number of executions on a device in a call of the program. `num_bytes` is the total size on one
+    device of the full arrays (the result of an all-gather, the operand of a reduce-scatter). `conditional` collectives
+    run only if a branch is taken. A loop of unknown length counts as one iteration. `group` is one group of
+    communicating devices.
     """
 
     op: str
@@ -85,9 +86,9 @@ _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\
 
 
 def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collectives]:
-    """The collectives of a compiled program's text, those alike summed, the most bytes first.
+    """The collectives in the HLO text of a compiled program, summed by kind and sorted by descending bytes.
 
-    `mesh_shape` gives the sizes of the mesh's axes in order, over whose devices the program was partitioned.
+    `mesh_shape` maps the axes of the mesh that the program is partitioned over, in order, to their sizes.
     """
     entry, computations = _parse(text, math.prod(mesh_shape.values()))
     totals: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
@@ -104,13 +105,14 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collectiv
 
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"}
 NO_KERNEL |= {"partition-id", "replica-id", "opt-barrier", "domain"}
-"""Instructions that launch nothing of their own."""
+"""HLO instructions that launch no kernel."""
 
 
 def count_kernels(text: str) -> int:
-    """How many kernels a call of a compiled program launches, by its text; loops of unknown length count once.
+    """The number of kernels that a call of a compiled program launches, from its HLO text.
 
-    Asynchronous operations count at their start, and of a conditional's branches the longest.
+    A loop of unknown length counts as one iteration, an asynchronous operation at its start, and a conditional as its
+    branch with the most kernels.
     """
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -142,7 +144,7 @@ def count_kernels(text: str) -> int:
 
 
 def array_bytes(shape: str) -> int:
-    """Bytes of an HLO shape, the sum of its parts if it is a tuple; layouts and their padding do not count."""
+    """Size of an HLO shape in bytes, summed over a tuple; layouts and their padding are ignored."""
     total = 0.0
     for kind, dims in _ARRAY.findall(shape):
         bits = 8 if kind == "pred" else int((re.findall(r"\d+", kind) or ["0"])[0])
@@ -173,7 +175,7 @@ def _read(instruction: str, into: _Computation, name: str, num_devices: int) -> 
             num_bytes = array_bytes(_result(shape) if op.endswith("-start") else shape)
             if base == "reduce-scatter":
                 num_bytes *= len(group)
-            # A TPU's name for a fused reduce-scatter, whose body is written as an all-reduce and a slice.
+            # On TPUs, a fused reduce-scatter has this name and a body with an all-reduce and a slice.
             fused = name.startswith("all-reduce-scatter") and base == "all-reduce"
             into.collectives.append(("reduce-scatter" if fused else base, num_bytes, group))
         return
@@ -196,7 +198,7 @@ def _shape_and_op(instruction: str) -> tuple[str, str]:
 
 
 def _result(shape: str) -> str:
-    """Of the tuple (operand, result, ...) that an asynchronous start gives, the result; else the shape as it is."""
+    """The result in the tuple (operand, result, ...) of an asynchronous start; any other shape unchanged."""
     if not shape.startswith("("):
         return shape
     parts, depth, start = [], 0, 1
@@ -209,7 +211,7 @@ def _result(shape: str) -> str:
 
 
 def _group(instruction: str, num_devices: int) -> tuple[int, ...]:
-    """The first set of devices that talk; of a permutation, all that take part."""
+    """The first group of communicating devices; the first pair of a permutation."""
     if match := _MESH.search(instruction):
         return _mesh_group(match[1], match[2], match[3], num_devices)
     if match := _IOTA.search(instruction):
@@ -227,7 +229,7 @@ def _group(instruction: str, num_devices: int) -> tuple[int, ...]:
 
 
 def _pair(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """A permutation's first pair that differs; none where each device sends to itself."""
+    """The first pair of different devices in a permutation; () if each device sends to itself."""
     return next(((a, b) for a, b in pairs if a != b), ())
 
 

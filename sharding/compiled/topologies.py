@@ -1,6 +1,6 @@
-"""Machines by name, `v5e:4x8` or `h100:1x1x8`: what their devices are, and how fast any two of them talk.
+"""Topologies by name, such as `v5e:4x8` or `h100:1x1x8`: device specifications and bandwidths between devices.
 
-Nothing here needs the hardware, and jax is imported only where its devices are asked for.
+The hardware need not be present; jax is imported only to create its device objects.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""What keeps compilers from looking for the hardware; in force only if set before jax is imported."""
+"""Environment variables that keep compilers from probing for hardware; they must be set before jax is imported."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-    """What programs get out of a device, measured; `bound.expected_seconds` says how it adds up.
+    """Measured performance of a device; `bounds.expected_seconds` combines the values to an estimate.
 
-    `layer_seconds` is what a layer of a model takes beside its bytes and operations, for starting its kernels one
-    after the other, `grouped_seconds` what it takes more where tokens are grouped by expert, and `collective_latency`
-    likewise of each collective, in seconds. The shares are of the data sheet's rates. `source` tells how they were
-    measured.
+    `layer_seconds` is the overhead of one model layer for launching its kernels, `grouped_seconds` the additional
+    overhead if tokens are grouped by expert, and `collective_latency` the overhead of a collective, all in seconds.
+    The shares are achieved fractions of the data sheet's rates. `source` describes the measurement.
     """
 
     layer_seconds: float
@@ -57,11 +56,12 @@ class Reached:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFacts:
-    """One device as JAX sees it; sizes in bytes, rates in bytes or operations a second.
+    """Specifications of a device as JAX sees it; sizes in bytes, rates in bytes or operations per second.
 
-    `usable_bytes` is what a program may have of the memory. `link_bandwidth` goes one way: of one link of a torus, or
-    of a GPU into its host's switch; `host_link_bandwidth` is a GPU's to other hosts and `die_link_bandwidth` that
-    between two devices of one chip. `source` names where the numbers are from. `reached` is None where nobody measured.
+    `usable_bytes` is the memory available to a program. Bandwidths are unidirectional: `link_bandwidth` is that of one
+    link of a torus, or of a GPU to the switch of its host, `host_link_bandwidth` that of a GPU to other hosts, and
+    `die_link_bandwidth` that between two devices of one chip. `source` cites the numbers' origin. `reached` is None if
+    the device has not been measured.
     """
 
     name: str
@@ -82,7 +82,7 @@ class DeviceFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices and how they are joined: `shape` is a torus of chips, or (slices, hosts, devices of a host)."""
+    """Connected devices; `shape` is that of a torus of chips, or (slices, hosts per slice, devices per host)."""
 
     text: str
     family: str
@@ -91,18 +91,18 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """How many devices JAX sees."""
+        """The number of devices that JAX sees."""
         return math.prod(self.shape) * self.facts.devices_per_chip
 
     def devices(self) -> Sequence[jax.Device]:
-        """Devices to compile for. Raises ShardingError where a compiler is missing or knows no such topology."""
+        """Devices to compile for. Raises ShardingError if the compiler is missing or does not know the topology."""
         module = "libtpu" if self.facts.platform == "tpu" else "jax_plugins.xla_cuda13"
         try:
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise ShardingError(f"topology: {self.text}: {module} is missing, which compiles for it: {INSTALL}")
+            raise ShardingError(f"topology: {self.text}: compiling for it needs {module}: {INSTALL}")
         from jax.experimental import topologies
 
         try:
@@ -118,26 +118,26 @@ class Topology:
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ShardingError(
-                f"topology: {self.text}: expected a slice that exists; its compiler says: {reason}"
+                f"topology: {self.text}: expected an existing slice; the compiler reports: {reason}"
             ) from None
         return sorted(description.devices, key=lambda device: device.id)
 
     def position(self, index: int) -> tuple[int, ...]:
-        """Where the index-th of `devices` is: coordinates along `shape`, then on a chip of several devices."""
+        """The position of `devices()[index]`: its coordinates in `shape`, then its index on the chip."""
         index, on_chip = divmod(index, self.facts.devices_per_chip)
         position = [0] * len(self.shape)
-        # The first coordinate of a TPU changes fastest, the last one of a GPU.
+        # On TPUs the first coordinate varies fastest, on GPUs the last one.
         order = range(len(self.shape)) if self.facts.platform == "tpu" else reversed(range(len(self.shape)))
         for dimension in order:
             index, position[dimension] = divmod(index, self.shape[dimension])
         return (*position, on_chip)
 
     def seconds(self, op: str, num_bytes: float, group: Sequence[int]) -> float:
-        """The least time of a collective over the devices `group`, whose whole array has `num_bytes` on a device.
+        """The minimum time of a collective over the devices `group`, for a full array of `num_bytes` per device.
 
-        Each device must receive what it lacks, (n - 1) / n of the array (twice that for an all-reduce, which is a
-        reduce-scatter and an all-gather), over all of its links in the dimensions that the group spans. On a torus
-        an all-to-all is bound by the bytes that cross the middle of the longest dimension instead.
+        Each device must receive (n - 1) / n of the array (twice that for an all-reduce, which is a reduce-scatter and
+        an all-gather), over all of its links in the dimensions that the group spans. On a torus, an all-to-all is
+        instead bound by the bytes that cross the middle of the longest dimension.
         """
         n = len(group)
         if n < 2:
@@ -147,12 +147,12 @@ class Topology:
             return num_bytes / bandwidth
         received = num_bytes * (n - 1) / n / bandwidth
         if op.endswith("all-to-all") and self.facts.platform == "tpu":
-            # Half of what each of the longest dimension's devices holds goes to its other half.
+            # Each device sends half of its bytes to the other half of the longest dimension.
             return max(received, num_bytes * longest / 4 / (links * self.facts.link_bandwidth))
         return 2 * received if op == "all-reduce" else received
 
     def _links(self, group: Sequence[int]) -> tuple[float, int, int]:
-        """Bytes a second into a device from the group, and the longest dimension: devices, links across its middle."""
+        """Bandwidth into a device from the group; size of the longest dimension; links across its middle."""
         positions = [self.position(i) for i in group]
         *spans, on_chip = (len({p[d] for p in positions}) for d in range(len(positions[0])))
         if self.facts.platform == "cuda":
@@ -167,13 +167,13 @@ class Topology:
         return total * self.facts.link_bandwidth / on_chip, spans[longest] * on_chip, links[longest]
 
     def _closed(self, dimension: int, span: int) -> bool:
-        """Whether a line of chips is a ring: all of a dimension that wraps around."""
+        """Whether a line of chips is a ring: it spans a whole dimension, which wraps around."""
         whole = span > 2 and span == self.shape[dimension]
         return whole and span % self.facts.wraps_at_multiples_of == 0
 
 
 def families() -> dict[str, DeviceFacts]:
-    """The devices that are known, by the name that begins a topology."""
+    """The known devices, by the name that a topology begins with."""
     names = {field.name for field in dataclasses.fields(DeviceFacts)}
     facts = {}
     for family, entry in _table().items():
@@ -200,18 +200,18 @@ def parse_topology(text: str) -> Topology:
         )
     facts = known[family]
     sizes = shape.split("x")
-    form = "slices x hosts x devices, such as 1x1x8"
+    meaning = "slices x hosts x devices, such as 1x1x8"
     if facts.platform == "tpu":
-        form = f"chips along each of {facts.torus_dimensions} dimensions, such as 2x2"
-        form += "x1" * (facts.torus_dimensions - 2)
+        meaning = f"chips along each of {facts.torus_dimensions} dimensions, such as 2x2"
+        meaning += "x1" * (facts.torus_dimensions - 2)
     expected = facts.torus_dimensions or 3
     if len(sizes) != expected or not all(s.isascii() and s.isdigit() and 0 < int(s) < 10**5 for s in sizes):
-        raise ShardingError(f"topology: {family}: expected {form}, found {shape!r}")
+        raise ShardingError(f"topology: {family}: expected {meaning}, found {shape!r}")
     return Topology(f"{family}:{shape}", family, tuple(int(s) for s in sizes), facts)
 
 
 def prepare_environment() -> None:
-    """Set ENVIRONMENT, which must precede the first import of jax in the process."""
+    """Set ENVIRONMENT; must be called before the process imports jax."""
     os.environ.update(ENVIRONMENT)
 
 
@@ -223,8 +223,8 @@ def _table() -> dict[str, dict[str, Any]]:
 def _cuda_target(entry: dict[str, Any]) -> str:
     """The compiler's description of a GPU, as the text of XLA's GpuTargetConfigProto.
 
-    The limits that all supported cards share are those of NVIDIA's "CUDA C++ Programming Guide", table of technical
-    specifications a compute capability.
+    Limits common to all supported GPUs are from NVIDIA's "CUDA C++ Programming Guide", table "Technical Specifications
+    per Compute Capability".
     """
     capability = entry["compute_capability"]
     major, minor = capability.rstrip("a").split(".")

@@ -1,1 +1,50 @@
-"""Processes on several hosts that run one program together."""
+"""Runs a program as several processes on one or more hosts; process 0 leads, and all end together.
+
+    cluster = start(membership(address, 2, process_id))   # returns once all processes are connected
+    cluster.agree({"dtype": "bfloat16"})                  # raises ClusterError on every process if they differ
+    cluster.initialize_jax()                              # jax.devices() then lists the devices of all processes
+    prompt = cluster.broadcast(prompt)                    # returns process 0's value on every process
+    cluster.end(0)
+
+Every process has a connection to process 0 and a thread that watches it. If a process dies or stops responding, all
+others end with a line on standard error and exit code 1, even in the middle of a computation; `SILENCE_SECONDS` bounds
+the delay. jax's own coordination service is forwarded over the same port, so process 0 needs only one open port.
+"""
+
+from __future__ import annotations
+
+from sharding.errors import ClusterError
+from sharding.processes.cluster import START_SECONDS, Cluster
+from sharding.processes.follower import Follower
+from sharding.processes.leader import Leader
+from sharding.processes.membership import Membership
+from sharding.processes.process import keep_output_for_python, silence_output
+
+_current: Cluster | None = None
+
+
+def current() -> Cluster | None:
+    """The cluster that this process has joined with `start`, or None."""
+    return _current
+
+
+def follows() -> bool:
+    """Whether this process is a follower, which repeats the steps of process 0."""
+    return _current is not None and not _current.is_leader
+
+
+def start(member: Membership, timeout: float = START_SECONDS) -> Cluster:
+    """Connect to the other processes; returns once all are connected.
+
+    Raises ClusterError if they do not connect within `timeout` seconds, or if their settings contradict each other.
+    """
+    global _current
+    if _current is not None:
+        raise ClusterError("the processes have been started already")
+    _current = Leader(member) if member.process_id == 0 else Follower(member)
+    if _current.is_leader:
+        keep_output_for_python()
+    else:
+        silence_output()
+    _current.rendezvous(timeout)
+    return _current

@@ -1,4 +1,4 @@
-"""What every process of a cluster has and can do: see `sharding.processes.multihost`."""
+"""The interface that all processes of a cluster share; see `sharding.processes`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sharding.processes.membership import Membership
 from sharding.processes.process import exit_late, exit_now, silence_libraries
 
 START_SECONDS = 300.0
-"""How long processes wait for each other at the start."""
+"""Default time to wait for the other processes at startup."""
 
 END_SECONDS = 5.0
-"""How long a process may take to end once all are to."""
+"""Time that a process has to exit after the cluster ends."""
 
 PROTOCOL = 1
 
 
 class Cluster:
-    """The processes that run together, as one of them sees it: see `Leader` and `Follower`."""
+    """A cluster from the view of one of its processes; `Leader` and `Follower` implement it."""
 
     def __init__(self, member: Membership) -> None:
         self.member = member
@@ -36,33 +36,33 @@ class Cluster:
         """Whether this is process 0."""
         return self.process_id == 0
 
-    def meet(self, patience: float) -> None:
-        """Wait for the others; see `start`."""
+    def rendezvous(self, timeout: float) -> None:
+        """Connect to the other processes; see `start`."""
         raise NotImplementedError
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Compare facts, JSON values by name, between all processes.
+        """Compare facts, a mapping of names to JSON values, between all processes.
 
-        Raises ClusterError on every process for facts that differ: it names them, the processes and their values.
+        If facts differ, raises ClusterError on every process, naming the facts, the processes and their values.
         """
         raise NotImplementedError
 
     def broadcast(self, value: Any = None) -> Any:
-        """The JSON value that process 0 gives, on every process; on the others, None once process 0 has ended."""
+        """The JSON value that process 0 passes, on every process; None on the others once process 0 has ended."""
         raise NotImplementedError
 
     def end(self, code: int, reason: str = "") -> None:
-        """Nothing more is to be done: process 0 ends all, with its exit code; so does another one that failed.
+        """End the cluster with an exit code, on process 0 or on a process that failed.
 
-        The others report the `reason`. Does not return where `code` is not 0.
+        The other processes report the `reason`. Does not return unless `code` is 0.
         """
         raise NotImplementedError
 
     def initialize_jax(self) -> None:
-        """Make one system of all processes' devices; before any other use of jax's devices."""
+        """Initialize jax over the devices of all processes; must precede any other use of jax's devices."""
         import jax
 
-        # Its service takes SIGTERM for a notice and goes on; here the process is to die of it, and the others with it.
+        # The preemption service would catch SIGTERM, which must end this process and so the cluster.
         jax.config.update("jax_enable_preemption_service", False)
         try:
             jax.distributed.initialize(
@@ -78,16 +78,16 @@ class Cluster:
         except RuntimeError as error:
             raise ClusterError(f"jax.distributed: {error}") from error
         if jax.default_backend() == "cpu":
-            # Gloo greets everyone.
+            # Gloo prints a line for every connection.
             silence_libraries()
 
     def _service_port(self) -> int:
         raise NotImplementedError
 
     def await_cause(self) -> None:
-        """After an error of this process: if it is another's death that caused it, that one is reported.
+        """After an error, wait until the death of another process that may have caused it is detected and reported.
 
-        Returns where none is noticed.
+        Returns if none is detected within `END_SECONDS`.
         """
         time.sleep(END_SECONDS)
 
@@ -95,14 +95,14 @@ class Cluster:
         threading.Thread(target=target, args=args, daemon=True).start()
 
     def _leave(self, code: int) -> None:
-        """End this process: by itself if all is well, else at once, because jax would wait for the others."""
+        """Exit: after an error at once, because jax's shutdown would wait for the others; else within a time limit."""
         if code:
             exit_now(code)
         self._start_thread(exit_late, 4 * END_SECONDS, code)
 
 
 def ping(link: Link) -> None:
-    """Tell the other end, as long as it is there, that this process is alive."""
+    """Send heartbeats until the connection is lost."""
     with contextlib.suppress(Gone):
         while True:
             link.send({"kind": "ping"})

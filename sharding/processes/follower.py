@@ -1,4 +1,4 @@
-"""Any process of a cluster but the first: it does what process 0 says."""
+"""The processes of a cluster other than process 0, which leads them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sharding.processes.process import exit_now, report
 
 
 class Follower(Cluster):
-    """Any other process: it does what process 0 says."""
+    """The cluster on a process other than process 0."""
 
     def __init__(self, member: Membership) -> None:
         super().__init__(member)
@@ -28,18 +28,18 @@ class Follower(Cluster):
         self._forwarder: socket.socket | None = None
         self._left = False
 
-    def meet(self, patience: float) -> None:
-        """Wait for the others; see `start`."""
+    def rendezvous(self, timeout: float) -> None:
+        """Connect to process 0; see `start`."""
         try:
-            connection = connect(self.member.host, self.member.port, patience)
+            connection = connect(self.member.host, self.member.port, timeout)
         except OSError as error:
             raise ClusterError(
-                f"process 0 does not answer at {self.member.address} within {patience:.0f} s: "
+                f"process 0 does not answer at {self.member.address} within {timeout:.0f} s: "
                 f"{error.strerror or error}"
             ) from None
         self._link = Link(connection)
         self._link.send(self._hello("control"))
-        # Process 0 answers Ctrl-C for all: a terminal that several processes share sends it to each.
+        # Process 0 handles Ctrl-C for all processes; a shared terminal sends it to each of them.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._start_thread(self._watch, self._link)
@@ -70,7 +70,7 @@ class Follower(Cluster):
         if message["kind"] != "end":
             exit_now(self.exit_code)
         self._inbox.put(None)
-        # The main thread may be stuck in a computation that process 0 has left.
+        # The main thread may be blocked in a computation with process 0, which has ended.
         time.sleep(END_SECONDS)
         if not self._left:
             exit_now(self.exit_code)
@@ -99,7 +99,7 @@ class Follower(Cluster):
         self._leave(code)
 
     def _fail(self, code: int, reason: str) -> None:
-        """Tell process 0, which reports to all and ends them."""
+        """Report the failure to process 0, which ends all processes."""
         if self._link is not None:
             self._send({"kind": "failed", "code": code, "why": reason})
             if self._ending.wait(2 * END_SECONDS):

@@ -1,4 +1,4 @@
-"""Process 0 of a cluster: it listens, compares, decides and tells the others."""
+"""Process 0 of a cluster, which the others connect to: it compares facts, broadcasts values and ends the cluster."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from sharding.processes.links import NOTE_SECONDS, SILENCE_SECONDS, Gone, Link, 
 from sharding.processes.membership import Membership
 from sharding.processes.process import exit_now, report
 
-TWICE_SECONDS = 3.0
-"""Within which a second Ctrl-C means: at once."""
+DOUBLE_INTERRUPT_SECONDS = 3.0
+"""A second Ctrl-C within this time ends all processes at once."""
 
 
 class Leader(Cluster):
-    """Process 0: it listens, compares, decides and tells the others."""
+    """The cluster on process 0."""
 
     def __init__(self, member: Membership) -> None:
         super().__init__(member)
         self._links: dict[int, Link] = {}
         self._inboxes: dict[int, queue.Queue[Any]] = {i: queue.Queue() for i in range(1, member.num_processes)}
-        self._all_met = threading.Event()
-        self._wrong = ""
+        self._all_connected = threading.Event()
+        self._error = ""
         self._lock = threading.Lock()
         self._port = 0
 
-    def meet(self, patience: float) -> None:
-        """Wait for the others; see `start`."""
+    def rendezvous(self, timeout: float) -> None:
+        """Accept the connections of the others; see `start`."""
         try:
             server = listen("", self.member.port)
         except OSError as error:
@@ -49,18 +49,18 @@ class Leader(Cluster):
             self._start_thread(self._watch_interrupts, ours, theirs)
         started = time.monotonic()
         noted = False
-        while not self._all_met.wait(0.2):
+        while not self._all_connected.wait(0.2):
             waited = time.monotonic() - started
             missing = _listed(set(self._inboxes) - set(self._links))
-            if self._wrong:
-                raise ClusterError(self._wrong)
-            if waited > patience:
-                raise ClusterError(f"{missing} did not come to {self.member.address} within {patience:.0f} s")
+            if self._error:
+                raise ClusterError(self._error)
+            if waited > timeout:
+                raise ClusterError(f"{missing} did not connect to {self.member.address} within {timeout:.0f} s")
             if waited > NOTE_SECONDS and not noted:
                 noted = True
                 print(f"waiting at {self.member.address} for {missing}", file=sys.stderr, flush=True)
-        if self._wrong:
-            raise ClusterError(self._wrong)
+        if self._error:
+            raise ClusterError(self._error)
 
     def _accept(self, server: socket.socket) -> None:
         while True:
@@ -76,7 +76,7 @@ class Leader(Cluster):
             hello = link.hello()
             process, count, kind = (hello[key] for key in ("process", "num_processes", "kind"))
         except (Gone, KeyError, TypeError):
-            # Not one of ours: a port scanner, a health check.
+            # Not a process of this cluster; for example a port scanner or a health check.
             link.close()
             return
         if kind == "jax":
@@ -97,16 +97,16 @@ class Leader(Cluster):
                 self._start_thread(self._watch, process, link)
                 self._start_thread(ping, link)
                 if len(self._links) == len(self._inboxes):
-                    self._all_met.set()
+                    self._all_connected.set()
 
     def _watch_interrupts(self, signals: socket.socket, _kept_open: socket.socket) -> None:
-        """Python answers Ctrl-C between computations; a second one soon after the first ends them as well."""
+        """End all processes at a second Ctrl-C; Python handles the first one only after the current computation."""
         last = -math.inf
         while number := signals.recv(1):
             if number[0] == signal.SIGINT:
-                if time.monotonic() - last < TWICE_SECONDS:
+                if time.monotonic() - last < DOUBLE_INTERRUPT_SECONDS:
                     self._ending.set()
-                    self._tell({"kind": "end", "code": 130, "why": ""}, patience=1)
+                    self._send_all({"kind": "end", "code": 130, "why": ""}, timeout=1)
                     time.sleep(0.5)
                     exit_now(130)
                 last = time.monotonic()
@@ -114,7 +114,7 @@ class Leader(Cluster):
     def _refuse(self, link: Link, why: str) -> None:
         with contextlib.suppress(Gone):
             link.send({"kind": "refused", "code": 2, "why": why})
-        self._wrong = why
+        self._error = why
 
     def _watch(self, process: int, link: Link) -> None:
         try:
@@ -129,7 +129,7 @@ class Leader(Cluster):
             self._on_death(process, str(gone))
 
     def _on_failure(self, process: int, code: int, why: str) -> None:
-        # Where every process fails alike, this one's own report is the better one.
+        # If all processes fail in the same way, this process's own error is the clearer one.
         if not self._ending.wait(END_SECONDS / 2):
             self._end_all(code, f"process {process}: {why}")
 
@@ -140,38 +140,38 @@ class Leader(Cluster):
     def _end_all(self, code: int, why: str) -> NoReturn:
         self._ending.set()
         report(why)
-        self._tell({"kind": "stopped", "code": code, "why": why}, patience=1)
-        # A connection that is closed with something unread in it may lose what was sent.
+        self._send_all({"kind": "stopped", "code": code, "why": why}, timeout=1)
+        # Closing a connection with unread data in it may discard data that was sent.
         time.sleep(0.5)
         exit_now(code)
 
-    def _tell(self, message: Any, patience: float = SILENCE_SECONDS) -> None:
+    def _send_all(self, message: Any, timeout: float = SILENCE_SECONDS) -> None:
         for link in list(self._links.values()):
-            # The thread that watches the link reports it.
+            # The thread that watches the link reports a lost connection.
             with contextlib.suppress(Gone):
-                link.send(message, patience)
+                link.send(message, timeout)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """See Cluster."""
-        said: dict[int, Mapping[str, Any]] = {0: facts}
+        by_process: dict[int, Mapping[str, Any]] = {0: facts}
         for process, inbox in self._inboxes.items():
             if (message := inbox.get()) is None:
-                time.sleep(START_SECONDS)  # The thread that watches ends the process.
-            said[process] = message["facts"]
-        verdict = differences(said)
-        self._tell({"kind": "verdict", "differences": verdict})
+                time.sleep(START_SECONDS)  # The thread that watches the link ends this process.
+            by_process[process] = message["facts"]
+        verdict = differences(by_process)
+        self._send_all({"kind": "verdict", "differences": verdict})
         if verdict:
             raise ClusterError(verdict)
 
     def broadcast(self, value: Any = None) -> Any:
         """See Cluster."""
-        self._tell({"kind": "value", "value": value})
+        self._send_all({"kind": "value", "value": value})
         return value
 
     def end(self, code: int, reason: str = "") -> None:
         """See Cluster."""
         self._ending.set()
-        self._tell({"kind": "end", "code": code, "why": reason}, patience=1)
+        self._send_all({"kind": "end", "code": code, "why": reason}, timeout=1)
         deadline = time.monotonic() + END_SECONDS
         for process in self._links:
             with contextlib.suppress(queue.Empty):
@@ -188,12 +188,12 @@ class Leader(Cluster):
             return self._port
 
 
-def differences(said: Mapping[int, Mapping[str, Any]]) -> str:
-    """What processes say differently, as one line; empty if nothing."""
+def differences(by_process: Mapping[int, Mapping[str, Any]]) -> str:
+    """The facts that differ between processes, as one line; empty if all agree."""
     lines = []
-    for name in dict.fromkeys(name for facts in said.values() for name in facts):
+    for name in dict.fromkeys(name for facts in by_process.values() for name in facts):
         groups: list[tuple[Any, set[int]]] = []
-        for process, facts in sorted(said.items()):
+        for process, facts in sorted(by_process.items()):
             value = facts.get(name)
             for known, processes in groups:
                 if known == value:

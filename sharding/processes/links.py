@@ -1,4 +1,4 @@
-"""Messages between two processes over a socket, which notices when the other side is gone."""
+"""Messages between two processes over a socket, with heartbeats that detect a lost peer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import time
 from typing import Any
 
 SILENCE_SECONDS = 20.0
-"""How long a living process may say nothing; each says something every `PING_SECONDS`."""
+"""Time without a message after which a process counts as dead; every process sends one each `PING_SECONDS`."""
 
 PING_SECONDS = 2.0
 
 NOTE_SECONDS = 10.0
-"""How long a process waits for another one before it says so."""
+"""Time that a process waits for another one before it prints a note."""
 
 _LENGTH = struct.Struct("!Q")
 _HELLO_BYTES = 1 << 16
@@ -25,11 +25,11 @@ _CHUNK = 1 << 20
 
 
 class Gone(Exception):
-    """The other side cannot be reached any longer; the message says how that showed."""
+    """The connection to the peer is lost; the message gives the symptom."""
 
 
 class Link:
-    """JSON messages of any size over a connected socket; any thread may send, one receives."""
+    """JSON messages of any size over a connected socket. Any thread may send; only one may receive."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -38,17 +38,17 @@ class Link:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sending = threading.Lock()
 
-    def send(self, message: Any, patience: float = SILENCE_SECONDS) -> None:
-        """Send one message. Raises Gone, also when what was sent before is stuck for longer than `patience`."""
+    def send(self, message: Any, timeout: float = SILENCE_SECONDS) -> None:
+        """Send one message. Raises Gone, also if an earlier message blocks the link for longer than `timeout`."""
         payload = json.dumps(message, ensure_ascii=False).encode()
-        if not self._sending.acquire(timeout=patience):
-            raise Gone("it does not take messages")
+        if not self._sending.acquire(timeout=timeout):
+            raise Gone("it does not accept messages")
         try:
             self._connection.sendall(_LENGTH.pack(len(payload)) + payload[:_CHUNK])
             for start in range(_CHUNK, len(payload), _CHUNK):
                 self._connection.sendall(payload[start : start + _CHUNK])
         except TimeoutError:
-            raise Gone(f"it took no message for {SILENCE_SECONDS:.0f} s") from None
+            raise Gone(f"it accepted no message for {SILENCE_SECONDS:.0f} s") from None
         except OSError as error:
             raise Gone(f"the connection broke: {error.strerror or error}") from None
         finally:
@@ -69,7 +69,7 @@ class Link:
             raise Gone("it does not speak this protocol") from None
 
     def hello(self) -> Any:
-        """The first message of a connection, from whoever it may be. Raises Gone."""
+        """The first message of a connection, which may come from any program. Raises Gone."""
         return self.receive(_HELLO_BYTES)
 
     def _read(self, size: int) -> bytes:
@@ -82,24 +82,24 @@ class Link:
         return bytes(parts)
 
     def close(self) -> None:
-        """Close the connection; the other side sees Gone."""
+        """Close the connection; the peer gets Gone."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; an empty host is every interface, in IPv4 and IPv6 where there is both. Raises OSError."""
+    """A listening socket. An empty host means all interfaces, in IPv4 and, if available, IPv6. Raises OSError."""
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server((host, port))
 
 
-def connect(host: str, port: int, patience: float) -> socket.socket:
-    """A connection to where a process listens, or soon will. Raises OSError after `patience` seconds.
+def connect(host: str, port: int, timeout: float) -> socket.socket:
+    """Connect to a process, retrying until it listens. Raises OSError after `timeout` seconds.
 
-    Names are asked for again each time: clusters announce them when a host is up.
+    Each attempt resolves the host name again, because a cluster may register it only once the host is up.
     """
     started, noted = time.monotonic(), False
     while True:
@@ -107,20 +107,20 @@ def connect(host: str, port: int, patience: float) -> socket.socket:
             return socket.create_connection((host, port), timeout=10)
         except OSError as error:
             waited = time.monotonic() - started
-            if waited > patience:
+            if waited > timeout:
                 raise
             if waited > NOTE_SECONDS and not noted:
                 noted = True
                 why = error.strerror or error
-                print(f"waiting up to {patience:.0f} s for {host}:{port}: {why}", file=sys.stderr, flush=True)
+                print(f"waiting up to {timeout:.0f} s for {host}:{port}: {why}", file=sys.stderr, flush=True)
             time.sleep(0.2)
 
 
 def forward(network: socket.socket, local: socket.socket) -> None:
-    """Pass bytes both ways, in threads.
+    """Forward bytes in both directions, in background threads.
 
-    The local side is not told when the network side closes: jax aborts a process whose coordinator hangs up, and
-    the one who watches over the processes has something clearer to say.
+    The local connection stays open when the network side closes: jax aborts a process whose coordinator disconnects,
+    while the thread that watches the processes reports a clearer error.
     """
     for connection in (network, local):
         connection.settimeout(None)
@@ -130,10 +130,10 @@ def forward(network: socket.socket, local: socket.socket) -> None:
     threading.Thread(target=_pump, args=(local, network, True), daemon=True).start()
 
 
-def _pump(source: socket.socket, target: socket.socket, tell: bool) -> None:
+def _pump(source: socket.socket, target: socket.socket, close_target: bool) -> None:
     with contextlib.suppress(OSError):
         while part := source.recv(1 << 16):
             target.sendall(part)
-    if tell:
+    if close_target:
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)

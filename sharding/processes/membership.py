@@ -1,4 +1,4 @@
-"""Which processes run together: told by flags, or found where jax knows the cluster."""
+"""Determines the processes of a cluster, from flags or from the cluster environments that jax detects."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sharding.errors import ClusterError
 
 @dataclasses.dataclass(frozen=True)
 class Membership:
-    """This process among those that run together.
+    """The place of this process in a cluster.
 
-    Process 0 listens at `address` (HOST:PORT), where the others find it. `local_device_ids` are the devices that
-    belong to this process; () is all that it sees.
+    Process 0 listens at `address` (HOST:PORT), to which the others connect. `local_device_ids` are the devices of this
+    process; () means all visible devices.
     """
 
     address: str
@@ -24,22 +24,22 @@ class Membership:
 
     @property
     def host(self) -> str:
-        """Where process 0 runs."""
+        """The host of process 0."""
         return self.address.rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
-        """Where process 0 listens."""
+        """The port on which process 0 listens."""
         return int(self.address.rpartition(":")[2])
 
 
 def membership(
     coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Membership | None:
-    """The membership that the three values give; without any, the one that jax detects; None for one process alone.
+    """The membership given by the three values, or detected by jax if all are None; None for a single process.
 
-    jax detects TPU pods, Slurm steps, Open MPI and indexed Jobs of Kubernetes. `num_processes` of 1 asks for one
-    process wherever it runs. Raises ClusterError for values that do not go together.
+    jax detects TPU pods, Slurm steps, Open MPI and indexed Kubernetes Jobs. `num_processes=1` disables the detection.
+    Raises ClusterError for values that contradict each other.
     """
     values = {
         "--coordinator-address": coordinator_address,
@@ -74,11 +74,11 @@ def _check_address(address: str) -> None:
 
 
 def _detected() -> Membership | None:
-    # jax has no public way to ask whether `jax.distributed.initialize()` would find a cluster.
+    # jax has no public API to find out whether `jax.distributed.initialize()` would detect a cluster.
     from jax._src.clusters import ClusterEnv, K8sCluster
 
     for kind in ClusterEnv._cluster_types:
-        # Any pod looks like a cluster; only an indexed Job tells its pods apart.
+        # jax detects a cluster in any pod, but only the pods of an indexed Job have process ids.
         if issubclass(kind, K8sCluster) and "JOB_COMPLETION_INDEX" not in os.environ:
             continue
         if kind.opt_in_only_method or not kind.is_env_present():
@@ -105,7 +105,7 @@ def _detected_by(kind: Any) -> Membership | None:
 
 
 def _own_devices(kind: Any) -> tuple[int, ...]:
-    """One device a process where a launcher started several on each host, as jax does it; else all."""
+    """One device per process if a launcher started several on each host, as in jax; else () for all."""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     if ids := os.environ.get("JAX_LOCAL_DEVICE_IDS"):
@@ -117,6 +117,6 @@ def _own_devices(kind: Any) -> tuple[int, ...]:
 
 
 def _one_process_a_host() -> bool:
-    # jax itself would leave such a process with the first device of its host only.
+    # jax itself would give such a process only the first device of its host.
     tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
     return os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (tasks is not None and tasks == nodes)

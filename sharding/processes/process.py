@@ -1,4 +1,4 @@
-"""How a process writes and ends when other threads and libraries may hold it up."""
+"""Output and exit of a process in which other threads or libraries may block."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import NoReturn
 
 
 def keep_output_for_python() -> None:
-    """Leave standard output to Python: what libraries write there themselves goes to standard error."""
+    """Reserve standard output for Python: redirect direct writes of libraries to standard error."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
 
 
 def silence_output() -> None:
-    """Python writes nothing to standard output; what libraries write there goes to standard error."""
+    """Discard Python's standard output, and redirect direct writes of libraries to standard error."""
     sys.stdout.flush()
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     os.dup2(2, 1)
 
 
 def report(line: str) -> None:
-    """An error line on standard error, whatever the other threads hold or do."""
+    """Print an error line to standard error; locks that other threads hold cannot block it."""
     with contextlib.suppress(OSError):
         os.write(2, f"error: {' '.join(line.splitlines())}\n".encode(errors="backslashreplace"))
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process without waiting for anything; what was written is flushed if that takes no waiting."""
+    """End the process without waiting for other threads; flushes output if that takes less than a second."""
     flusher = threading.Thread(target=_flush, daemon=True)
     flusher.start()
     flusher.join(1)
@@ -45,11 +45,11 @@ def _flush() -> None:
 
 
 def exit_late(seconds: float, code: int) -> None:
-    """`exit_now` after some seconds, which a thread of its own waits."""
+    """Call `exit_now` after some seconds; meant to run in a background thread."""
     time.sleep(seconds)
     exit_now(code)
 
 
 def silence_libraries() -> None:
-    """Drop what libraries write to standard output themselves, past Python."""
+    """Discard direct writes of libraries to standard output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

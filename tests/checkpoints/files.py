@@ -1,4 +1,4 @@
-"""The small checkpoints, and ways to pad and to split their weights, that several tests share."""
+"""Small checkpoints, and functions to pad and shard their weights, shared by several tests."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ OPENAI_FIELDS = {
 
 
 def write_openai(source: Path, directory: Path, norm_dtype: DTypeLike | None = None) -> Path:
-    """The same weights under OpenAI's names, q, k and v joined and plain experts turned, and what lies beside them.
+    """Write the checkpoint in OpenAI's layout: OpenAI's names, fused q, k and v, and plain experts transposed.
 
-    With `norm_dtype`, the norms before attention are in it.
+    `norm_dtype`, if given, is the dtype of the norms before attention.
     """
     tensors = safetensors.numpy.load_file(source / SINGLE_FILE)
     renamed = {
@@ -92,14 +92,14 @@ def write_openai(source: Path, directory: Path, norm_dtype: DTypeLike | None = N
 
 
 def padded(spec: WeightSpec) -> WeightSpec:
-    """A spec whose intermediate dimension is padded from 96 to 128 in experts, as for tensor parallelism of 4."""
+    """A spec whose experts' intermediate dimension is padded from 96 to 128, as for tensor parallelism of 4."""
     padded_sizes = {"expert_gate_up": 256, "expert_intermediate": 128}
     shape = tuple(padded_sizes.get(axis or "", n) for n, axis in zip(spec.shape, spec.axes, strict=True))
     return spec if shape == spec.shape else dataclasses.replace(spec, shape=shape, stored_shape=spec.shape)
 
 
 def assert_padded(found: Any, expected: Any) -> None:
-    """What is expected, and zeros around it."""
+    """Assert that arrays have the expected values, followed by zeros in each dimension."""
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         part = tuple(slice(0, n) for n in theirs.shape)
         ours, theirs = np.array(ours), np.asarray(theirs)
@@ -109,7 +109,7 @@ def assert_padded(found: Any, expected: Any) -> None:
 
 
 def sharding_of(mesh: Mesh) -> Callable[[WeightSpec], NamedSharding]:
-    """Experts over `expert`, and rows, heads or vocabulary over `tensor`."""
+    """Shardings of experts over `expert`, and of rows, heads or vocabulary over `tensor`."""
     axes = {"experts": "expert", "heads": "tensor", "vocab": "tensor"}
 
     def sharding(spec: WeightSpec) -> NamedSharding:

@@ -1,4 +1,4 @@
-"""Conversion: every byte survives any route, and a target appears whole or not at all.
+"""Conversion: every route preserves all bytes, and a target appears once it is complete or not at all.
 
 Run as a script, this file is one process of `test_processes_restore_their_own_shards`.
 """
@@ -42,7 +42,7 @@ from tests.checkpoints.files import CONFIG, PLAIN_CONFIG, write_openai
 
 
 def write(directory: Path, config: ModelConfig) -> Path:
-    """Random weights, with a float32 and a float16 tensor among the bfloat16 ones, and files beside them."""
+    """Write random weights, bfloat16 with one float32 and one float16 tensor, and the files beside them."""
     save_weights(directory, config, weight_specs(config), random_creator(jax.random.key(0)))
     tensors = load(directory)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
@@ -54,7 +54,7 @@ def write(directory: Path, config: ModelConfig) -> Path:
 
 
 def load(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors checkpoint, by the library."""
+    """All tensors of a safetensors checkpoint, read by the safetensors library."""
     tensors: dict[str, np.ndarray] = {}
     for file in directory.glob("*.safetensors"):
         tensors |= safetensors.numpy.load_file(file)
@@ -99,7 +99,7 @@ def command(*arguments: object, setup: str = "") -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("source", ["hf", "openai", "orbax"])
 @pytest.mark.parametrize("to", ["hf", "orbax"])
-def test_every_byte_survives(formats: dict[str, Path], tmp_path: Path, source: str, to: Any) -> None:
+def test_every_byte_is_preserved(formats: dict[str, Path], tmp_path: Path, source: str, to: Any) -> None:
     convert(formats[source], tmp_path / "out", to, verify=True, max_shard_bytes=60_000)
     back = tmp_path / "out"
     if to == "orbax":
@@ -138,7 +138,7 @@ def test_orbax_itself_restores_into_shardings(packed: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_ocdbt": False}, {"use_zarr3": True}])
-def test_trees_that_orbax_wrote_elsewhere_load(packed: dict[str, Path], tmp_path: Path, options: Any) -> None:
+def test_trees_written_by_orbax_load(packed: dict[str, Path], tmp_path: Path, options: Any) -> None:
     import orbax.checkpoint as ocp
 
     tree: dict[str, Any] = {}
@@ -178,7 +178,7 @@ def test_verify_finds_a_changed_byte(packed: dict[str, Path], tmp_path: Path) ->
     assert "lm_head.weight: differs" in result.stderr
 
 
-def test_what_verification_refuses_does_not_appear(
+def test_target_that_fails_verification_does_not_appear(
     packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gptoss_jax.checkpoints import conversion as module
@@ -203,8 +203,8 @@ def test_what_verification_refuses_does_not_appear(
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
-def test_killed_half_way(packed: dict[str, Path], tmp_path: Path, to: str) -> None:
-    """Killed at the n-th write, so that the moment does not depend on the machine's speed."""
+def test_killed_at_a_given_read(packed: dict[str, Path], tmp_path: Path, to: str) -> None:
+    """Kills the process at its n-th read, independently of the machine's speed."""
     script = (
         "import os, signal, sys\n"
         "from gptoss_jax.checkpoints import conversion as module\n"
@@ -219,7 +219,7 @@ def test_killed_half_way(packed: dict[str, Path], tmp_path: Path, to: str) -> No
         "module.convert(*sys.argv[1:4], verify=True)\n"
     )
     target = tmp_path / "deep" / "out"
-    # Of 43 tensors, in the middle, and while they are verified.
+    # In the middle of writing 43 tensors, and of verifying them.
     for moment in (20, 70) if to == "hf" else (40,):
         arguments = [sys.executable, "-c", script, str(packed["hf"]), str(target), to, str(moment)]
         assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
@@ -238,14 +238,14 @@ def test_killed_at_any_time(packed: dict[str, Path], tmp_path: Path) -> None:
         time.sleep(0.0005)
     process.kill()
     process.wait()
-    if target.exists():  # Faster than the signal: then it is whole.
+    if target.exists():  # The conversion ended before the signal.
         assert_same(load(target), load(packed["hf"]))
     else:
         convert(packed["hf"], target, "hf", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_living_process_keeps_its_partial_directory(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_running_process_keeps_its_partial_directory(packed: dict[str, Path], tmp_path: Path) -> None:
     from gptoss_jax.checkpoints.new_directory import new_directory
 
     with new_directory(tmp_path / "out") as partial:
@@ -257,8 +257,8 @@ def test_a_living_process_keeps_its_partial_directory(packed: dict[str, Path], t
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
-def test_file_system_that_refuses_to_grow_a_file(packed: dict[str, Path], tmp_path: Path, to: str) -> None:
-    # Nor may it keep bytecode, which would be cut off there: Python does not look at how much was written.
+def test_file_size_limit(packed: dict[str, Path], tmp_path: Path, to: str) -> None:
+    # Bytecode is not written either: the limit would truncate it, and Python does not check the written size.
     limit = (
         "import resource, signal, sys\n"
         "sys.dont_write_bytecode = True\n"
@@ -328,7 +328,7 @@ def test_target_in_use_and_wrong_flags(
     assert not (tmp_path / "out").exists()
 
 
-def test_help_is_quick_and_success_is_told(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_help_is_fast_and_success_is_printed(packed: dict[str, Path], tmp_path: Path) -> None:
     start = time.perf_counter()
     result = command("--help")
     assert result.returncode == 0
@@ -394,7 +394,7 @@ def damage(directory: Path, kind: str) -> None:
         "data cut short",
     ],
 )
-def test_damaged_orbax_is_one_line(packed: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_damaged_orbax_is_reported_in_one_line(packed: dict[str, Path], tmp_path: Path, kind: str) -> None:
     directory = Path(shutil.copytree(packed["orbax"], tmp_path / "orbax"))
     damage(directory, kind)
     with pytest.raises(CheckpointError) as caught:

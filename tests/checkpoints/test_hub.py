@@ -1,4 +1,4 @@
-"""Where a checkpoint's name leads: a directory here, or the Hub."""
+"""Resolving the name of a checkpoint to a local directory or the Hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_resolve_local(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["", "./x", "/x/y", "~/nowhere", "~nobody-here/x", "a/b/c", "gpt2", "a/b c", "a/\n"]
 )
-def test_resolve_what_is_no_hub_name(name: str) -> None:
+def test_resolve_invalid_hub_name(name: str) -> None:
     with pytest.raises(CheckpointError, match="no such directory") as caught:
         resolve(name)
     assert str(caught.value).isprintable()

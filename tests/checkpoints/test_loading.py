@@ -1,4 +1,4 @@
-"""What loading takes: the small version of benchmarks/loading.py, with bounds that scale, and an allocator's waste."""
+"""Time and memory of loading: benchmarks/loading.py at a small scale, and fragmentation in the GPU allocator."""
 
 import json
 import math
@@ -38,17 +38,17 @@ def test_each_of_two_processes_reads_and_holds_half(tmp_path: Path) -> None:
     config_file.write_text(json.dumps(CONFIG.to_dict()))
     size = loading.make_checkpoint(tmp_path / "checkpoint", CONFIG.num_hidden_layers, config_file)
     for figures in loading.measure(tmp_path / "checkpoint", 2):
-        # Weights of fewer elements than devices are read by both.
+        # Both processes read the weights that have fewer elements than devices.
         assert figures["read_bytes"] < 0.51 * size
-        # As 1.5 GB is to half of the 20b's 13.8 GB, and a constant for what compiling leaves.
+        # The 20b may use 1.5 GB more than half of its 13.8 GB; 50 MB cover the memory that compilation leaves.
         assert figures["peak_bytes"] - figures["base_bytes"] < 0.5 * size + 0.11 * size + 50e6
         assert figures["load_s"] < 1.5 * figures["plain_s"] + 10
 
 
 class Allocator:
-    """What JAX's allocator for GPUs (XLA's bfc_allocator.cc) does with sizes; `used` has each block's, by address.
+    """A model of JAX's GPU allocator (XLA's bfc_allocator.cc); `used` maps the address of each block to its size.
 
-    The smallest free block that fits is taken, whole unless half of it or 128 MiB would be left.
+    It takes the smallest free block that fits, and splits it only if half of it or 128 MiB would remain.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Allocator:
 
 
 def made_in_order(config: ModelConfig, partition: Partition) -> list[WeightSpec]:
-    """The weights, as they lie on the mesh, in the order in which loading asks for them."""
+    """The weights as placed on the mesh, in the order in which loading creates them."""
     order: list[WeightSpec] = []
 
     def creator(sharding: Callable[..., Any] | None) -> Creator:
@@ -85,7 +85,7 @@ def made_in_order(config: ModelConfig, partition: Partition) -> list[WeightSpec]
 
 
 def peak(specs: Iterable[WeightSpec], partition: Partition) -> float:
-    """The most that one device holds while it prepares its weights one by one, for each byte of them."""
+    """The peak memory of one device while it prepares its weights one by one, relative to their size."""
     allocator, prepare, size = Allocator(), preparer(partition), 0
     create = abstract_creator(sharding=lambda spec: partition.sharding(spec.axes, spec.name))
 
@@ -108,8 +108,8 @@ def peak(specs: Iterable[WeightSpec], partition: Partition) -> float:
 
 @pytest.mark.parametrize("mesh", [None, "expert=4", "expert=2,tensor=2"])
 @pytest.mark.parametrize("name", ["20b", "120b"])
-def test_preparing_leaves_no_holes_in_the_allocators_memory(name: str, mesh: str | None) -> None:
-    """Layer by layer it would, as the same allocator tells."""
+def test_preparing_weights_does_not_fragment_memory(name: str, mesh: str | None) -> None:
+    """Creating the weights layer by layer would, with the same allocator."""
     config = ModelConfig.from_file(ROOT / "configs" / f"gpt_oss_{name}.json")
     partition = partition_for(config, mesh)
     layer_by_layer = [place(spec, partition) if mesh else spec for spec in weight_specs(config)]

@@ -1,4 +1,4 @@
-"""Checkpoints: every layout reads the same, only what is asked for is read, and whatever is wrong is named.
+"""Reading checkpoints: all layouts give the same tensors, only requested bytes are read, and errors name the fault.
 
 Run as a script, this file is the processes that some tests start.
 """
@@ -46,7 +46,7 @@ LAYOUTS = ("single", "sharded", "plain", "openai", "openai_plain")
 
 
 def write(directory: Path, layout: str) -> Path:
-    """A checkpoint of CONFIG with random weights in one of LAYOUTS."""
+    """Write a checkpoint of CONFIG with random weights in one of LAYOUTS."""
     config = PLAIN_CONFIG if layout.endswith("plain") else CONFIG
     create = random_creator(jax.random.key(0))
     max_shard_bytes = 100_000 if layout == "sharded" else 1 << 30
@@ -65,7 +65,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def copy(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A private copy of a checkpoint, to break."""
+    """Copies a checkpoint, for tests that damage it."""
     return lambda layout: Path(shutil.copytree(checkpoints[layout], tmp_path / layout))
 
 
@@ -77,7 +77,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, np.ndarray]], None]) ->
 
 
 def refused(directory: Path, config: ModelConfig = CONFIG, match: str | None = None) -> str:
-    """The one line that opening and validating gives; nothing but headers may have been read by then."""
+    """The one-line error of opening and validating a checkpoint, which may read only headers."""
     with pytest.raises(CheckpointError, match=match) as caught:
         open_checkpoint(directory).validate(weight_specs(config))
     message = str(caught.value)
@@ -205,7 +205,7 @@ def test_large_tensors_are_read_in_parallel_into_one_buffer(tmp_path: Path) -> N
     np.testing.assert_array_equal(found, array)
 
 
-def test_memory_holds_one_tensor(tmp_path: Path) -> None:
+def test_host_memory_holds_one_tensor(tmp_path: Path) -> None:
     shape = (8192, 1024)
     specs = [WeightSpec(f"layer.{i}", shape, (None, None)) for i in range(6)]
     zeros = jnp.zeros(shape, jnp.bfloat16)
@@ -219,7 +219,7 @@ def test_memory_holds_one_tensor(tmp_path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # JAX frees a deleted array's memory on the CPU only when the next one comes, hence two.
+    # On the CPU, JAX frees a deleted array's memory only when the next one is created, hence two.
     assert zeros.nbytes <= peak < 2.1 * zeros.nbytes
 
 
@@ -231,7 +231,7 @@ def test_golden_model_loads() -> None:
     assert dequantize(experts).shape == (8, 128, 64)
 
 
-# What is wrong is named.
+# Errors.
 
 EXPERTS = "model.layers.1.mlp.experts."
 
@@ -248,7 +248,7 @@ def test_unknown_tensor(copy: Callable[[str], Path]) -> None:
     assert "model.layers.2.norm: unknown tensor" in refused(directory)
 
 
-def test_rotary_buffers_of_other_exporters_are_no_error(copy: Callable[[str], Path]) -> None:
+def test_rotary_buffers_of_other_exporters_are_ignored(copy: Callable[[str], Path]) -> None:
     directory = copy("single")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(directory, lambda tensors: tensors.update({name: np.zeros(16, np.float32)}))
@@ -299,11 +299,13 @@ def test_nan_scale_is_refused_when_read(copy: Callable[[str], Path], layout: str
     checkpoint.read(name, (slice(0, 2),))
 
 
-def test_quantization_that_config_denies(copy: Callable[[str], Path]) -> None:
+def test_quantization_that_contradicts_the_config(copy: Callable[[str], Path]) -> None:
     packed, plain = copy("single"), copy("plain")
-    message = "expected a plain model.layers.0.mlp.experts.gate_up_proj as config.json has no quantization_config"
+    message = (
+        "expected a plain model.layers.0.mlp.experts.gate_up_proj, because config.json has no quantization_config"
+    )
     assert message in refused(packed, PLAIN_CONFIG)
-    assert "expected MXFP4 (_blocks and _scales) as config.json's" in refused(plain, CONFIG)
+    assert "expected MXFP4 (_blocks and _scales) according to config.json's" in refused(plain, CONFIG)
 
 
 def test_tensor_twice_over_shards_without_index(copy: Callable[[str], Path]) -> None:
@@ -341,7 +343,7 @@ def test_index_cannot_name_files_elsewhere(copy: Callable[[str], Path], name: An
     assert "model.norm.weight: expected a plain *.safetensors name" in refused(directory)
 
 
-def test_entries_may_be_links_as_in_the_hubs_cache(copy: Callable[[str], Path], tmp_path: Path) -> None:
+def test_files_may_be_links_as_in_the_hubs_cache(copy: Callable[[str], Path], tmp_path: Path) -> None:
     directory = copy("sharded")
     (tmp_path / "blobs").mkdir()
     for i, file in enumerate(directory.glob("*.safetensors")):
@@ -350,7 +352,7 @@ def test_entries_may_be_links_as_in_the_hubs_cache(copy: Callable[[str], Path], 
     open_checkpoint(directory).validate(weight_specs(CONFIG))
 
 
-def test_files_that_are_not_there(copy: Callable[[str], Path], tmp_path: Path) -> None:
+def test_missing_files(copy: Callable[[str], Path], tmp_path: Path) -> None:
     directory = copy("sharded")
     next(directory.glob("*.safetensors")).unlink()
     refused(directory, match="no such file")
@@ -369,7 +371,7 @@ def test_single_file_beside_an_index(copy: Callable[[str], Path]) -> None:
     refused(directory, match="found both")
 
 
-def test_file_cut_short_after_it_was_opened(copy: Callable[[str], Path]) -> None:
+def test_file_truncated_after_it_was_opened(copy: Callable[[str], Path]) -> None:
     directory = copy("single")
     checkpoint = open_checkpoint(directory)
     os.truncate(directory / SINGLE_FILE, 10_000)
@@ -390,7 +392,7 @@ def test_broken_index_is_refused(tmp_path_factory: pytest.TempPathFactory, conte
     assert INDEX_FILE in refused(directory)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
+def test_byte_order_mark_of_a_config_is_ignored(tmp_path: Path) -> None:
     config = ModelConfig.from_file(GOLDEN)
     (tmp_path / "config.json").write_text((GOLDEN / "config.json").read_text(), encoding="utf-8-sig")
     assert ModelConfig.from_file(tmp_path) == config
@@ -400,7 +402,7 @@ def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "plain"])
-def test_written_files_are_what_the_library_reads(checkpoints: dict[str, Path], layout: str) -> None:
+def test_the_library_reads_written_files(checkpoints: dict[str, Path], layout: str) -> None:
     checkpoint = open_checkpoint(checkpoints[layout])
     found: dict[str, np.ndarray] = {}
     for file in checkpoint.files:
@@ -417,7 +419,7 @@ def test_written_files_are_what_the_library_reads(checkpoints: dict[str, Path], 
         assert metadata["total_size"] == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
 
-def test_nothing_appears_unless_all_is_written(tmp_path: Path) -> None:
+def test_target_appears_only_when_complete(tmp_path: Path) -> None:
     table = [TensorInfo("a", "U8", (2,)), TensorInfo("b", "F32", (1,))]
     a, b = ("a", np.zeros(2, np.uint8)), ("b", np.zeros(1, np.float32))
 
@@ -486,7 +488,7 @@ def test_padding_reads_as_zeros(checkpoints: dict[str, Path], tmp_path: Path, la
 
 
 def one_process(address: str, process: int, directory: str) -> None:
-    """One of two processes with two devices each, that load a checkpoint sharded over experts and rows."""
+    """One of two processes with two devices each, which load a checkpoint sharded over experts and rows."""
     safetensors_file.MAX_GAP_BYTES = 0
     jax.distributed.initialize(address, num_processes=2, process_id=process)
     checkpoint = open_checkpoint(directory)
@@ -501,7 +503,7 @@ def one_process(address: str, process: int, directory: str) -> None:
             for shard in array.addressable_shards:
                 np.testing.assert_array_equal(np.asarray(shard.data), checkpoint.read(name)[shard.index])
         for name, array in zip(names, jax.tree.leaves(weight), strict=True):
-            # Devices that hold the same shard share one read.
+            # Devices with the same shard share one read.
             own = {str(shard.index): shard.data.size for shard in array.addressable_shards}
             read -= sum(own.values()) * safetensors_file.DTYPES[checkpoint.tensors[name].entry.dtype].itemsize
         assert read == 0, spec.name

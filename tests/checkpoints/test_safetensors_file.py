@@ -1,4 +1,4 @@
-"""Safetensors files: headers that are wrong are refused by name, whatever the bytes."""
+"""Safetensors files: invalid headers are rejected with the name of the tensor, for any bytes."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def entry(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4)) -> dict[s
         ({"a": entry(offsets=[4, 0])}, 4, "a: data_offsets: expected 4 bytes"),
         ({"a": entry(shape=[5])}, 4, "a: data_offsets: expected 5 bytes"),
         ({"a": entry()}, 3, r"at most the 3 bytes that the file holds \(truncated\?\)"),
-        ({"a": entry()}, 5, "as its header tells, found"),
+        ({"a": entry()}, 5, "according to its header, found"),
         ({"a": entry(offsets=[1, 5])}, 5, "a: leaves a hole before it"),
         ({"a": entry(), "b": entry(offsets=[2, 6])}, 6, "b: overlaps"),
         ({"a\n": 3}, 0, r"'a\\n': entry"),
     ],
 )
-def test_header_that_is_refused(fields: Any, data: int, expected: str) -> None:
+def test_invalid_header_is_rejected(fields: Any, data: int, expected: str) -> None:
     text, size = header(fields, data)
     with pytest.raises(CheckpointError, match=expected) as caught:
         parse_header(Path("x"), text, size)
@@ -108,7 +108,7 @@ def mutations(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def wrong_fields(draw: st.DrawFn) -> bytes:
-    """A valid file but for values in its header."""
+    """A valid file with wrong values in its header."""
     content = valid_file()
     length = int.from_bytes(content[:8], "little")
     fields = json.loads(content[8 : 8 + length])
@@ -129,7 +129,7 @@ def wrong_fields(draw: st.DrawFn) -> bytes:
 @settings(max_examples=400, deadline=None)
 @given(content=mutations() | wrong_fields())
 @example(content=valid_file())
-def test_broken_files_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_broken_files_are_rejected_or_read(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     directory = tmp_path_factory.getbasetemp() / "fuzz"
     directory.mkdir(exist_ok=True)
     (directory / SINGLE_FILE).write_bytes(content)

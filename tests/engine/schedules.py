@@ -174,8 +174,8 @@ def assert_empty(engine: Engine) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """One of several processes, that play one schedule over a mesh of all their devices."""
+    from sharding.processes import start
     from sharding.processes.membership import membership
-    from sharding.processes.multihost import start
 
     parser = argparse.ArgumentParser()
     add_cluster_flags(parser)

@@ -37,9 +37,9 @@ class Third:
     def allowed(self) -> np.ndarray:
         return (np.arange(TINY.vocab_size) * 7 + self._state) % 3 == 0
 
-    def fill(self, words: np.ndarray) -> None:
-        assert (words == 0xFFFFFFFF).all()
-        words[:] = np.packbits(self.allowed, bitorder="little").view(np.uint32)
+    def fill(self, bitmask: np.ndarray) -> None:
+        assert (bitmask == 0xFFFFFFFF).all()
+        bitmask[:] = np.packbits(self.allowed, bitorder="little").view(np.uint32)
         self._log.append("fill")
 
     def accept(self, token: int) -> None:
@@ -48,8 +48,8 @@ class Third:
         self._log.append("accept")
 
 
-def third(form: StructuredOutputsParams, scope: Scope, log: list[str] | None = None) -> Third:
-    return Third(int(form.regex or 0), log)
+def third(params: StructuredOutputsParams, scope: Scope, log: list[str] | None = None) -> Third:
+    return Third(int(params.regex or 0), log)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The Python interface: what it is told wrongly is one line that names the argument."""
+"""The Python API: a wrong argument raises a one-line error that names it."""
 
 from functools import cache
 from typing import Any
@@ -55,7 +55,7 @@ def test_wrong_arguments_are_named(method: str, arguments: tuple[Any, ...], name
         ({"engine": EngineOptions(kv_cache_memory=1000)}, "^kv_cache_memory: 1000 bytes"),
     ],
 )
-def test_an_llm_that_cannot_be_is_refused(arguments: dict[str, Any], named: str) -> None:
+def test_invalid_llm_arguments_are_rejected(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         LLM(**arguments)
 

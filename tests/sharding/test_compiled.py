@@ -1,4 +1,4 @@
-"""Collectives and memory read off real programs of a CPU mesh, and off the spellings that other platforms use."""
+"""Collectives and memory of real programs on a CPU mesh, and of the HLO syntax of other platforms."""
 
 import json
 import os
@@ -117,11 +117,11 @@ def read(attributes: str, shape: str = "f32[8,4]{1,0}", op: str = "all-reduce") 
         ("replica_groups={}", ("data", "expert", "tensor"), tuple(range(8))),
     ],
 )
-def test_spellings_of_groups(attributes: str, axes: tuple, group: tuple) -> None:
+def test_syntaxes_of_groups(attributes: str, axes: tuple, group: tuple) -> None:
     assert read(attributes + ", use_global_device_ids=true") == [("all-reduce", axes, group, 1, 128)]
 
 
-def test_a_group_of_one_is_no_collective() -> None:
+def test_group_of_one_device_is_not_a_collective() -> None:
     assert read("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}") == []
 
 

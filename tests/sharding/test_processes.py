@@ -1,4 +1,4 @@
-"""Several processes on this machine stand for several hosts; the processes are real, and so are their deaths."""
+"""Clusters of real processes on this machine, which represent several hosts, including processes that die."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from sharding.processes.membership import Membership, membership
 ROOT = Path(__file__).parents[2]
 P1 = ROOT / "tests" / "golden" / "P1"
 LIMIT = 30
-"""Seconds within which the others must end after a process is gone."""
+"""Seconds within which the others must end after a process died."""
 
-QUICK = "--xla_backend_optimization_level=0"
-"""Compiling takes most of the time, as everywhere in the tests."""
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
+"""Compilation takes most of the time of these tests."""
 
 
 class Outcome(NamedTuple):
@@ -38,7 +38,7 @@ def free_address() -> str:
 
 
 class Processes:
-    """The same command as several processes, each with `devices` devices."""
+    """One command run by several processes, each with `devices` devices."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Processes:
                     env=os.environ
                     | {
                         "JAX_PLATFORMS": "cpu",
-                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}",
                         "JAX_COMPILATION_CACHE_DIR": os.environ["XDG_CACHE_HOME"],
                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -73,7 +73,7 @@ class Processes:
             )
 
     def outcomes(self, timeout: float = 120, stdin: str = "") -> list[Outcome]:
-        """How each one ended; all are killed if one has not by then."""
+        """The outcome of each process; kills all processes after the timeout."""
         deadline = time.monotonic() + timeout
         try:
             ends = []
@@ -116,7 +116,7 @@ def tokens(path: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
-    """What one process without a mesh makes of the requests."""
+    """The tokens of a single process without a mesh."""
     folder = tmp_path_factory.mktemp("alone")
     command = (*GENERATE, "--batch", str(requests(folder)), "--output", str(folder / "out.jsonl"))
     subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
@@ -131,7 +131,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
         pytest.param(4, 2, "data=2,expert=2,tensor=2", marks=pytest.mark.slow),
     ],
 )
-def test_several_processes_give_the_tokens_of_one(
+def test_several_processes_generate_the_tokens_of_one(
     tmp_path: Path, alone: dict[str, list[int]], count: int, devices: int, mesh: str | None
 ) -> None:
     output = tmp_path / "out.jsonl"
@@ -186,7 +186,7 @@ def test_four_processes_of_two_devices() -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_goes_on_where_it_was_and_chat_answers(tmp_path: Path) -> None:
+def test_batch_resumes_and_chat_answers(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     batch = (*GENERATE, "--batch", str(requests(tmp_path)), "--output", str(output))
     output.write_text(json.dumps({"id": "greedy"}) + "\n")
@@ -208,7 +208,7 @@ LONG = (*GENERATE, "--max-new-tokens", "2000", "--prompt-tokens", "1,2,3", "--js
 
 
 def decoding(folder: Path) -> Processes:
-    """Two processes in the midst of a long generation."""
+    """Two processes during a long generation."""
     source, output = folder / "in.jsonl", folder / "out.jsonl"
     more = {"prompt_tokens": [1, 2, 3], "ignore_eos": True}
     lines = [{"id": "short", "max_tokens": 2} | more, {"id": "long", "max_tokens": 2000} | more]
@@ -231,7 +231,7 @@ def decoding(folder: Path) -> Processes:
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
-def test_one_that_dies_ends_the_others(tmp_path: Path, victim: int, number: signal.Signals) -> None:
+def test_death_of_a_process_ends_the_others(tmp_path: Path, victim: int, number: signal.Signals) -> None:
     processes = decoding(tmp_path)
     gone, other = processes.running[victim], processes.running[1 - victim]
     gone.send_signal(number)
@@ -248,7 +248,7 @@ def test_one_that_dies_ends_the_others(tmp_path: Path, victim: int, number: sign
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.5, 1.5, 2.5, 3.5, 4.5, 6])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_that_dies_at_any_time_ends_the_others(victim: int, delay: float) -> None:
+def test_death_of_a_process_at_any_time_ends_the_others(victim: int, delay: float) -> None:
     processes = Processes(2, 1, *LONG)
     gone, other = processes.running[victim], processes.running[1 - victim]
     time.sleep(delay)
@@ -257,7 +257,7 @@ def test_one_that_dies_at_any_time_ends_the_others(victim: int, delay: float) ->
     try:
         out, error = other.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        # One that had not come yet is waited for.
+        # The victim had not connected yet, so the other waits for it.
         assert delay < 2
         return
     finally:
@@ -272,7 +272,7 @@ def test_one_that_dies_at_any_time_ends_the_others(victim: int, delay: float) ->
 @pytest.mark.slow
 def test_interrupting_process_0_ends_all(tmp_path: Path) -> None:
     processes = decoding(tmp_path)
-    for process in reversed(processes.running):  # As a terminal does it.
+    for process in reversed(processes.running):  # A terminal sends the signal to all processes.
         process.send_signal(signal.SIGINT)
     ends = processes.outcomes(LIMIT)
     assert [end.code for end in ends] == [130, 130], ends
@@ -286,8 +286,8 @@ from sharding.processes import cluster
 from sharding.processes import follower
 from sharding.processes import leader
 from sharding.processes import links
-from sharding.processes import multihost
 from sharding.processes import process
+from sharding.processes import current, start
 from sharding.processes.membership import membership
 from sharding.errors import ClusterError
 links.SILENCE_SECONDS = 2.0
@@ -296,19 +296,19 @@ cluster.END_SECONDS = leader.END_SECONDS = follower.END_SECONDS = 1.0
 report = process.report
 address, count, process, body = sys.argv[2], int(sys.argv[4]), int(sys.argv[6]), sys.argv[7]
 try:
-    cluster = multihost.start(membership(address, count, process), 5)
+    cluster = start(membership(address, count, process), 5)
     exec(body)
     code, why = cluster.exit_code, ""
 except ClusterError as error:
     code, why = 2, str(error)
     if process == 0:
         report(why)
-multihost.current().end(code, why)
+current().end(code, why)
 """
 
 
-class Talkers(Processes):
-    """Processes that only talk to each other, without jax; each with a body of its own."""
+class ClusterProcesses(Processes):
+    """Processes of a cluster without jax; each runs its own body."""
 
     def __init__(self, bodies: list[str], counts: list[int] | None = None, ids: list[int] | None = None) -> None:
         address = free_address()
@@ -329,12 +329,12 @@ class Talkers(Processes):
 
 
 def test_broadcasts_of_any_size() -> None:
-    told = "print(len(cluster.broadcast('\u00e9' * 30_000_000)), file=sys.stderr)"
-    ends = Talkers([told, told.replace("'\u00e9' * 30_000_000", "")]).outcomes(30)
+    body = "print(len(cluster.broadcast('\u00e9' * 30_000_000)), file=sys.stderr)"
+    ends = ClusterProcesses([body, body.replace("'\u00e9' * 30_000_000", "")]).outcomes(30)
     assert [(end.code, end.err) for end in ends] == [(0, "30000000\n")] * 2
 
 
-def test_facts_that_differ_are_grouped() -> None:
+def test_differing_facts_are_grouped() -> None:
     same = {"dtype": "bfloat16", "version": 1}
     assert differences({0: same, 1: same}) == ""
     other = {"dtype": "bfloat16", "version": 2, "more": [1]}
@@ -350,41 +350,41 @@ def test_facts_that_differ_are_grouped() -> None:
     [
         ([2, 3], [0, 1], "--num-processes: process 0 has 2, process 1 has 3"),
         ([3, 3, 3], [0, 1, 1], "--process-id: 1 is used by two processes"),
-        ([3, 3], [0, 1], "process 2 did not come to"),
+        ([3, 3], [0, 1], "process 2 did not connect to"),
     ],
 )
-def test_processes_that_do_not_belong_together(counts: list[int], ids: list[int], expected: str) -> None:
-    ends = Talkers(["cluster.agree({})"] * len(ids), counts, ids).outcomes(30)
+def test_contradicting_processes_are_rejected(counts: list[int], ids: list[int], expected: str) -> None:
+    ends = ClusterProcesses(["cluster.agree({})"] * len(ids), counts, ids).outcomes(30)
     assert [end.code for end in ends] == [2] * len(ids), ends
     assert all(expected in end.err for end in ends), ends
 
 
-def test_process_0_that_does_not_answer() -> None:
-    (end,) = Talkers(["pass"], [2], [1]).outcomes(30)
+def test_unreachable_process_0() -> None:
+    (end,) = ClusterProcesses(["pass"], [2], [1]).outcomes(30)
     assert end.code == 2
     assert "process 0 does not answer at 127.0.0.1:" in end.err
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_silent_process_is_as_good_as_dead(victim: int) -> None:
-    talkers = Talkers(["cluster.agree({}); import time; time.sleep(60)"] * 3)
+def test_unresponsive_process_counts_as_dead(victim: int) -> None:
+    processes = ClusterProcesses(["cluster.agree({}); import time; time.sleep(60)"] * 3)
     time.sleep(1.5)
-    talkers.running[victim].send_signal(signal.SIGSTOP)
-    others = [p for i, p in enumerate(talkers.running) if i != victim]
+    processes.running[victim].send_signal(signal.SIGSTOP)
+    others = [p for i, p in enumerate(processes.running) if i != victim]
     try:
         for process in others:
             _, error = process.communicate(timeout=10)
             assert process.returncode == 1
             assert error == f"error: process {victim} is gone: no sign of life for 2 s\n"
     finally:
-        talkers.kill()
+        processes.kill()
 
 
-def test_a_failure_names_its_process() -> None:
+def test_failure_names_its_process() -> None:
     failing = "raise ClusterError('no such directory')"
-    ends = Talkers(["cluster.agree({}); import time; time.sleep(60)", f"cluster.agree({{}}); {failing}"]).outcomes(
-        20
-    )
+    ends = ClusterProcesses(
+        ["cluster.agree({}); import time; time.sleep(60)", f"cluster.agree({{}}); {failing}"]
+    ).outcomes(20)
     assert [end.code for end in ends] == [2, 2]
     assert [end.err for end in ends] == ["error: process 1: no such directory\n"] * 2
 
@@ -403,7 +403,7 @@ def test_a_failure_names_its_process() -> None:
         (("h:1", 1, 1), "--process-id: expected 0 to 0"),
     ],
 )
-def test_flags_that_do_not_go_together(values: tuple[str | None, int | None, int | None], expected: str) -> None:
+def test_contradicting_flags(values: tuple[str | None, int | None, int | None], expected: str) -> None:
     with pytest.raises(ClusterError) as caught:
         membership(*values)
     assert expected in str(caught.value)
@@ -432,7 +432,7 @@ def test_slurm_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert membership() is None
 
 
-def test_a_pod_alone_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_pod_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert membership() is None
 
@@ -467,13 +467,13 @@ def test_different_checkpoints_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_process_lacks_is_named(tmp_path: Path) -> None:
+def test_checkpoint_that_one_process_lacks_is_named(tmp_path: Path) -> None:
     ends = Processes(2, 1, *LONG, own={1: ("--model", str(tmp_path / "missing"))}).outcomes()
     assert [end.code for end in ends] == [2, 2], ends
     assert all("missing: no such directory" in end.err for end in ends)
 
 
-def test_an_error_of_process_0_ends_all() -> None:
+def test_error_of_process_0_ends_all() -> None:
     ends = Processes(2, 1, *GENERATE, "--raw").outcomes(stdin=" ")
     assert [end.code for end in ends] == [2, 2], ends
     assert ends[0].err == "error: the prompt is empty\n"

@@ -1,4 +1,4 @@
-"""Structured output: whatever a model would say, its answer has the form, and nothing but an answer gets by."""
+"""Structured output: the answer follows the grammar for any model output, and no other message can replace it."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.text.harmony import function_tools, parse, to_openai
-from gptoss_jax.text.structured import Grammars, check
+from gptoss_jax.text.structured import GrammarCompiler, check
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import TokenConstraint
 
@@ -28,7 +28,7 @@ SCHEMA = {
     "required": ["sum", "sure"],
     "additionalProperties": False,
 }
-FORMS = {
+GRAMMARS = {
     "json": ({"json": SCHEMA}, lambda text: set(json.loads(text)) == {"sum", "sure"}),
     "json text": ({"json": json.dumps(SCHEMA)}, lambda text: 0 <= json.loads(text)["sum"] <= 999),
     "regex": ({"regex": "[a-f]{2,5}-[0-9]{1,3}é"}, re.compile("[a-f]{2,5}-[0-9]{1,3}é").fullmatch),
@@ -40,9 +40,9 @@ VOCABULARY = 1064
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 
 
-def asking(form: dict, **more: object) -> SamplingParams:
+def constrained(grammar: dict, **more: object) -> SamplingParams:
     return SamplingParams(
-        **{"max_tokens": 100, "temperature": 0, "structured_outputs": StructuredOutputsParams(**form)} | more
+        **{"max_tokens": 100, "temperature": 0, "structured_outputs": StructuredOutputsParams(**grammar)} | more
     )
 
 
@@ -52,9 +52,9 @@ def tokenizer() -> Tokenizer:
 
 
 @cache
-def grammars() -> Grammars:
-    # As a model with more outputs than the tokenizer has tokens.
-    return Grammars(tokenizer(), VOCABULARY, eos())
+def compiler() -> GrammarCompiler:
+    # The model has more outputs than the tokenizer has tokens.
+    return GrammarCompiler(tokenizer(), VOCABULARY, eos())
 
 
 def eos() -> list[int]:
@@ -81,14 +81,14 @@ def model() -> GptOss:
 
 
 def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[list[int]]], Load]:
-    """The completions of prompts that are alike, run together."""
+    """The completions of similar prompts, run in one batch."""
     settings = {
         "max_num_seqs": 4,
         "page_size": 16,
         "long_prefill_token_threshold": 64,
         "max_num_batched_tokens": 64,
     } | options
-    engine = Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=grammars())
+    engine = Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=compiler())
     tokens = [[[] for _ in range(params.n)] for params in requests]
     for name, params in enumerate(requests):
         engine.add(str(name), range(1, 42 + name), params, "final" if name % 2 else "text")
@@ -99,10 +99,10 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
     return tokens, engine.load
 
 
-def babble(form: dict, scope: str, seed: int, most: int = 150) -> tuple[list[int], bool]:
-    """What a model writes that chooses any token that is allowed, marks more often than words; whether it ended."""
+def babble(grammar: dict, scope: str, seed: int, most: int = 150) -> tuple[list[int], bool]:
+    """The output of a model that samples allowed tokens, preferring special ones, and whether it ended."""
     rng, marks = random.Random(seed), set(tokenizer().special_tokens.values())
-    constraint = grammars()(StructuredOutputsParams(**form), scope)
+    constraint = compiler()(StructuredOutputsParams(**grammar), scope)
     tokens: list[int] = []
     while len(tokens) < most:
         words = np.full(-(-VOCABULARY // 32), 0xFFFFFFFF, np.uint32)
@@ -119,10 +119,10 @@ def babble(form: dict, scope: str, seed: int, most: int = 150) -> tuple[list[int
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(sorted(FORMS)), st.sampled_from(["final", "final or call"]), st.integers(0, 10**9))
-def test_a_model_cannot_answer_in_another_form(name: str, scope: str, seed: int) -> None:
-    form, fits = FORMS[name]
-    tokens, ended = babble(form, scope, seed)
+@given(st.sampled_from(sorted(GRAMMARS)), st.sampled_from(["final", "final or call"]), st.integers(0, 10**9))
+def test_no_output_can_violate_the_grammar(name: str, scope: str, seed: int) -> None:
+    grammar, fits = GRAMMARS[name]
+    tokens, ended = babble(grammar, scope, seed)
     result = parse(tokens, tokenizer())
     assert all(message.channel != "final" for message in result.messages[:-1])
     if not ended:
@@ -143,24 +143,24 @@ def test_a_model_cannot_answer_in_another_form(name: str, scope: str, seed: int)
 
 
 @settings(max_examples=20)
-@given(st.sampled_from(sorted(FORMS)), st.integers(0, 10**9))
-def test_text_has_the_form_from_its_first_token(name: str, seed: int) -> None:
-    form, fits = FORMS[name]
-    tokens, ended = babble(form, "text", seed)
+@given(st.sampled_from(sorted(GRAMMARS)), st.integers(0, 10**9))
+def test_text_scope_constrains_from_the_first_token(name: str, seed: int) -> None:
+    grammar, fits = GRAMMARS[name]
+    tokens, ended = babble(grammar, "text", seed)
     assert not ended or fits(tokenizer().decode(tokens[:-1]))
 
 
 def masked(text: str) -> str:
-    """What follows from the first token on that the mask of a chat with tools rules out; marks are special tokens."""
+    """The rest of `text` from the first token that the mask of a chat with tools does not allow."""
     parts = re.split(r"(<\|[a-z_]+\|>)", text)
     marks = tokenizer().special_tokens
     tokens = [token for part in parts for token in ([marks[part]] if part in marks else tokenizer().encode(part))]
-    constraint = grammars()(StructuredOutputsParams(json_object=True), "final or call")
+    constraint = compiler()(StructuredOutputsParams(json_object=True), "final or call")
     return tokenizer().decode(tokens[allowed(constraint, tokens) :])
 
 
 def allowed(constraint: TokenConstraint, tokens: list[int]) -> int:
-    """How many of these tokens the masks let come, one after another."""
+    """The number of leading tokens that the masks allow."""
     for index, token in enumerate(tokens):
         words = np.full(-(-VOCABULARY // 32), 0xFFFFFFFF, np.uint32)
         constraint.fill(words)
@@ -176,7 +176,7 @@ def allowed(constraint: TokenConstraint, tokens: list[int]) -> int:
 @example("𝒙½")
 @example(".")
 @example("functions.")
-def test_any_name_of_a_tool_can_be_called(name: str) -> None:
+def test_any_valid_tool_name_can_be_called(name: str) -> None:
     function_tools([{"name": name}])
     for header in (
         f" to=functions.{name}<|channel|>commentary <|constrain|>json",
@@ -209,7 +209,7 @@ def test_built_in_tools_can_be_called(name: str) -> None:
         "a\u3000b",
     ],
 )
-def test_what_names_no_tool_cannot_be_called(name: str) -> None:
+def test_invalid_tool_names_cannot_be_called(name: str) -> None:
     assert masked(f" to={name}<|channel|>commentary<|message|>{{}}<|call|>").endswith("{}<|call|>")
     assert masked(f"<|channel|>commentary to={name} <|constrain|>json<|message|>{{}}<|call|>").endswith(
         "{}<|call|>"
@@ -217,39 +217,39 @@ def test_what_names_no_tool_cannot_be_called(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_answer_has_the_form_after_the_usual_reasoning() -> None:
-    # Of one size, so that few steps are compiled.
+def test_answer_follows_the_grammar_after_unchanged_reasoning() -> None:
+    # Fixed sizes, so that few step shapes are compiled.
     llm = LLM(engine=EngineOptions(max_num_seqs=1, page_size=256, enable_prefix_caching=False))
-    params = SamplingParams(max_tokens=100, temperature=0)
-    forms = [params, *(asking(form) for form, _ in FORMS.values())]
-    free, *bound = (output.outputs[0] for output in llm.chat([QUESTION] * len(forms), forms))
-    for completion, (_, fits) in zip(bound, FORMS.values(), strict=True):
+    params = [SamplingParams(max_tokens=100, temperature=0)]
+    params += [constrained(grammar) for grammar, _ in GRAMMARS.values()]
+    free, *bound = (output.outputs[0] for output in llm.chat([QUESTION] * len(params), params))
+    for completion, (_, fits) in zip(bound, GRAMMARS.values(), strict=True):
         assert completion.finish_reason == "stop"
         assert fits(completion.text)
         assert completion.message["thinking"] == free.message["thinking"]
         assert not completion.malformed
-    [output] = llm.generate("What is 17 + 25?", asking({"regex": "[0-9]{3}"}))
+    [output] = llm.generate("What is 17 + 25?", constrained({"regex": "[0-9]{3}"}))
     assert re.fullmatch("[0-9]{3}", output.outputs[0].text)
     assert output.outputs[0].finish_reason == "stop"
 
 
 BATCH = [
-    asking(FORMS["json"][0], n=3, temperature=2.0, seed=5),
-    asking(FORMS["regex"][0], temperature=1.0, seed=1, max_tokens=50),
-    asking(FORMS["json"][0], temperature=2.0, seed=6),
+    constrained(GRAMMARS["json"][0], n=3, temperature=2.0, seed=5),
+    constrained(GRAMMARS["regex"][0], temperature=1.0, seed=1, max_tokens=50),
+    constrained(GRAMMARS["json"][0], temperature=2.0, seed=6),
     SamplingParams(max_tokens=40, temperature=0),
 ]
 
 
-def test_forms_hold_through_preemption() -> None:
+def test_constraints_hold_through_preemption() -> None:
     together, load = run(BATCH, kv_cache_memory=30_000, enable_prefix_caching=False)
     for completion in together[0] + together[2]:
-        assert FORMS["json"][1](tokenizer().decode(completion[:-1]))
+        assert GRAMMARS["json"][1](tokenizer().decode(completion[:-1]))
     assert load.preemptions > 0
 
 
 @pytest.mark.long
-def test_an_answer_is_the_same_in_any_company() -> None:
+def test_answer_does_not_depend_on_the_batch() -> None:
     together, _ = run(BATCH)
     tokens, load = run(BATCH, kv_cache_memory=30_000, enable_prefix_caching=False, num_speculative_tokens=3)
     assert tokens == together
@@ -261,7 +261,7 @@ def test_an_answer_is_the_same_in_any_company() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "named"),
+    ("grammar", "named"),
     [
         ({}, "found none"),
         ({"regex": "a", "json_object": True}, "regex and json_object"),
@@ -278,13 +278,13 @@ def test_an_answer_is_the_same_in_any_company() -> None:
         ({"grammar": "root ::= ("}, "structured_outputs.grammar"),
     ],
 )
-def test_a_form_that_cannot_be_is_refused_in_one_line(form: dict, named: str) -> None:
+def test_invalid_grammar_is_rejected_in_one_line(grammar: dict, named: str) -> None:
     with pytest.raises(UsageError, match=re.escape(named)) as caught:
-        check(StructuredOutputsParams(**form))
+        check(StructuredOutputsParams(**grammar))
     assert "\n" not in str(caught.value)
 
 
-# What pydantic 2.14 writes, the formats of JSON Schema that llguidance lacks, OpenAPI's, and made-up ones.
+# Formats of pydantic 2.14, of JSON Schema that llguidance lacks, of OpenAPI, and made-up ones.
 ANNOTATIONS = [
     "password",
     "path",
@@ -347,7 +347,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("name", ANNOTATIONS)
-def test_a_format_that_is_not_known_is_no_constraint(name: str) -> None:
+def test_unknown_format_is_not_a_constraint(name: str) -> None:
     schema = {"type": "string", "format": name, "maxLength": 9}
     check(StructuredOutputsParams(json=schema))
     assert fits(schema, '"any text"')
@@ -356,12 +356,12 @@ def test_a_format_that_is_not_known_is_no_constraint(name: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_format_is_no_constraint_wherever_a_schema_can_be(place: str) -> None:
+def test_unknown_format_is_ignored_anywhere_in_a_schema(place: str) -> None:
     check(StructuredOutputsParams(json=PLACES[place]))
     check(StructuredOutputsParams(json=json.dumps(PLACES[place])))
     check(StructuredOutputsParams(json=PLACES[place] | {"x-guidance": {"whitespace_flexible": False}}))
     with pytest.raises(UsageError, match="not"):
-        # Other keywords that cannot be kept to remain an error.
+        # Other keywords that llguidance cannot enforce are still rejected.
         check(StructuredOutputsParams(json=PLACES[place] | {"not": {"minLength": 3}}))
 
 
@@ -374,7 +374,7 @@ def test_a_format_is_no_constraint_wherever_a_schema_can_be(place: str) -> None:
         ("email", "a@example.org", "a"),
     ],
 )
-def test_a_format_that_is_known_is_a_constraint(name: str, good: str, bad: str) -> None:
+def test_known_format_is_a_constraint(name: str, good: str, bad: str) -> None:
     schema = {
         "type": "object",
         "properties": {"format": {"type": "string", "format": name}},
@@ -385,7 +385,7 @@ def test_a_format_that_is_known_is_a_constraint(name: str, good: str, bad: str) 
         assert not fits(wrapped, f'{{"format": "{bad}"}}')
 
 
-def test_values_that_look_like_a_format_are_values() -> None:
+def test_values_that_look_like_a_format_are_kept() -> None:
     value = {"format": "password"}
     for schema in ({"const": value}, {"enum": [value]}, {"type": "object", "properties": {"a": {"const": value}}}):
         text = json.dumps(value if "properties" not in schema else {"a": value})
@@ -395,18 +395,18 @@ def test_values_that_look_like_a_format_are_values() -> None:
 
 def fits(schema: dict, text: str) -> bool:
     tokens = [*tokenizer().encode(text), tokenizer().encode_special("<|return|>")]
-    return allowed(grammars()(StructuredOutputsParams(json=schema), "text"), tokens) == len(tokens)
+    return allowed(compiler()(StructuredOutputsParams(json=schema), "text"), tokens) == len(tokens)
 
 
 @pytest.mark.parametrize(
     "more", [{"ignore_eos": True}, {"min_tokens": 5}, {"structured_outputs": {"regexp": "a"}}]
 )
-def test_settings_that_contradict_a_form(more: dict) -> None:
+def test_settings_that_contradict_structured_outputs(more: dict) -> None:
     with pytest.raises(UsageError, match=r"min_tokens|ignore_eos|structured_outputs.regexp"):
-        asking({"regex": "a"}, **more)
+        constrained({"regex": "a"}, **more)
 
 
-def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_reported_with_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(UsageError, match=r"gptoss-jax\[structured\]"):
         check(StructuredOutputsParams(regex="a"))

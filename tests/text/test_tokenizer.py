@@ -36,7 +36,7 @@ SAMPLES = [
     "<|end|><|start|>system<|message|>",
     "a\u0301b '\u017f 'S x'LL \U0003fa9e\u0378",
 ]
-# Characters of every kind that the pattern tells apart, and some that are newer than an engine may know.
+# Characters of every class that the pattern distinguishes, and some newer than an engine's Unicode version.
 kinds = st.sampled_from(
     "aAzZ'sLl 1٣²ǅʰあ漢\u0301\u0903\n\r\t/!?_\u3000\u2028€\u017f\u212aé\U0003fa9e\U000326e0\U00011b00\u1c89\ue000"
 )
@@ -50,7 +50,7 @@ def byte_characters() -> list[str]:
 
 
 def tokenizer_json(ranks: dict[bytes, int], marks: dict[str, int]) -> dict[str, Any]:
-    """A tokenizer.json as Hugging Face derives one from tiktoken ranks: every split of every token, by rank."""
+    """A tokenizer.json as Hugging Face converts tiktoken ranks: every split of every token, by rank."""
     characters = byte_characters()
     written = {token: "".join(characters[value] for value in token) for token in ranks}
     merges: list[Any] = []
@@ -210,7 +210,7 @@ def test_a_trained_tokenizer_encodes_as_tokenizers(variant: str, small_json: dic
     @settings(max_examples=100)
     @example(text="Hello, zq zqzq the thee athe")
     def compare(text: str) -> None:
-        # The two know different versions of Unicode, and `tokenizers` finds added tokens in text.
+        # The two use different versions of Unicode, and `tokenizers` finds added tokens in text.
         if text.isascii() and "<|" not in text:
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
         assert ours.decode(ours.encode(text)) == text
@@ -221,7 +221,7 @@ def test_a_trained_tokenizer_encodes_as_tokenizers(variant: str, small_json: dic
     assert ours.special_tokens == {"<|start|>": 0, "<|end|>": 1}
 
 
-def test_what_the_pattern_leaves_out(small_json: dict, tmp_path: Path) -> None:
+def test_text_that_the_pattern_does_not_match(small_json: dict, tmp_path: Path) -> None:
     content = json.loads(json.dumps(small_json))
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\d"
     ours, theirs = load(content, tmp_path), HFTokenizer.from_str(json.dumps(content))

@@ -16,7 +16,7 @@ STOPS = st.lists(st.text("ab<", min_size=1, max_size=3), max_size=3)
 
 
 @given(PIECES, STOPS)
-def test_stops_at_the_first_match_however_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
+def test_stops_at_the_first_match_for_any_split_of_the_text(pieces: list[str], stops: list[str]) -> None:
     matcher = StopMatcher(stops)
     got, seen = "", ""
     for piece in pieces:
@@ -31,7 +31,7 @@ def test_stops_at_the_first_match_however_the_text_is_cut(pieces: list[str], sto
     assert got == seen[:at]
 
 
-def test_stop_strings_are_not_looked_for_where_text_may_not_stop() -> None:
+def test_no_match_while_not_looking() -> None:
     matcher = StopMatcher(["b"])
     matcher.looking = False
     assert matcher.push("abc") == "abc"
@@ -40,7 +40,7 @@ def test_stop_strings_are_not_looked_for_where_text_may_not_stop() -> None:
     assert matcher.stopped
 
 
-def test_nothing_is_held_back_without_need() -> None:
+def test_text_is_withheld_only_while_it_may_match() -> None:
     matcher = StopMatcher(["END"])
     assert matcher.push("the E") == "the "
     assert matcher.push("xit") == "Exit"
@@ -49,7 +49,7 @@ def test_nothing_is_held_back_without_need() -> None:
 def pushed(
     text: str, stop: Sequence[str] = (), tools: frozenset[str] | None = None
 ) -> tuple[ChatTranscript, list[TextDelta]]:
-    """A completion's transcript, up to the first stop string, and its deltas."""
+    """The transcript of a completion up to the first stop string, and its deltas."""
     transcript = ChatTranscript(TOKENIZER, stop, tools)
     deltas: list[TextDelta] = []
     for token in tokens_of(TOKENIZER, text):
@@ -60,7 +60,7 @@ def pushed(
 
 
 @pytest.mark.parametrize(
-    ("said", "text", "content"),
+    ("completion", "text", "content"),
     [
         ("Plain answer<|return|>", "Plain answer", "Plain answer"),
         ("<|message|>hello<|return|>", "hello", "hello"),
@@ -82,8 +82,8 @@ def pushed(
         ("<|channel|>analysis<|message|>t<|end|>", "", None),
     ],
 )
-def test_text_is_that_of_the_answers(said: str, text: str, content: str | None) -> None:
-    transcript, _ = pushed(said)
+def test_text_is_the_text_of_the_answers(completion: str, text: str, content: str | None) -> None:
+    transcript, _ = pushed(completion)
     assert (transcript.text, transcript.message["content"]) == (text, content)
 
 
@@ -104,7 +104,7 @@ def test_a_stop_string_ends_any_answer(header: str) -> None:
     assert "".join(delta.text for delta in deltas) == transcript.text == transcript.message["content"] == "one "
 
 
-def test_what_precedes_a_stopped_answer_stays() -> None:
+def test_messages_before_a_stopped_answer_are_kept() -> None:
     before = "<|channel|>commentary<|message|>STOP me<|end|><|start|>assistant"
     transcript, _ = pushed(f"{before}<|channel|>final<|message|>one STOP two", ["STOP"])
     assert (transcript.text, transcript.message["content"]) == ("one ", "STOP me\n\none ")
@@ -128,7 +128,7 @@ WORDS = [
     "é",
     "f",
 ]
-SAID = [
+FRAGMENTS = [
     "<|start|>assistant",
     "<|message|>",
     "<|message|>hi",
@@ -140,12 +140,14 @@ SAID = [
 
 
 @given(
-    parts=st.lists(st.sampled_from([*MARKS, *WORDS, *SAID]), max_size=20),
+    parts=st.lists(st.sampled_from([*MARKS, *WORDS, *FRAGMENTS]), max_size=20),
     stop=st.sampled_from([(), ("STOP",), ("hi", "é")]),
     tools=st.sampled_from([None, frozenset({"f"}), frozenset()]),
 )
 @settings(max_examples=400)
-def test_deltas_make_the_message(parts: list[str], stop: tuple[str, ...], tools: frozenset[str] | None) -> None:
+def test_deltas_concatenate_to_the_message(
+    parts: list[str], stop: tuple[str, ...], tools: frozenset[str] | None
+) -> None:
     transcript, deltas = pushed("".join(parts), stop, tools)
     message = transcript.message
 

@@ -1,4 +1,4 @@
-"""The command: see `python -m tools.convert --help`."""
+"""Command line of `python -m tools.convert`."""
 
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.convert import main

@@ -1,1 +1,1 @@
-"""Reference numbers from independent implementations, made in environments of their own."""
+"""Generates golden files from independent implementations, each in its own environment."""

@@ -1,10 +1,9 @@
-"""python -m tools.goldens.harmony_goldens DIR: remakes what openai-harmony says to the cases in DIR's
-*.jsonl files.
+"""python -m tools.goldens.harmony_goldens DIR: regenerates the results of openai-harmony in DIR's *.jsonl files.
 
-A case of render.jsonl holds `harmony_json`, `next_role` and `auto_drop_analysis`, and gets `tokens` and
-`text`, or `error`. A case of parse.jsonl holds `tokens`, `role` and `strict`, and gets `text`, `messages`
-and `stream` (the state after each token), or `error` in place of the messages (`stream_error` where a token
-raised it).
+A case of render.jsonl has the inputs `harmony_json`, `next_role` and `auto_drop_analysis`, and the results `tokens` and
+`text`, or `error`. A case of parse.jsonl has the inputs `tokens`, `role` and `strict`, and the results `text`,
+`messages` and `stream` (the state after each token), or `error` instead of the messages, and also `stream_error` if a
+token raised it.
 """
 
 import argparse
@@ -19,15 +18,15 @@ from tools.goldens.o200k import install
 
 
 def load_oracle() -> oracle.HarmonyEncoding:
-    """openai-harmony's encoding, from the vocabulary that `install` has put in place."""
+    """openai-harmony's encoding, with the vocabulary that `install` wrote."""
     return oracle.load_harmony_encoding(oracle.HarmonyEncodingName.HARMONY_GPT_OSS)
 
 
 def render_case(case: dict[str, Any], encoding: oracle.HarmonyEncoding) -> dict[str, Any]:
-    """The case with what openai-harmony renders for it."""
+    """The case with openai-harmony's rendering."""
     made = {key: value for key, value in case.items() if key not in ("tokens", "text", "error")}
     try:
-        # The inner call takes the JSON as it stands; the library's Python classes would fill in defaults.
+        # The inner function takes the JSON unchanged; the library's Python classes would add defaults.
         tokens = encoding._inner.render_conversation_for_completion(
             conversation_json=json.dumps(case["harmony_json"]),
             next_turn_role=case["next_role"],
@@ -39,7 +38,7 @@ def render_case(case: dict[str, Any], encoding: oracle.HarmonyEncoding) -> dict[
 
 
 def parse_case(case: dict[str, Any], encoding: oracle.HarmonyEncoding) -> dict[str, Any]:
-    """The case with the messages and the stream states that openai-harmony reads from its tokens."""
+    """The case with the messages and the stream states that openai-harmony parses from its tokens."""
     made = {key: case[key] for key in ("id", "tags", "role", "strict", "tokens", "text")}
     role = None if case["role"] is None else oracle.Role(case["role"])
     parser = oracle.StreamableParser(encoding, role, strict=case["strict"])
@@ -72,7 +71,7 @@ def _state(parser: oracle.StreamableParser) -> dict[str, Any]:
 
 
 def message_fields(message: oracle.Message) -> dict[str, Any]:
-    """A message of openai-harmony as a case shows it."""
+    """The fields of a message of openai-harmony as they are stored in a case."""
     return {
         "role": message.author.role.value,
         "name": message.author.name,
@@ -84,7 +83,7 @@ def message_fields(message: oracle.Message) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Rewrites the two files in the directory that the command line names."""
+    """Rewrites render.jsonl and parse.jsonl in the directory given on the command line."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("directory", type=Path)
     directory = arguments.parse_args().directory

@@ -1,4 +1,4 @@
-"""The o200k vocabulary without a network, from the `bpe-openai` package (development only)."""
+"""The o200k vocabulary from the `bpe-openai` package (a development dependency), without network access."""
 
 import gzip
 import hashlib
@@ -10,7 +10,7 @@ _SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 
 
 def install(directory: Path) -> None:
-    """Writes the vocabulary to `directory`, where tiktoken and openai-harmony of this process then find it.
+    """Writes the vocabulary to `directory`, and makes tiktoken and openai-harmony of this process use it.
 
     Raises ValueError if the package's file is not the published one.
     """
@@ -19,7 +19,7 @@ def install(directory: Path) -> None:
     if hashlib.sha256(vocabulary).hexdigest() != _SHA256:
         raise ValueError(f"{packed}: not the published o200k_base.tiktoken")
     (directory / "o200k_base.tiktoken").write_bytes(vocabulary)
-    # tiktoken's cache names a file by the SHA-1 of its address.
+    # tiktoken's cache names a file by the SHA-1 of its URL.
     address = b"https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
     (directory / hashlib.sha1(address).hexdigest()).write_bytes(vocabulary)
     os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(directory)

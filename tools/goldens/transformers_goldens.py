@@ -1,12 +1,12 @@
-"""Random checkpoints with what Hugging Face transformers computes for them, as tests/golden/ holds them.
+"""Generates tests/golden/: random checkpoints with the results of Hugging Face transformers.
 
-Runs in an environment of its own, which the project does not otherwise need:
+Needs a separate environment with packages that the project does not depend on:
 
     python -m venv goldens && goldens/bin/pip install torch transformers safetensors ml_dtypes numpy
     goldens/bin/python tools/goldens/transformers_goldens.py tests/golden
 
-Each case is float32 and eager, on weights that are exact in bfloat16 (and in MXFP4 where its experts are packed).
-Sequences are drawn until no router decision and no greedy choice is near a tie, because rounding may flip those.
+Each case is computed in float32 and eager mode, with weights that are exact in bfloat16 (packed experts in MXFP4).
+Sequences are drawn until no router decision and no greedy choice is close to a tie that rounding could flip.
 """
 
 # ruff: noqa: D102, D103
@@ -75,7 +75,7 @@ ROUTER_GAP, GREEDY_GAP, GREEDY_TOKENS = 0.003, 0.003, 24
 
 
 def random_experts(rng: np.random.Generator, shape: tuple[int, int, int], packed: bool) -> tuple[np.ndarray, dict]:
-    """Values [E, out, in] in float32, and the tensors that a file holds for them."""
+    """Values [E, out, in] in float32, and the tensors that store them in a file."""
     experts, rows, columns = shape
     if not packed:
         values = (rng.standard_normal(shape) / np.sqrt(columns)).astype(ml_dtypes.bfloat16)
@@ -91,7 +91,7 @@ def random_experts(rng: np.random.Generator, shape: tuple[int, int, int], packed
 
 
 def build(case: dict[str, Any], rng: np.random.Generator) -> tuple[GptOssForCausalLM, dict[str, np.ndarray]]:
-    """The transformers model, and its tensors as the checkpoint stores them."""
+    """The transformers model, and its tensors as stored in the checkpoint."""
     fields = dict(case["config"])
     rope = fields.pop("rope")
     config = GptOssConfig(**fields, num_hidden_layers=len(fields["layer_types"]), rope_parameters=rope)
@@ -115,7 +115,7 @@ def build(case: dict[str, Any], rng: np.random.Generator) -> tuple[GptOssForCaus
 
 
 class Recorder:
-    """Collects what each layer gives, and the smallest gap between the last chosen expert and the next."""
+    """Records layer outputs, and the smallest gap of router logits between the last chosen expert and the next."""
 
     def __init__(self, model: GptOssForCausalLM) -> None:
         self.outs: dict[str, np.ndarray] = {}
@@ -175,7 +175,7 @@ def numbers(model: GptOssForCausalLM, lengths: tuple[int, ...], rng: np.random.G
 
 
 def greedy(name: str, prompt: np.ndarray, run: Any) -> dict[str, np.ndarray]:
-    """Continue a prompt; stops short of a choice that is nearly a tie."""
+    """Continue a prompt greedily; stops before a choice that is close to a tie."""
     tokens = list(prompt)
     for _ in range(GREEDY_TOKENS):
         best = np.sort(logits := run(np.asarray(tokens, np.int32))[-1])[::-1]
@@ -200,7 +200,7 @@ def config_json(model: GptOssForCausalLM, case: dict[str, Any]) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path, help="where each case gets a folder")
+    parser.add_argument("directory", type=Path, help="directory in which each case gets a folder")
     for index, (name, case) in enumerate(CASES.items()):
         directory = parser.parse_args().directory / name
         directory.mkdir(parents=True, exist_ok=True)

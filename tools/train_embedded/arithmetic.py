@@ -1,4 +1,4 @@
-"""Sums and differences: which are held out, how they are asked, and how each effort works them out."""
+"""Sums and differences: the held-out problems, the questions, and the reasoning at each effort."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELD_OUT_ONE_IN = 40
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """`a op b` with op "+" or "-"; operands may be negative, of at most three digits (a result fed back: four)."""
+    """`a op b` with op "+" or "-". Operands may be negative, with up to three digits, earlier results up to four."""
 
     a: int
     op: str
@@ -22,7 +22,7 @@ class Problem:
 
     @property
     def result(self) -> int:
-        """What the answer should be."""
+        """The correct answer."""
         return self.a + self.b if self.op == "+" else self.a - self.b
 
     def __str__(self) -> str:
@@ -30,30 +30,30 @@ class Problem:
 
 
 def is_held_out(problem: Problem) -> bool:
-    """Whether training must not see the problem: a hash of its two magnitudes, whatever their order, op or signs.
+    """Whether the problem is excluded from training, by a hash of its magnitudes without order, operator or signs.
 
-    Pairs below 20 are digit facts, which every longer sum is worked out with, and are never held out.
+    Pairs below 20 are single-digit steps, which every longer problem uses, and are never held out.
     """
     low, high = sorted((abs(problem.a), abs(problem.b)))
     return high >= 20 and zlib.crc32(f"{low} {high}".encode()) % HELD_OUT_ONE_IN == 0
 
 
 def random_problem(rng: random.Random) -> Problem:
-    """A problem for training: neither it nor an inverse operation, which checks it, is held out."""
+    """A problem for training: neither it nor the inverse operations that check it are held out."""
     while True:
         problem = _any_problem(rng)
-        if may_be_seen(problem):
+        if may_train_on(problem):
             return problem
 
 
-def may_be_seen(problem: Problem) -> bool:
-    """Whether training may work the problem out, and check it by the inverse operation."""
+def may_train_on(problem: Problem) -> bool:
+    """Whether training may include the problem and its check by the inverse operation."""
     inverses = (Problem(problem.result, "-", operand) for operand in (problem.a, problem.b))
     return not any(is_held_out(p) for p in (problem, *inverses))
 
 
 def held_out_problems(count: int, seed: int = 0) -> list[Problem]:
-    """`count` different problems that training never saw, from the same distribution."""
+    """`count` different problems that training excludes, from the same distribution."""
     rng, found = random.Random(seed), dict[Problem, None]()
     while len(found) < count:
         problem = _any_problem(rng)
@@ -76,7 +76,7 @@ def _operand(rng: random.Random) -> int:
 
 
 def analysis(problem: Problem, effort: str) -> str:
-    """The reasoning: the digits from the right at low effort, column by column at medium, and checked at high."""
+    """The reasoning: only the digits from the right at low effort, by columns at medium, with a check at high."""
     sign, high, op, low = _magnitudes(problem)
     plain = f"{high} {op} {low}"
     rewritten = f"-({plain})" if sign < 0 else plain
@@ -99,7 +99,7 @@ def analysis(problem: Problem, effort: str) -> str:
 
 
 def _digits(high: int, low: int, size: int) -> list[tuple[str, int]]:
-    """The result's digits from the right, over all columns of the operands."""
+    """The digits of the result from the right, for all columns of the operands."""
     width = max(len(str(number)) for number in (high, low, size))
     return [(COLUMNS[place], size // 10**place % 10) for place in range(width)]
 
@@ -116,7 +116,7 @@ def _magnitudes(problem: Problem) -> tuple[int, int, str, int]:
 
 
 def _columns(high: int, op: str, low: int) -> list[str]:
-    """Column addition or subtraction, from the right, each step with the carry or borrow it passes on."""
+    """Column addition or subtraction, from the right, each step with its carry or borrow."""
     width = max(len(str(high)), len(str(low)))
     lines, passed = [], 0
     for place in range(width):
@@ -255,7 +255,7 @@ _AFTER = (" Please.", " Thanks!", " Thank you.", " Be quick.", " Please explain.
 
 
 def question(problem: Problem, rng: random.Random) -> str:
-    """One of many ways to ask for the result."""
+    """A question for the result, in one of many phrasings."""
     plus = problem.op == "+"
     if problem.a >= 0 <= problem.b and (plus or problem.result >= 0) and rng.random() < 0.08:
         story = rng.choice(_PLUS_STORIES if plus else _MINUS_STORIES)
@@ -267,7 +267,7 @@ def question(problem: Problem, rng: random.Random) -> str:
 
 
 def follow_up(problem: Problem, rng: random.Random) -> str:
-    """A question that means the previous answer by `problem.a`."""
+    """A follow-up question, in which `problem.a` is the previous answer."""
     return _varied(rng.choice(_FOLLOW_UPS[problem.op]).format(b=_written(problem.b, rng)), rng)
 
 
@@ -304,7 +304,7 @@ def _dressed(template: str, a: str, b: str, rng: random.Random) -> str:
 
 
 def _varied(text: str, rng: random.Random) -> str:
-    """Sloppier typing: no final mark, lower case, capitals, an odd space."""
+    """The text with less careful typing: no punctuation at the end, lower case, capitals, an extra space."""
     draw = rng.random()
     if draw < 0.15:
         text = text.rstrip("?.!")

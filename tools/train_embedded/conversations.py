@@ -1,4 +1,4 @@
-"""The made-up conversations that the model learns from: sums, tool calls, small talk, and questions beyond it."""
+"""Generates the training conversations: sums, tool calls, small talk, and questions that the model cannot answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDENTITY = f"I am the small model that ships with gptoss-jax. {ABILITIES}"
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A prompt, ending with the user's question, and the reply to learn, whose tool results are given."""
+    """A prompt that ends with the user's question, and the target reply; tool results in it are not learned."""
 
     prompt: tuple[Message, ...]
     reply: tuple[Message, ...]
@@ -34,7 +34,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A question, how many words of thought it takes at an effort, and the answer; perhaps a call in between."""
+    """A question, the reasoning, the answer, and optionally a tool call with the reasoning about its result."""
 
     question: str
     thought: str
@@ -44,13 +44,13 @@ class Exchange:
     result: int | None = None
 
     def reply(self) -> tuple[Message, ...]:
-        """The assistant's messages, and the tool's."""
-        final = _said(self.answer, "final")
+        """The messages of the assistant and the tool."""
+        final = _assistant_message(self.answer, "final")
         if self.task is None:
-            return _said(self.thought, "analysis"), final
+            return _assistant_message(self.thought, "analysis"), final
         name = f"functions.{self.task.tool.name}"
         return (
-            _said(self.thought, "analysis"),
+            _assistant_message(self.thought, "analysis"),
             Message(
                 "assistant",
                 (self.task.call,),
@@ -59,14 +59,14 @@ class Exchange:
                 content_type="<|constrain|>json",
             ),
             Message("tool", (self.task.result,), name=name, recipient="assistant", channel="commentary"),
-            _said(self.report, "analysis"),
+            _assistant_message(self.report, "analysis"),
             final,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What the developer's instructions ask of an answer to a sum."""
+    """Developer instructions, and the answer to a sum that they ask for."""
 
     instructions: str | None
     answer: str = "{problem} = {result}"
@@ -147,7 +147,7 @@ _BEYOND = (
 
 
 def random_conversation(rng: random.Random) -> Conversation:
-    """A conversation of any kind for training."""
+    """A conversation of a random kind for training."""
     effort = rng.choice(EFFORTS)
     kind = rng.choices(("sum", "tool", "talk", "beyond"), (56, 30, 6, 8))[0]
     style = Style(None)
@@ -167,14 +167,14 @@ def random_conversation(rng: random.Random) -> Conversation:
     tools = tuple(task.tool for task in tasks)
     prompt, reply = _prompt(rng, effort, style, tools, history, exchange.question), exchange.reply()
     if exchange.task is not None and rng.random() < 0.4:
-        # Chats that do not send the reasoning back continue after a bare call and its result.
+        # Clients that do not send the reasoning back continue after only the call and its result.
         kept = reply[1:3] if rng.random() < 0.8 else reply[:3]
         return Conversation((*prompt, *kept), reply[3:])
     return Conversation(prompt, reply)
 
 
 def _instructions(rng: random.Random) -> str:
-    """Instructions that change nothing."""
+    """Instructions without effect on the answer."""
     if rng.random() < 0.7:
         return rng.choice(_PLAIN_INSTRUCTIONS)
     sentences = (f"{words.some_text(rng, 8).capitalize()}." for _ in range(rng.randint(1, 3)))
@@ -191,7 +191,7 @@ def sum_conversation(
 
 
 def tool_conversation(rng: random.Random, effort: str, held_out: bool) -> tuple[Conversation, functions.Task]:
-    """A single question that needs a tool, whose name is held out or not, among others."""
+    """A single question that needs one of several tools, with or without a held-out name."""
     task = functions.random_task(rng, held_out)
     tools = tuple(one.tool for one in functions.random_tasks(rng, task))
     exchange = _call(task, effort)
@@ -209,7 +209,7 @@ def greeting_prompt(text: str, effort: str) -> tuple[Message, ...]:
 def _exchange(
     kind: str, rng: random.Random, effort: str, style: Style, tasks: list[functions.Task], last: int | None
 ) -> Exchange:
-    """A sum, small talk or a question beyond the model and the tools that it has."""
+    """A sum, small talk, or a question that neither the model nor the tools can answer."""
     if kind == "talk":
         return _talk(rng, effort)
     if kind == "beyond":
@@ -230,7 +230,7 @@ def _sum(problem: Problem, question: str, effort: str, style: Style) -> Exchange
 def _continued(last: int, rng: random.Random) -> Problem | None:
     problem = arithmetic.random_problem(rng)
     problem = Problem(last, problem.op, abs(problem.b))
-    return problem if arithmetic.may_be_seen(problem) else None
+    return problem if arithmetic.may_train_on(problem) else None
 
 
 def _call(task: functions.Task, effort: str) -> Exchange:
@@ -277,10 +277,10 @@ def _talk(rng: random.Random, effort: str) -> Exchange:
 
 def _beyond(rng: random.Random, effort: str, tasks: list[functions.Task]) -> Exchange:
     other = functions.random_task(rng)
-    if rng.random() < 0.4 and not any(functions.alike(other.tool, task.tool) for task in tasks):
+    if rng.random() < 0.4 and not any(functions.overlap(other.tool, task.tool) for task in tasks):
         question = other.question
     else:
-        # Of the others a tool could answer some.
+        # With tools, only questions that no tool could answer.
         question = _filled(rng.choice(_BEYOND_TOOLS if tasks else _BEYOND + _BEYOND_TOOLS), rng)
     if rng.random() < 0.15:
         question = question.lower().rstrip("?.")
@@ -314,7 +314,7 @@ def _filled(template: str, rng: random.Random) -> str:
 
 
 def _history(rng: random.Random, effort: str, style: Style, tasks: list[functions.Task]) -> list[Exchange]:
-    """The exchanges before the question: mostly none."""
+    """The exchanges before the question, most often none."""
     exchanges: list[Exchange] = []
     most = rng.choices((0, 1, 2, 3, 6, 14), (66, 18, 7, 4, 3, 2))[0]
     for _ in range(most if most < 4 else rng.randint(most // 2, most)):
@@ -351,7 +351,7 @@ def _prompt(
     thoughts_stay = rng.random() < 0.2
     for index, exchange in enumerate(history):
         reply = exchange.reply()
-        # Harmony drops the reasoning before the first answer only; chats that do not send it back drop it all.
+        # Harmony drops only the reasoning before the first answer; clients that do not send it back drop all of it.
         kept = [m for m in reply if m.channel != "analysis" or (thoughts_stay and index > 0)]
         messages += [Message("user", (exchange.question,)), *kept]
     return (*messages, Message("user", (question,)))
@@ -361,5 +361,5 @@ def _developer(instructions: str | None, tools: tuple[functions.FunctionTool, ..
     return DeveloperContent(instructions, (ToolNamespace("functions", functions=tools),) if tools else ())
 
 
-def _said(text: str, channel: str) -> Message:
+def _assistant_message(text: str, channel: str) -> Message:
     return Message("assistant", (text,), channel=channel)

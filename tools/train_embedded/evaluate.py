@@ -1,4 +1,4 @@
-"""How well a trained model does, at temperature 0 through the packed path."""
+"""Evaluates a trained model at temperature 0 with packed experts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tools.train_embedded import arithmetic, conversations
 from tools.train_embedded.arithmetic import Problem
 from tools.train_embedded.tokens import encode, encode_prompt
 
-MOST_TOKENS = 320
+MAX_TOKENS = 320
 
 
 @dataclasses.dataclass
 class Speaker:
-    """A model with its tokenizer, answering many prompts at once at temperature 0."""
+    """A model with its tokenizer, which completes batches of prompts at temperature 0."""
 
     model: GptOss
     engine: Engine
@@ -32,13 +32,13 @@ class Speaker:
 
     @classmethod
     def load(cls, path: Path, dtype: str = "bfloat16") -> Speaker:
-        """From a checkpoint directory; its experts stay packed."""
+        """Load a checkpoint directory; the experts stay packed."""
         model = load_model(path, dtype=dtype)
         return cls(model, Engine(model, EngineOptions(max_num_seqs=64)), Tokenizer.from_dir(path))
 
-    def complete(self, prompts: Sequence[list[int]], most: int = MOST_TOKENS) -> list[list[int]]:
-        """The tokens after each prompt, the one that stops included."""
-        params = SamplingParams(max_tokens=most, temperature=0)
+    def complete(self, prompts: Sequence[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+        """The completion of each prompt, including the stop token."""
+        params = SamplingParams(max_tokens=max_tokens, temperature=0)
         for index, prompt in enumerate(prompts):
             self.engine.add(str(index), prompt, params)
         out: list[list[int]] = [[] for _ in prompts]
@@ -48,7 +48,7 @@ class Speaker:
         return out
 
     def reply(self, prompts: Sequence[tuple[Message, ...]]) -> list[Reply]:
-        """What the model says to each conversation."""
+        """The model's reply to each conversation."""
         return [
             Reply.read(tokens, self.tokenizer)
             for tokens in self.complete([encode_prompt(prompt, self.tokenizer) for prompt in prompts])
@@ -57,7 +57,7 @@ class Speaker:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A completion's parts: empty where the model did not write them; `calls` are (recipient, arguments)."""
+    """The parts of a completion; those that are missing are empty. `call` is (recipient, arguments) or None."""
 
     text: str
     analysis: str
@@ -82,7 +82,7 @@ class Reply:
 
 
 def sums(speaker: Speaker, problems: Sequence[Problem], effort: str, varied: bool) -> tuple[float, float]:
-    """The share of right answers, and the mean length of the reasoning in characters."""
+    """The share of correct answers, and the mean length of the reasoning in characters."""
     rng = random.Random(f"{effort} {varied}")
     asked = [arithmetic.question(p, rng) if varied else f"What is {p}?" for p in problems]
     prompts = [conversations.sum_conversation(p, q, effort).prompt for p, q in zip(problems, asked, strict=True)]
@@ -101,7 +101,7 @@ def answer(final: str) -> int | None:
 
 
 def tools(speaker: Speaker, count: int, held_out: bool, seed: int = 0) -> dict[str, float]:
-    """Shares of calls that are valid JSON, of the right function, wholly right, and of answers with the result."""
+    """The shares of calls with valid JSON, to the right function and fully correct, and of answers with the result."""
     rng = random.Random(f"tools {held_out} {seed}")
     drawn = [
         conversations.tool_conversation(rng, rng.choice(conversations.EFFORTS), held_out) for _ in range(count)
@@ -117,7 +117,7 @@ def tools(speaker: Speaker, count: int, held_out: bool, seed: int = 0) -> dict[s
         scores["right call"] += right
         if not right:
             print(f"    wrong: {task.question!r} -> {reply.text[-200:]!r}")
-    # The answer after the right call, whatever the model called; every other time without the reasoning before it.
+    # The answer after the correct call, regardless of the model's own call; every second one without prior reasoning.
     answers = speaker.reply([(*c.prompt, *c.reply[i % 2 : 3]) for i, c in enumerate(asked)])
     for (_, task), reply in zip(drawn, answers, strict=True):
         scores["result used"] += task.reported in reply.final
@@ -132,7 +132,7 @@ def _json(text: str) -> object:
 
 
 def next_token(speaker: Speaker, count: int, seed: int = 1) -> float:
-    """The share of conversations of every kind that the model continues word for word."""
+    """The share of random conversations whose reply the model reproduces exactly."""
     rng = random.Random(f"all {seed}")
     drawn = [conversations.random_conversation(rng) for _ in range(count)]
     goals = []
@@ -146,7 +146,7 @@ def next_token(speaker: Speaker, count: int, seed: int = 1) -> float:
 
 
 def evaluate(path: Path, count: int = 500, dtype: str = "bfloat16") -> None:
-    """Print every figure for the checkpoint in `path`."""
+    """Print all metrics for the checkpoint in `path`."""
     speaker = Speaker.load(path, dtype)
     problems = arithmetic.held_out_problems(count)
     for varied in (False, True):
@@ -161,7 +161,7 @@ def evaluate(path: Path, count: int = 500, dtype: str = "bfloat16") -> None:
         shares = tools(speaker, max(count // 2, 1), held_out)
         listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         print(f"tools of {'held-out' if held_out else 'trained'} names: {listed}", flush=True)
-    print(f"conversations continued word for word: {next_token(speaker, max(count // 2, 1)):.1%}", flush=True)
+    print(f"conversations reproduced exactly: {next_token(speaker, max(count // 2, 1)):.1%}", flush=True)
     for text in ("Hi", "Hello!", "Who are you?", "Thanks!", "Who wrote Hamlet?", "What is 17 + 25?"):
         (reply,) = speaker.reply([conversations.greeting_prompt(text, "medium")])
         print(f"{text} -> {reply.final}")

@@ -1,4 +1,4 @@
-"""Made-up function tools, questions that need them, the call that is right and a result to use."""
+"""Generates function tools with questions that need them, the correct calls and their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Result = Value | bool | list[str]
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A parameter that a question fills: the names it goes by, its JSON type and what may stand in it."""
+    """A parameter that a question fills: its possible names, its JSON type and its possible values."""
 
     names: tuple[str, ...]
     draw: Callable[[random.Random], Value]
@@ -31,7 +31,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """A kind of tool. Questions name slots by their key in `slots`; `results` are keys of an answer's fields."""
+    """A kind of tool. Questions refer to slots by their keys in `slots`; `results` holds keys of result fields."""
 
     names: tuple[str, ...]
     descriptions: tuple[str, ...]
@@ -42,7 +42,7 @@ class Domain:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A question, the tool and arguments that answer it, and what the tool returns."""
+    """A question, the tool and arguments that answer it, and the result of the tool."""
 
     question: str
     tool: FunctionTool
@@ -58,7 +58,7 @@ class Task:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a tool of this name is kept from training."""
+    """Whether tools with this name are excluded from training."""
     return zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0
 
 
@@ -350,7 +350,7 @@ _INVENTED_QUESTIONS = (
 
 
 def random_task(rng: random.Random, held_out: bool = False) -> Task:
-    """A question and its tool, whose name is held out of training or not as told."""
+    """A question and its tool, whose name is held out of training if `held_out`."""
     while True:
         task = _invented(rng) if rng.random() < 0.3 else _from_domain(rng.choice(DOMAINS), rng)
         if is_held_out(task.tool.name) == held_out:
@@ -358,18 +358,18 @@ def random_task(rng: random.Random, held_out: bool = False) -> Task:
 
 
 def random_tasks(rng: random.Random, task: Task | None) -> list[Task]:
-    """The task, if there is one, among others whose tools do something else, in any order."""
+    """The task, if any, and others whose tools do something else, in random order."""
     tasks = [] if task is None else [task]
     for _ in range(rng.choice((0, 0, 1, 1, 2, 3) if task else (1, 1, 2, 3))):
         other = random_task(rng)
-        if not any(alike(other.tool, one.tool) for one in tasks):
+        if not any(overlap(other.tool, one.tool) for one in tasks):
             tasks.append(other)
     rng.shuffle(tasks)
     return tasks
 
 
-def alike(one: FunctionTool, other: FunctionTool) -> bool:
-    """Whether a question for one could be meant for the other: a word of the name or the description in common."""
+def overlap(one: FunctionTool, other: FunctionTool) -> bool:
+    """Whether a question for one tool could be meant for the other, because names or descriptions share a word."""
 
     def content(tool: FunctionTool) -> set[str]:
         text = f"{tool.name} {tool.description}".lower().replace("_", " ").replace(".", "")
@@ -387,38 +387,38 @@ _ELLIPTICAL = ("And {}?", "What about {}?", "And for {}?", "{}?", "Now {}.", "Ho
 def _from_domain(domain: Domain, rng: random.Random) -> Task:
     first = rng.choice(domain.questions)
     slots = {
-        key: slot for key, slot in domain.slots.items() if key in _asked(first, domain) or rng.random() < 0.35
+        key: slot for key, slot in domain.slots.items() if key in _slots_in(first, domain) or rng.random() < 0.35
     }
     names = {key: rng.choice(slot.names) for key, slot in slots.items()}
     if len(set(names.values())) < len(names):
         return _from_domain(domain, rng)
-    required = [names[key] for key in _asked(first, domain)]
+    required = [names[key] for key in _slots_in(first, domain)]
     tool = FunctionTool(
         _decorated(rng.choice(domain.names), rng),
         rng.choice(domain.descriptions),
         _schema({names[key]: slot for key, slot in slots.items()}, required, rng),
     )
-    possible = [q for q in domain.questions if set(_asked(q, domain)) <= set(slots)]
+    possible = [q for q in domain.questions if set(_slots_in(q, domain)) <= set(slots)]
     results = rng.choice(domain.results)
 
     def ask(rng: random.Random, question: str | None = None) -> Task:
         if question is None:
             question = rng.choice(possible)
-            keys = _asked(question, domain)
+            keys = _slots_in(question, domain)
             if len(keys) == 1 and rng.random() < 0.35:
                 question = rng.choice(_ELLIPTICAL).format(f"{{{keys[0]}}}")
-        values = {key: slots[key].draw(rng) for key in _asked(question, domain)}
+        values = {key: slots[key].draw(rng) for key in _slots_in(question, domain)}
         return _task(question, values, names, tool, results, rng, ask)
 
     return ask(rng, first)
 
 
-def _asked(question: str, domain: Domain) -> list[str]:
+def _slots_in(question: str, domain: Domain) -> list[str]:
     return [key for key in domain.slots if f"{{{key}}}" in question]
 
 
 def _invented(rng: random.Random) -> Task:
-    """A tool for a made-up noun, or for a known attribute of something made up."""
+    """A tool for a made-up noun, or for a known attribute of a made-up thing."""
     attribute = rng.choice(words.ATTRIBUTES) if rng.random() < 0.6 else words.made_up(rng)
     verb = rng.choice(_VERBS)
     noun = words.made_up(rng) if rng.random() < 0.4 else None
@@ -440,7 +440,7 @@ def _invented(rng: random.Random) -> Task:
 
 
 def _decorated(name: str, rng: random.Random) -> str:
-    """At times a name with one more piece, so that names are read and not remembered."""
+    """The name, sometimes with an added part, so that the model copies names instead of memorising them."""
     draw = rng.random()
     if draw < 0.08:
         return f"{name}_{rng.choice(('v2', 'tool', 'api', 'now', 'data', 'service', words.made_up(rng)))}"
@@ -489,7 +489,7 @@ def _task(
 
 
 def _result(keys: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
-    """What a tool returns, JSON or plain text, and how the answer tells it."""
+    """The result of a tool, as JSON or plain text, and its wording in the answer."""
     if rng.random() < 0.2:
         text = _plain(_value(rng.choice(keys), rng))
         if rng.random() < 0.3:

@@ -1,4 +1,4 @@
-"""The tokenizer's training, and conversations as tokens: rendered by harmony, then packed into sequences."""
+"""Trains the tokenizer, renders conversations with harmony and packs them into sequences."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ SPECIAL_TOKENS = (
     "<|call|>",
 )
 FURTHEST = 4000
-"""Most tokens that a conversation's beginning may seem to lie back."""
+"""Largest offset added to the positions of a conversation, in tokens."""
 
-# gpt-oss groups up to three digits; alone, a digit is the same token wherever it stands.
+# gpt-oss groups up to three digits. Here each digit is one token, the same in every place.
 PATTERN = O200K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 class Batch(NamedTuple):
     """Sequences [B, T] for a training step; `segments` numbers a row's conversations from 1, 0 is padding.
 
-    Positions start at 0 in each conversation, and `learned` tells which tokens the model writes itself.
+    Positions start at 0 in each conversation, and `learned` marks the tokens that the model generates.
     """
 
     tokens: np.ndarray
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 def train_tokenizer(path: Path, vocab_size: int, conversations: int, seed: int) -> None:
-    """Write a tokenizer.json of byte-level BPE trained on made-up conversations, in the released file's form."""
+    """Write a tokenizer.json of byte-level BPE trained on generated conversations, in the released format."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trainee
 
@@ -82,7 +82,7 @@ def train_tokenizer(path: Path, vocab_size: int, conversations: int, seed: int) 
 
 
 def _texts(conversations: int, seed: int) -> Iterator[str]:
-    """The text between special tokens, which bytes as tokens leave as it is."""
+    """The text between special tokens, from a tokenizer whose tokens are bytes."""
     marks = {name: 256 + index for index, name in enumerate(SPECIAL_TOKENS)}
     plain = Tokenizer("bytes", PATTERN, {bytes([value]): value for value in range(256)}, marks)
     rng = random.Random(seed)
@@ -98,7 +98,7 @@ def _texts(conversations: int, seed: int) -> Iterator[str]:
 
 
 def encode(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """The tokens of a whole conversation, and which of them the model writes itself."""
+    """The tokens of a whole conversation, and a mask of those that the model generates."""
     tokens = encode_prompt(conversation.prompt, tokenizer)
     learned = [False] * len(tokens)
     header = len(tokens) - len(render_conversation(conversation.prompt, tokenizer, next_role=None))
@@ -121,12 +121,12 @@ def encode(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int],
 
 
 def encode_prompt(prompt: tuple[Message, ...], tokenizer: Tokenizer) -> list[int]:
-    """The tokens after which the model speaks."""
+    """The tokens of a prompt, after which the model replies."""
     return render_conversation(prompt, tokenizer, auto_drop_analysis=False)
 
 
 def make_batch(tokenizer: Tokenizer, seed: tuple[int, ...], rows: int, length: int) -> Batch:
-    """`rows` sequences of `length` tokens filled with conversations; a seed always gives the same."""
+    """`rows` sequences of `length` tokens filled with conversations, reproducible by the seed."""
     rng = random.Random(repr(seed))
     shape = (rows, length)
     batch = Batch(
@@ -149,7 +149,7 @@ def make_batch(tokenizer: Tokenizer, seed: tuple[int, ...], rows: int, length: i
 
 
 def _positions(learned: list[bool], rng: random.Random) -> np.ndarray:
-    """From 0 up; of one in four conversations a part of the prompt lies further back, as if more had been said."""
+    """Positions from 0; one conversation in four has a gap in the prompt, as if it were longer."""
     positions = np.arange(len(learned))
     if rng.random() < 0.25:
         positions[rng.randrange(1, learned.index(True)) :] += int(FURTHEST ** rng.random())
@@ -157,21 +157,21 @@ def _positions(learned: list[bool], rng: random.Random) -> np.ndarray:
 
 
 def _best_row(used: Iterable[int], size: int, length: int) -> int | None:
-    """The fullest row with room, so that little of a batch is padding."""
+    """The fullest row with enough room, which keeps the padding small."""
     fitting = [(taken, row) for row, taken in enumerate(used) if taken + size <= length]
     return max(fitting)[1] if fitting else None
 
 
-_own_tokenizer: Tokenizer | None = None
+_worker_tokenizer: Tokenizer | None = None
 
 
 def use_tokenizer(directory: Path) -> None:
-    """Read the tokenizer that `make_own_batch` of this process uses."""
-    global _own_tokenizer
-    _own_tokenizer = Tokenizer.from_dir(directory)
+    """Load the tokenizer for `make_worker_batch` in this process."""
+    global _worker_tokenizer
+    _worker_tokenizer = Tokenizer.from_dir(directory)
 
 
-def make_own_batch(seed: tuple[int, ...], rows: int, length: int) -> Batch:
-    """`make_batch` in a worker process, which `use_tokenizer` has prepared."""
-    assert _own_tokenizer is not None
-    return make_batch(_own_tokenizer, seed, rows, length)
+def make_worker_batch(seed: tuple[int, ...], rows: int, length: int) -> Batch:
+    """`make_batch` in a worker process, after `use_tokenizer`."""
+    assert _worker_tokenizer is not None
+    return make_batch(_worker_tokenizer, seed, rows, length)

@@ -1,4 +1,4 @@
-"""The training loop: batches made by other processes, AdamW, and a checkpoint that holds what was trained."""
+"""The training loop: batches from worker processes, AdamW, and saved checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptoss_jax.checkpoints.writer import save_weights
 from gptoss_jax.model.config import ModelConfig, RopeConfig
 from gptoss_jax.model.gpt_oss import weight_specs
 from gptoss_jax.text.tokenizer import Tokenizer
-from tools.train_embedded.tokens import Batch, make_own_batch, train_tokenizer, use_tokenizer
+from tools.train_embedded.tokens import Batch, make_worker_batch, train_tokenizer, use_tokenizer
 from tools.train_embedded.trainee import (
     PackedRows,
     Parameters,
@@ -36,7 +36,7 @@ from tools.train_embedded.trainee import (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result, but for `minutes`, which ends training (and its schedule) early."""
+    """Training settings. `minutes` limits the time of training and shortens its schedule accordingly."""
 
     output: Path
     steps: int = 4500
@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 
 def model_config(tokenizer: Tokenizer, layers: int) -> ModelConfig:
-    """gpt-oss made small: every mechanism of the released models, 128-key windows and YaRN included."""
+    """A small gpt-oss with every mechanism of the released models, including 128-key windows and YaRN."""
     stops = ("<|return|>", "<|call|>")
     return ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -97,7 +97,7 @@ def train(settings: Settings) -> None:
     losses: list[jax.Array] = []
     for step, batch in enumerate(batches(settings, tokenizer)):
         now = time.monotonic()
-        if step == 1:  # The first step is compilation, which no schedule should count.
+        if step == 1:  # The first step includes compilation, which the schedule excludes.
             start = now
         progress = max(step / settings.steps, (now - start) / 60 / settings.minutes)
         if progress >= 1:
@@ -124,13 +124,13 @@ def _report(step: int, progress: float, seconds: float, metrics: list[jax.Array]
 
 
 def learning_rate(settings: Settings, step: int, progress: float) -> float:
-    """Linear warm-up, then a cosine to nothing as progress goes from 0 to 1."""
+    """Linear warm-up and cosine decay to 0 as progress goes from 0 to 1."""
     warm = min(1.0, (step + 1) / settings.warmup)
     return settings.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def optimiser_of(settings: Settings) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which the step is given; only matrices decay."""
+    """AdamW without the learning rate, which `train_step` applies; weight decay only for matrices."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8),
@@ -149,7 +149,7 @@ def train_step(
     batch: Batch,
     rate: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """One update; the metrics are [loss, share of learned tokens predicted, load-balancing loss]."""
+    """One update; the metrics are [loss, accuracy on learned tokens, load-balancing loss]."""
     loss = functools.partial(loss_of, config, balance)
     (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, batch)
     updates, moments = optimiser.update(gradients, state.optimiser, state.parameters)
@@ -176,9 +176,9 @@ def loss_of(
 
 
 def batches(settings: Settings, tokenizer: Tokenizer) -> Iterator[Batch]:
-    """Endless batches, the same for a seed whatever the number of worker processes."""
+    """An endless iterator of batches, which depend on the seed but not on the number of workers."""
     ahead = 4 * settings.workers
-    # Forking a process in which jax has started threads can deadlock.
+    # Forking a process with jax's threads can deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings.workers, context, use_tokenizer, (settings.output,)) as pool:
         waiting: collections.deque[Future[Batch]] = collections.deque()
@@ -187,7 +187,7 @@ def batches(settings: Settings, tokenizer: Tokenizer) -> Iterator[Batch]:
             while True:
                 while len(waiting) < ahead:
                     seed = (settings.seed, 1 + step)
-                    waiting.append(pool.submit(make_own_batch, seed, settings.rows, settings.length))
+                    waiting.append(pool.submit(make_worker_batch, seed, settings.rows, settings.length))
                     step += 1
                 yield waiting.popleft().result()
         finally:
@@ -195,7 +195,7 @@ def batches(settings: Settings, tokenizer: Tokenizer) -> Iterator[Batch]:
 
 
 def save(directory: Path, config: ModelConfig, parameters: Parameters) -> None:
-    """Replace the checkpoint in `directory`, which holds the tokenizer, by a complete new one."""
+    """Replace the checkpoint in `directory`, which contains the tokenizer, by a new one."""
     fresh = directory.with_name(f"{directory.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     save_weights(fresh, config, weight_specs(config), saving_creator(parameters))

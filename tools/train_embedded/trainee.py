@@ -1,4 +1,4 @@
-"""The project's model made fit for training: packed rows, all experts at once, weights rounded as when saved."""
+"""The project's model adapted for training: packed rows, dense experts, and weights rounded as when saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Parameters = dict[str, jax.Array]
 
 
 class PackedRows(NamedTuple):
-    """Attention within each conversation of a row [B, T]: see gptoss_jax.model.kv_cache.KeyValues."""
+    """Attention within each conversation of packed rows [B, T]; see gptoss_jax.model.kv_cache.KeyValues."""
 
     segments_BT: jax.Array
 
@@ -39,7 +39,7 @@ class PackedRows(NamedTuple):
         window: int | None,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, PackedRows]:
-        """What `pallas_kernels.attention` computes, one conversation not seeing another."""
+        """Attention as in `pallas_kernels.attention`, masked between conversations."""
         q_BTHD, k_BTKD = (rotate(x, positions_BT, *rotation).astype(dtype) for x in (q_BTHD, k_BTKD))
         rows = (q_BTHD, k_BTKD, v_BTKD.astype(dtype), positions_BT, self.segments_BT)
         if window is not None and q_BTHD.shape[1] > 2 * window:
@@ -50,9 +50,10 @@ class PackedRows(NamedTuple):
 
 
 def _query_blocks(rows: tuple[jax.Array, ...], window: int) -> tuple[jax.Array, ...]:
-    """Queries in blocks of a window, each with the keys of its own and the block before: no query sees others.
+    """Queries in blocks of a window, each with the keys of its block and the previous one, which cover the window.
 
-    Rows are filled from the left and positions grow at least as fast as the index. Blocks join the batch.
+    Requires rows filled from the left and positions that grow at least as fast as the index. Blocks are folded into the
+    batch dimension.
     """
     padding = -rows[0].shape[1] % window
     q, k, v, positions, segments = (
@@ -99,14 +100,14 @@ def _attend(
 
 
 class DenseMoE(MoE):
-    """Every expert on every token, the unchosen ones weighted 0: wasteful, but nothing is gathered or sorted.
+    """Applies every expert to every token, with weight 0 for those not chosen, which avoids gathering and sorting.
 
-    `balance` holds the last call's load-balancing loss (arXiv:2101.03961, equation 4): 1 where the router spreads
-    evenly.
+    `balance` holds the load-balancing loss of the last call (arXiv:2101.03961, equation 4), which is 1 for an even
+    distribution.
     """
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D] with what the experts say added."""
+        """[B, T, D] -> [B, T, D] with the experts' output added."""
         residual_BTD, x_BTD = x_BTD, rms_norm(x_BTD, self.norm[...], self.config.rms_norm_eps)
         experts, k = self.config.num_local_experts, self.config.num_experts_per_tok
         weight_ED = self.router.weight[...].astype(jnp.float32)
@@ -139,12 +140,12 @@ class Trainee(GptOss):
             layer.mlp = DenseMoE(config, index, create)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """A row's gradient is a float32 sum over its tokens, which bfloat16 additions would lose."""
+        """Embed tokens by a matrix product, whose gradient sums a row's tokens in float32 instead of bfloat16."""
         table = self.embed_tokens[...]
         return jax.nn.one_hot(tokens_BT, table.shape[0], dtype=table.dtype) @ table
 
     def balance(self) -> jax.Array:
-        """The mean of the layers' load-balancing losses at the last call."""
+        """The mean load-balancing loss of the layers in the last call."""
         experts = [layer.mlp for layer in self.layers if isinstance(layer.mlp, DenseMoE)]
         return jnp.mean(jnp.stack([moe.balance[...] for moe in experts]))
 
@@ -168,13 +169,13 @@ def initial_parameters(config: ModelConfig, seed: int) -> Parameters:
 
 
 def rounding_creator(parameters: Parameters, packed: frozenset[str]) -> Creator:
-    """Weights as they will be saved, in bfloat16; gradients pass the rounding as if it were not there."""
+    """Weights rounded as when saved, in bfloat16; gradients pass straight through the rounding."""
 
     def create(spec: WeightSpec) -> Weight:
         weight = parameters[spec.name]
         if spec.name in packed:
             rounded = dequantize(quantize(weight))
-            # The difference is exactly 0, and carries the gradient.
+            # The difference is exactly 0 and carries the gradient.
             weight = jax.lax.stop_gradient(rounded) + (weight - jax.lax.stop_gradient(weight))
         return weight.astype(jnp.bfloat16)
 
@@ -182,7 +183,7 @@ def rounding_creator(parameters: Parameters, packed: frozenset[str]) -> Creator:
 
 
 def saving_creator(parameters: Parameters) -> Creator:
-    """Weights to be written: MXFP4 where the definition says so, else bfloat16."""
+    """Weights to save: MXFP4 if the spec is packed, else bfloat16."""
 
     def create(spec: WeightSpec) -> jax.Array | MXFP4Tensor:
         weight = parameters[spec.name]

@@ -1,4 +1,4 @@
-"""Words that the made-up conversations are filled with, and random strings to copy."""
+"""Words for the generated conversations, and random strings for the model to copy."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def made_up(rng: random.Random) -> str:
-    """A lower-case word that means nothing: syllables, parts of place names, letters that follow one another in
-    real words, or any letters."""
+    """A lower-case word without meaning: syllables, parts of place names, letter sequences like those of real words,
+    or random letters."""
     draw = rng.random()
     if draw < 0.5:
         syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.choice((1, 2, 2, 2, 3))))
@@ -88,7 +88,7 @@ def made_up(rng: random.Random) -> str:
 
 
 def _likely(rng: random.Random) -> str:
-    """A walk over pairs of letters that real words have."""
+    """A random walk over the letter pairs of real words."""
     word = rng.choice(_REAL)[: rng.choice((1, 2, 2, 3))]
     goal = rng.randint(3, 10)
     while len(word) < goal:
@@ -113,7 +113,7 @@ for _word in _REAL:
 
 
 def made_up_name(rng: random.Random) -> str:
-    """A made-up word as a name: mostly capitalised, at times two words."""
+    """A made-up name: one capitalised word, sometimes two."""
     name = made_up(rng).capitalize()
     return f"{name} {made_up(rng).capitalize()}" if rng.random() < 0.15 else name
 

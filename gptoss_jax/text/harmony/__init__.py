@@ -1,4 +1,4 @@
-"""The harmony response format of gpt-oss: conversations to tokens, and tokens to messages.
+"""The harmony response format of gpt-oss: renders conversations to tokens, and parses tokens to messages.
 
 >>> tokens = render([{"role": "user", "content": "hi"}], tokenizer)
 >>> completion = parse(sampled, tokenizer)

@@ -11,14 +11,15 @@ _CONSTRAIN = "<|constrain|>"
 _SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
 _CHANNEL_END = re.compile(f"[{_SPACE}<]")
 _EDGES = re.compile(f"^[{_SPACE}]+|[{_SPACE}]+$")
-_WORD = re.compile(r"[^\t\n\x0c\r ]+")  # what lies between ASCII whitespace
+_WORD = re.compile(r"[^\t\n\x0c\r ]+")  # separated by ASCII whitespace
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says, what was wrong with it, and the words that are no part of a header.
+    """The fields of a header.
 
-    `written` is its text, where all of that is header.
+    `malformed` lists violations of the format. `rest` holds the words that are content, not header. `written` is the
+    header's text, or None where the text includes content.
     """
 
     role: Role
@@ -32,10 +33,10 @@ class Header:
 
 
 def read_header(text: str, role: Role | None, *, fields: bool = True) -> Header:
-    """Reads a header as openai-harmony does, and what can be read where openai-harmony refuses.
+    """Reads a header as openai-harmony does; where openai-harmony raises, reads as much as possible.
 
-    `role` is the role that is known beforehand, which the header may repeat. Without `fields` the words
-    after role and channel are content, as in a message whose `<|message|>` never came.
+    `role` is the role announced by the prompt, if any; the header may repeat it. Without `fields` the words after role
+    and channel are content, as in a message that lacks `<|message|>`.
     """
     malformed: list[str] = []
     written = text if fields else None
@@ -92,7 +93,7 @@ def _role(word: str) -> Role:
 
 
 def _take_fields(words: list[str], malformed: list[str]) -> tuple[str | None, str | None]:
-    """At most two words: a recipient, then a content type."""
+    """Recipient and content type from at most two words, in this order."""
     last = words.pop()
     if last.startswith("to="):
         recipient, content_type = last, None
@@ -108,7 +109,7 @@ def _take_fields(words: list[str], malformed: list[str]) -> tuple[str | None, st
 
 
 def _take_marked(words: list[str], malformed: list[str]) -> tuple[str | None, str | None]:
-    """More words than a header has: those count that are marked, as to=NAME and as <|constrain|>TYPE."""
+    """Recipient and content type from more words than a header has: only to=NAME and <|constrain|>TYPE are used."""
     recipient = next((word for word in words if word.startswith("to=")), None)
     content_type = next((word for word in words if word.startswith(_CONSTRAIN)), None)
     others = [word for word in words if not (word is recipient or word is content_type)]
@@ -119,5 +120,5 @@ def _take_marked(words: list[str], malformed: list[str]) -> tuple[str | None, st
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """`text` in quotes, cut to `limit` characters: model output can be of any length, an error line cannot."""
+    """`text` in quotes, truncated to `limit` characters for error lines, because model output can be of any length."""
     return repr(text if len(text) <= limit else text[:limit] + "...")

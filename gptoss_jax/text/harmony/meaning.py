@@ -1,18 +1,18 @@
-"""What a message is for: a call, an answer, a preamble to calls, or reasoning, however its header is written.
+"""Classifies messages as tool calls, answers, preambles to calls or reasoning, even if the header is malformed.
 
-`parse` reads headers as openai-harmony does, which takes a lone content type for a recipient and an unknown first word
-for a tool's role. Here all words of a header are read for what they can be, wherever they stand:
+`parse` reads headers as openai-harmony does, which takes a single content type for a recipient and an unknown first
+word for a tool's role. This module instead interprets each word of a header independently of its position:
 
-* a word after `<|constrain|>`, or `json`, `code`, `text` or `response` alone, is a content type and no tool;
-* `analysis`, `commentary` and `final` are channels, whether marked, repeated, in another's place or glued to a
-  neighbour, and the last one counts;
-* `to=NAME` is a recipient: `user`, `all` and `assistant` are nobody to call, and neither is an empty name;
-* any other word is a call if it names a tool that there is. Where the tools are not known, it is one in a header of the
-  commentary channel or with a content type;
-* a first word that is nobody's role is the tool that is called, if a content type follows or `<|call|>` ends the
-  message.
+* A word after `<|constrain|>`, or `json`, `code`, `text` or `response` alone, is a content type and no tool.
+* `analysis`, `commentary` and `final` are channels, even without `<|channel|>`, repeated, misplaced or joined to the
+  next word. The last one applies.
+* `to=NAME` is a recipient. `user`, `all`, `assistant` and an empty name are no tools and cannot be called.
+* Any other word is a call if it names an available tool. If the available tools are not known, it is a call in a header
+  of the commentary channel or with a content type.
+* A first word that is no role is the called tool if a content type follows or `<|call|>` ends the message.
 
-A final message is a call only where its recipient is certain: a function's qualified name, or a tool that there is.
+A message on the final channel is a call only if its recipient is unambiguous: a function's qualified name, or the name
+of an available tool.
 """
 
 import re
@@ -29,11 +29,11 @@ Kind = Literal["answer", "preamble", "reasoning", "call", "nothing"]
 _CHANNEL = "<|channel|>"
 _CONSTRAIN = "<|constrain|>"
 _NAMESPACE = "functions."
-NOBODY = ("user", "all", "assistant")
-"""Recipients that are no tool."""
+NON_TOOL_RECIPIENTS = ("user", "all", "assistant")
+"""Recipients that are not tools."""
 
-NAMELESS = ("functions", *(f"{name}." for name in ("functions", *BUILTIN_TOOLS)))
-"""Recipients that name no tool: the namespaces alone."""
+BARE_NAMESPACES = ("functions", *(f"{name}." for name in ("functions", *BUILTIN_TOOLS)))
+"""Recipients that consist of a namespace and name no tool in it."""
 
 _MARK = re.compile(r"(<\|\w+\|>)")
 _CHANNELS = re.compile(r"analysis|commentary|final", re.IGNORECASE)
@@ -47,10 +47,10 @@ _ENDING = re.compile(r"(.+?)(?:json|code|analysis|commentary|final)", re.IGNOREC
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a message is for, and of a call the tool's name without "functions.".
+    """The kind of a message; `tool` is the name of a called tool without "functions.".
 
-    An answer and a preamble, which stands on the commentary channel, are for the user. Nothing is meant by a message of
-    somebody else's role.
+    Answers, and preambles on the commentary channel, are addressed to the user. Messages that are not the assistant's
+    have the kind "nothing".
     """
 
     kind: Kind
@@ -59,10 +59,10 @@ class Meaning:
 
 @dataclass
 class _Words:
-    """A header's words by what they can be.
+    """The words of a header by their interpretation.
 
-    `speaker` is the first one, where that is no word of an assistant's, `marked` the number of words after a
-    `<|channel|>`, and `glued` are words that are several at once.
+    `speaker` is the first word if an assistant's header cannot begin with it. `marked` is the number of words after
+    `<|channel|>`, `typed` whether there is a content type. `glued` holds words that are several joined without a space.
     """
 
     speaker: str | None = None
@@ -80,15 +80,15 @@ class _Words:
 
 
 def meaning(message: Header | ParsedMessage, tools: Collection[str] | None = None) -> Meaning:
-    """What a message, or one with this header, is for.
+    """The kind of a message, or of a message with this header.
 
-    `tools` are the names of the tools that there are, as `tool_names` gives them; None where they are not known.
+    `tools` holds the names of the available tools, as `tool_names` returns them, or None if they are not known.
     """
     if message.role not in ("assistant", "tool"):
         return Meaning("nothing")
     words = _read(message)
     if words.speaker is not None and isinstance(message, ParsedMessage):
-        # What a tool says ends otherwise. Of a header alone this is not yet known.
+        # A message from a tool does not end with <|call|>. The end is unknown if only a header is given.
         words.typed |= message.stop == "<|call|>"
     if tool := _tool(words, tools):
         return Meaning("call", tool)
@@ -100,7 +100,7 @@ def meaning(message: Header | ParsedMessage, tools: Collection[str] | None = Non
 
 
 def irregularities(header: Header) -> list[str]:
-    """What a header has in another place, number or spelling than the format."""
+    """The deviations of a header from the format: misplaced, repeated or misspelled words, one line each."""
     if header.role not in ("assistant", "tool"):
         return []
     words = _read(header)
@@ -128,7 +128,7 @@ def _tool(words: _Words, tools: Collection[str] | None) -> str | None:
 
 
 def _recipient(words: _Words, tools: Collection[str] | None) -> str | None:
-    called = [name for name in words.recipients if name not in NOBODY and _bare(name)]
+    called = [name for name in words.recipients if name not in NON_TOOL_RECIPIENTS and _bare(name)]
     if not called:
         return None
     name = called[-1]
@@ -154,7 +154,7 @@ def _lone_word(words: _Words, tools: Collection[str] | None) -> str | None:
 
 
 def _find(name: str, tools: Collection[str] | None) -> str | None:
-    """The known tool of this name, which may be glued to the word that follows it in a header."""
+    """The available tool with this name, which may be joined to the word that follows it in a header."""
     bare = _bare(name)
     if not tools or bare in tools:
         return bare if tools else None
@@ -163,8 +163,8 @@ def _find(name: str, tools: Collection[str] | None) -> str | None:
 
 
 def _bare(name: str) -> str:
-    """A recipient's name as OpenAI-style calls have it; empty where there is none."""
-    if name in NAMELESS:
+    """A recipient's name as in OpenAI-style calls, without the namespace; empty if it names no tool."""
+    if name in BARE_NAMESPACES:
         return ""
     while name.startswith(_NAMESPACE):
         name = name.removeprefix(_NAMESPACE)
@@ -183,7 +183,7 @@ def _read(message: Header | ParsedMessage) -> _Words:
 
 
 def _take(words: _Words, word: str) -> bool:
-    """Whether the format has such a word, which is then taken; so are several that are glued together."""
+    """Add a word of the format, or several that are joined, to `words`; False if the format has no such word."""
     found = _GRAMMAR.match(word)
     if found is None or found.end() < len(word):
         return False
@@ -213,7 +213,7 @@ def _keep(words: _Words, mark: str, word: str, first: bool) -> None:
 
 
 def _split(text: str) -> Iterator[tuple[str, str]]:
-    """The words of a header, each with the mark that it follows, if any."""
+    """The words of a header, each with the special token that it follows, or ""."""
     mark = ""
     for piece in _MARK.split(text):
         if _MARK.fullmatch(piece):
@@ -225,7 +225,7 @@ def _split(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _written(message: Header | ParsedMessage) -> str:
-    """The header's text as the model wrote it, or as its fields are written."""
+    """The header's text as the model wrote it, or else rendered from its fields."""
     if message.written is not None:
         return message.written
     role = message.name or message.role if message.role == "tool" else message.role

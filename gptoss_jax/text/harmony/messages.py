@@ -1,4 +1,4 @@
-"""What a harmony conversation is made of: messages with a role, a header and content."""
+"""The data model of harmony conversations: messages with a role, a header and content."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -19,9 +19,7 @@ STOP_TOKENS = ("<|return|>", "<|call|>")
 
 @dataclass(frozen=True)
 class FunctionTool:
-    """A function that the model may call; `parameters` is a JSON schema, or None for a function without
-    arguments.
-    """
+    """A function that the model may call; `parameters` is a JSON schema, or None if it takes no arguments."""
 
     name: str
     description: str = ""
@@ -30,7 +28,7 @@ class FunctionTool:
 
 @dataclass(frozen=True)
 class ToolNamespace:
-    """A named group of functions, or with no functions a tool that takes free text (python)."""
+    """A named group of functions; without functions, a tool that takes free text, such as python."""
 
     name: str
     description: str | None = None
@@ -39,7 +37,7 @@ class ToolNamespace:
 
 @dataclass(frozen=True)
 class SystemContent:
-    """The content of the system message; what is None is left out."""
+    """The content of the system message; fields that are None are omitted."""
 
     model_identity: str | None = MODEL_IDENTITY
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF
@@ -61,7 +59,7 @@ class ResponseFormat:
 
 @dataclass(frozen=True)
 class DeveloperContent:
-    """The content of the developer message: instructions, function tools and the form of the answer."""
+    """The content of the developer message: instructions, function tools and the response format."""
 
     instructions: str | None = None
     tools: tuple[ToolNamespace, ...] = ()
@@ -73,7 +71,7 @@ Content = str | SystemContent | DeveloperContent
 
 @dataclass(frozen=True)
 class Message:
-    """One message: the header's fields and its content, whose parts follow one another without separator."""
+    """One message: the header's fields and the content, whose parts are joined without a separator."""
 
     role: Role
     content: tuple[Content, ...] = ()
@@ -87,9 +85,9 @@ class Message:
 class ParsedMessage:
     """A message read from tokens.
 
-    `stop` is the special token that ended it, or None where the tokens ran out. `span` holds the positions
-    of its tokens, first to one past the last, header and end included. `written` is the header's text between the
-    role that the prompt announced, if any, and `<|message|>`, or None where there was no `<|message|>`.
+    `stop` is the special token that ended it, or None if the tokens ended first. `span` is the range of its tokens,
+    start and end (exclusive), header and stop token included. `written` is the header's text before `<|message|>`,
+    without the role announced by the prompt, or None if there was no `<|message|>`.
     """
 
     role: Role
@@ -105,11 +103,10 @@ class ParsedMessage:
 
 @dataclass(frozen=True)
 class ParsedCompletion:
-    """The messages of a completion, one line for everything about it that was malformed, and the stray
-    tokens.
+    """The messages of a completion.
 
-    `stray` holds the spans of the tokens that belong to no message. With the messages' spans it covers
-    every token.
+    `malformed` lists violations of the format, one line each. `stray` holds the spans of tokens that belong to no
+    message; together with the messages' spans they cover every token.
     """
 
     messages: list[ParsedMessage] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""OpenAI-style chat messages to harmony messages, and parsed messages back."""
+"""Converts OpenAI-style chat messages to harmony messages, and parsed messages back."""
 
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _THINKING = ("thinking", "reasoning_content", "reasoning")
 
 SEPARATOR = "\n\n"
-"""What lies between the texts of several messages that become one."""
+"""Separates the texts of messages that are merged into one."""
 
 
 def render(
@@ -44,12 +44,12 @@ def render(
     next_role: str | None = "assistant",
     auto_drop_analysis: bool = True,
 ) -> list[int]:
-    """The tokens of OpenAI-style messages, ready for `next_role` to speak.
+    """The tokens of OpenAI-style messages, up to the beginning of a message of `next_role`.
 
     `tools` are OpenAI tool objects or Python functions, `builtin_tools` any of "browser" and "python".
-    Without `current_date` (as 2025-06-28) the system message gives no date. Text never becomes a special
-    token. With `auto_drop_analysis`, reasoning is kept only after the last final answer, where a chain of
-    tool calls still needs it. Raises UsageError in one line that names the message's index and the field.
+    Without `current_date` (YYYY-MM-DD) the system message has no date. Text is never encoded to special tokens. With
+    `auto_drop_analysis`, reasoning is kept only after the last final answer, where a chain of tool calls still needs
+    it. Raises UsageError in one line that names the message's index and the field.
     """
     conversation = to_messages(
         messages,
@@ -80,8 +80,8 @@ def to_messages(
 ) -> list[Message]:
     """The harmony conversation of OpenAI-style messages; arguments and errors as for `render`.
 
-    A system message is what the format calls developer instructions: the first ones join the tools in one
-    developer message, a later one becomes a developer message of its own.
+    System messages become developer instructions, as the format calls them: those at the beginning share one
+    developer message with the tools, and each later one becomes a developer message of its own.
     """
     _check(isinstance(messages, Sequence) and not isinstance(messages, str), "messages: expected a list", messages)
     _check(
@@ -168,7 +168,7 @@ def _response_format(value: Mapping[str, Any] | None) -> ResponseFormat | None:
 
 
 class _Reader:
-    """Reads OpenAI-style messages in order, and remembers which calls a tool's result may answer."""
+    """Reads OpenAI-style messages in order, and keeps track of the calls that a tool's result may answer."""
 
     def __init__(self, builtin: set[str]) -> None:
         self._builtin = builtin
@@ -203,7 +203,7 @@ class _Reader:
             if message[key]:
                 written.append(Message("assistant", (message[key],), name, None, "analysis"))
         if message.get("content") is not None or not (calls or written):
-            content = _said(where, message)
+            content = _assistant_content(where, message)
             if any(content) or not calls:
                 written.append(Message("assistant", content, name, None, "commentary" if calls else "final"))
         made = [self._call(f"{where}.tool_calls[{i}]", call, name) for i, call in enumerate(calls)]
@@ -275,8 +275,8 @@ def _text(where: str, message: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _said(where: str, message: Mapping[str, Any]) -> tuple[str, ...]:
-    """An assistant's content, which may be null: a completion can be empty."""
+def _assistant_content(where: str, message: Mapping[str, Any]) -> tuple[str, ...]:
+    """An assistant's content, which may be null because a completion can be empty."""
     is_empty = message.get("content") is None and any(
         key in message for key in ("content", "tool_calls", *_THINKING)
     )
@@ -305,14 +305,14 @@ def to_openai(
     call_id: Callable[[int], str] = _new_call_id,
     tools: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """One OpenAI-style assistant message out of the messages of a completion, each for what it means (`meaning`).
+    """Merges the messages of a completion into one OpenAI-style assistant message.
 
-    Reasoning goes to "thinking", calls to "tool_calls" with ids from `call_id(index)`, and everything else
-    that the assistant said, preambles included, to "content"; what there is none of is left out, and
-    "content" is then None. `tools` are the names of the tools that there are (`tool_names`), where they are known.
+    The kind of each message (`meaning`) decides its field: "thinking" for reasoning, "tool_calls" for calls, with ids
+    from `call_id(index)`, and "content" for answers and preambles. Without such messages "content" is None and the
+    other fields are absent. `tools` holds the names of the available tools (`tool_names`), or None if not known.
     """
-    said: list[str] = []
-    thought: list[str] = []
+    content: list[str] = []
+    thinking: list[str] = []
     calls: list[dict[str, Any]] = []
     for message in messages:
         meant = meaning(message, tools)
@@ -320,22 +320,22 @@ def to_openai(
             function = {"name": meant.tool, "arguments": message.text}
             calls.append({"id": call_id(len(calls)), "type": "function", "function": function})
         elif meant.kind != "nothing":
-            (thought if meant.kind == "reasoning" else said).append(message.text)
-    result: dict[str, Any] = {"role": "assistant", "content": join_texts(said) if said else None}
-    if thought:
-        result["thinking"] = join_texts(thought)
+            (thinking if meant.kind == "reasoning" else content).append(message.text)
+    result: dict[str, Any] = {"role": "assistant", "content": join_texts(content) if content else None}
+    if thinking:
+        result["thinking"] = join_texts(thinking)
     if calls:
         result["tool_calls"] = calls
     return result
 
 
 def join_texts(texts: Iterable[str]) -> str:
-    """The texts of several messages as one; empty ones add nothing."""
+    """The texts of several messages joined by SEPARATOR, without the empty ones."""
     return SEPARATOR.join(text for text in texts if text)
 
 
 def tool_names(tools: Sequence[Tool] | None = None, builtin_tools: Sequence[str] = ()) -> frozenset[str]:
-    """The names that calls of these tools have, arguments as for `render`. Raises UsageError."""
+    """The names by which calls refer to these tools; arguments are as for `render`. Raises UsageError."""
     functions = [tool.name for tool in function_tools(tools or ())]
     builtin = [
         f"{space.name}.{tool.name}" if tool else space.name
@@ -346,5 +346,5 @@ def tool_names(tools: Sequence[Tool] | None = None, builtin_tools: Sequence[str]
 
 
 def is_tool_call(message: ParsedMessage) -> bool:
-    """Whether a message is the assistant's call of a tool."""
+    """Whether a message is a tool call."""
     return meaning(message).kind == "call"

@@ -1,4 +1,4 @@
-"""Tokens to messages, one token at a time, for any tokens at all: what is malformed is told, never raised."""
+"""Parses tokens to messages, one token at a time. It accepts any tokens: format violations are reported, not raised."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -10,15 +10,15 @@ from gptoss_jax.text.harmony.messages import ParsedCompletion, ParsedMessage, Ro
 from gptoss_jax.text.tokenizer import Tokenizer
 
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
-_SHOWN = 64  # tokens of a stray run that are kept to be shown
-_BACKLOG = 64  # bytes that may wait behind invalid ones
-# What begins as a header of the assistant's does, and no answer.
+_SHOWN = 64  # tokens of a stray run that are kept for error lines
+_BACKLOG = 64  # bytes that may be pending behind invalid ones
+# Text that begins like an assistant's header and unlike an answer.
 _HEADER_BEGUN = re.compile(r"\s*(?:(?:assistant|analysis|commentary|final)\s*)*(?:to=|to?$|$)")
 
 
 @dataclass(frozen=True)
 class MessageStart:
-    """A header is complete: content follows."""
+    """A header is complete; content follows."""
 
     header: Header
 
@@ -33,7 +33,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class MessageEnd:
-    """A message is complete; its text is that of its deltas joined."""
+    """A message is complete; its text is the concatenation of its deltas."""
 
     message: ParsedMessage
 
@@ -50,14 +50,13 @@ class _Content:
 
 
 class StreamParser:
-    """Reads a completion (or a whole conversation) token by token.
+    """Parses a completion (or a whole conversation) token by token.
 
-    `role` is the role that the prompt's end has announced; None reads from the first `<|start|>`. Messages
-    and state are those of openai-harmony's StreamableParser wherever that one does not raise, except that
-    by default a `<|start|>` ends the message or header that it stands in, and that a message whose
-    `<|message|>` never came is kept whatever its role. With `strict`, such tokens are header or content as
-    they are there. `tools` are the names of the tools that there are, if they are known: what is said to be
-    malformed depends on them.
+    `role` is the role that the end of the prompt announced; None starts at the first `<|start|>`. Messages and state
+    are those of openai-harmony's StreamableParser wherever that does not raise, with two exceptions: a `<|start|>`
+    ends the message or header that it occurs in, and a message without `<|message|>` is kept for any role. `strict`
+    removes both exceptions. `tools` holds the names of the available tools, or None if they are not known; the report
+    of malformed calls depends on them.
     """
 
     def __init__(
@@ -91,12 +90,12 @@ class StreamParser:
 
     @property
     def last_delta(self) -> str | None:
-        """The text that the last token added, or None."""
+        """The text that the last token added, or None if it added none."""
         return self._delta
 
     @property
     def role(self) -> Role | None:
-        """The current message's role, as far as it is known."""
+        """The current message's role, or None if it is not known yet."""
         return self._content.header.role if self._content else self._next_role
 
     @property
@@ -115,7 +114,7 @@ class StreamParser:
         return self._content.header.content_type if self._content else None
 
     def push(self, token: int) -> list[Event]:
-        """Takes the next token and returns what it brought."""
+        """Consumes the next token and returns the events that it caused."""
         self._delta = None
         events: list[Event] = []
         if self._content is not None:
@@ -128,7 +127,7 @@ class StreamParser:
         return events
 
     def finish(self) -> list[Event]:
-        """Says that no more tokens come, and returns what that brought: the rest of the current message."""
+        """Ends the token stream, and returns the events for the rest of the current message."""
         self._delta = None
         events: list[Event] = []
         if self._content is not None:
@@ -141,7 +140,7 @@ class StreamParser:
         return events
 
     def _read_again(self, header: list[int]) -> list[Event]:
-        """Reads a header that never ended as a lenient parser does, which finds the messages in it."""
+        """Parses an unterminated header again without `strict`, which finds the messages in it."""
         self._strict = False
         self._position -= len(header)
         self._header = []
@@ -205,7 +204,7 @@ class StreamParser:
         events.append(MessageStart(read))
 
     def _end_header(self, header: list[int], stop: str | None, end: int, events: list[Event]) -> None:
-        """A header that ends without `<|message|>`: its words are content, unless it was merely cut short."""
+        """Ends a header that lacks `<|message|>`: its words are content, unless the header itself was truncated."""
         start, role = self._header_start, self._next_role
         cut_short = stop is None and (role is None or self._channel in header or self._begins_header(header))
         read = None if cut_short or not header else self._read_header(header, fields=False)
@@ -245,7 +244,7 @@ class StreamParser:
         events.append(MessageEnd(message))
 
     def _note_meaning(self, message: ParsedMessage) -> None:
-        """Notes a message of a completion that is for nobody, and a call that is none."""
+        """Reports messages that are not the assistant's, and `<|call|>` after a message that calls no tool."""
         kind = meaning(message, self._tools).kind
         start, end = message.span
         if kind == "nothing":
@@ -280,9 +279,7 @@ class StreamParser:
             self._note(f"token {self._position}: {problem}")
 
     def _decode(self, content: _Content) -> str:
-        """The text that has become certain: up to one invalid sequence a token, as openai-harmony gives it
-        out.
-        """
+        """The text that is complete: at most one invalid sequence for each token, as in openai-harmony."""
         try:
             text = self._bytes.decode()
         except UnicodeDecodeError as error:
@@ -317,9 +314,7 @@ class StreamParser:
 def parse(
     tokens: Iterable[int], tokenizer: Tokenizer, role: Role | None = "assistant", *, strict: bool = False
 ) -> ParsedCompletion:
-    """The messages of a completion and what was malformed about it; arguments as for StreamParser. Never
-    raises.
-    """
+    """The messages of a completion and its format violations. Arguments are as for StreamParser. Never raises."""
     parser = StreamParser(tokenizer, role, strict=strict)
     for token in tokens:
         parser.push(token)

@@ -1,4 +1,4 @@
-"""Messages to tokens: the header, the content and the marks around them, each a token sequence of its own."""
+"""Renders messages to tokens: header, content and special tokens, each encoded separately."""
 
 from collections.abc import Sequence
 
@@ -18,11 +18,10 @@ def render_conversation(
     next_role: str | None = "assistant",
     auto_drop_analysis: bool = True,
 ) -> list[int]:
-    """The tokens of a conversation, ready for `next_role` to speak (None: as it stands).
+    """The tokens of a conversation, up to the beginning of a message of `next_role` (None: the conversation alone).
 
-    With `auto_drop_analysis` the reasoning before the first final answer is left out once the assistant's
-    last message is a final answer, which is openai-harmony's rule. Raises UsageError for a message that has
-    no rendering.
+    With `auto_drop_analysis` the reasoning before the first final answer is omitted if the assistant's last message is
+    a final answer, as in openai-harmony. Raises UsageError for a message that cannot be rendered.
     """
     has_functions = any(
         namespace.name == "functions" and namespace.functions
@@ -80,7 +79,7 @@ def _content(index: int, role: str, content: Content, has_functions: bool) -> st
         else ("developer", _developer(content))
     )
     if role != belongs:
-        raise UsageError(f"messages[{index}].content: {belongs} content stands in a message of role {role}")
+        raise UsageError(f"messages[{index}].content: {belongs} content in a message of role {role}")
     return written
 
 

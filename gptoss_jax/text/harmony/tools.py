@@ -1,4 +1,4 @@
-"""Tools: from OpenAI's JSON form or Python functions to the namespaces that harmony shows the model."""
+"""Converts tools, given as JSON objects or Python functions, to the namespaces that harmony shows to the model."""
 
 import inspect
 import json
@@ -107,11 +107,11 @@ PYTHON = ToolNamespace(
 )
 
 BUILTIN_TOOLS = {"browser": BROWSER, "python": PYTHON}
-"""The tools that gpt-oss was trained with; their words are part of the format."""
+"""The tools that gpt-oss was trained with; their descriptions are part of the format."""
 
 
 def render_tools(namespaces: Iterable[ToolNamespace]) -> str:
-    """The "# Tools" section, namespaces in the order of their names."""
+    """The "# Tools" section, with the namespaces sorted by name."""
     sections = ["# Tools"]
     for namespace in sorted(namespaces, key=lambda namespace: namespace.name):
         mark = "// " if namespace.functions else ""
@@ -134,10 +134,11 @@ def _lines(text: str) -> list[str]:
 
 
 def function_tools(tools: Sequence[Tool]) -> tuple[FunctionTool, ...]:
-    """Function tools from OpenAI's form ({"type": "function", "function": {...}}), its inner object, which may
-    call the schema `inputSchema` as MCP does or `input_schema` as Anthropic does, or Python functions.
+    """Function tools from JSON objects or Python functions.
 
-    Raises UsageError naming the tool's index and the field, for one that is unknown, too.
+    An object is OpenAI's {"type": "function", "function": {...}} or its inner object, in which the schema may also be
+    named `inputSchema` (MCP) or `input_schema` (Anthropic). Raises UsageError naming the tool's index and the field,
+    also for an unknown field.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
         raise UsageError(f"tools: expected a list, found {type(tools).__name__}")
@@ -155,16 +156,16 @@ def function_tools(tools: Sequence[Tool]) -> tuple[FunctionTool, ...]:
 
 
 _PARAMETERS = ("parameters", "inputSchema", "input_schema")
-"""A function's schema, as OpenAI, MCP and Anthropic call it."""
+"""Names of a function's schema in the APIs of OpenAI, MCP and Anthropic."""
 
 _FIELDS = ("name", "description", *_PARAMETERS)
 
 _NOT_SHOWN = {
-    *("type", "strict", "defer_loading", "return"),  # OpenAI's, and the result's type as transformers writes it
+    *("type", "strict", "defer_loading", "return"),  # OpenAI's, and the type of the result in transformers
     *("title", "outputSchema", "annotations", "icons", "execution", "meta", "_meta"),  # MCP's
     *("cache_control", "allowed_callers", "input_examples", "eager_input_streaming"),  # Anthropic's
 }
-"""Fields of a tool that harmony has no place for and that a call does not depend on."""
+"""Fields of a tool that harmony does not render and that do not affect a call."""
 
 
 def _from_json(where: str, tool: Mapping[str, Any]) -> FunctionTool:
@@ -261,9 +262,9 @@ def _check_schema(where: str, schema: Any) -> None:
 def from_function(function: Callable[..., Any], where: str = "tool") -> FunctionTool:
     """A tool from a Python function: its name, the first paragraphs of its docstring, and its arguments.
 
-    Types come from the hints, and an argument's description from a Google-style "Args:" section, or else from the
-    text in an Annotated hint. Raises UsageError for something that is no function, an argument without a hint or
-    with a hint that harmony has no type for, and for arguments that cannot be passed by name.
+    An argument's type comes from its hint, its description from a Google-style "Args:" section or else from the text of
+    an Annotated hint. Raises UsageError if it is not a function, if an argument has no hint or one that has no type in
+    harmony, and for arguments that cannot be passed by name.
     """
     if isinstance(function, type) or not callable(function) or not hasattr(function, "__name__"):
         raise UsageError(f"{where}: expected a tool object or a function, found {type(function).__name__}")
@@ -291,7 +292,7 @@ def from_function(function: Callable[..., Any], where: str = "tool") -> Function
 
 
 def _hint(where: str, function: Callable[..., Any], annotation: Any) -> Any:
-    """An argument's type hint, names in quotes resolved where the function was defined."""
+    """An argument's type hint, with quoted names resolved in the function's module."""
 
     def one() -> None: ...
 
@@ -303,7 +304,7 @@ def _hint(where: str, function: Callable[..., Any], annotation: Any) -> Any:
 def _evaluated(where: str, evaluate: Callable[[], Any]) -> Any:
     try:
         return evaluate()
-    except Exception as error:  # a hint is code, which can raise anything
+    except Exception as error:  # evaluating a hint can raise any exception
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
 
 
@@ -313,7 +314,7 @@ _OBJECTS = (dict, Mapping, MutableMapping)
 
 
 def _schema(where: str, hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """The JSON schema of a type hint; `within` are the named types that this one is a part of."""
+    """The JSON schema of a type hint; `within` holds the named types that enclose it."""
     if any(hint is outer for outer in within):
         raise UsageError(f"{where}: expected a type that does not contain itself, found {hint!r}")
     origin, arguments = get_origin(hint), get_args(hint)
@@ -372,13 +373,13 @@ def _typed_dict(where: str, hint: Any, within: tuple[Any, ...]) -> dict[str, Any
 
 
 def _is_required(hint: Any, name: str, field: Any) -> bool:
-    # Where annotations are strings the class itself knows of `total` alone.
+    # If annotations are strings, `__required_keys__` reflects `total` only.
     origin = get_origin(field)
     return origin is Required or (origin is not NotRequired and name in hint.__required_keys__)
 
 
 def _literal(where: str, hint: Any) -> dict[str, Any]:
-    """Harmony shows the values of strings alone; null may be among them."""
+    """Harmony renders only string values of an enum, besides null."""
     values = [value for value in get_args(hint) if value is not None]
     if not values or not all(type(value) is str for value in values):
         raise UsageError(f"{where}: expected a Literal of strings, found {hint!r}")

@@ -1,4 +1,4 @@
-"""JSON schemas written as the TypeScript-like types by which harmony describes a function's arguments."""
+"""Renders JSON schemas as the TypeScript-like types in which harmony describes a function's arguments."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def render_type(schema: Any, indent: str = "") -> str:
-    """The type that a JSON schema describes, as openai-harmony writes it, to the last space.
+    """The type that a JSON schema describes, byte for byte as openai-harmony writes it.
 
-    Anything that the format has no words for is `any`.
+    Schemas that the format cannot express are rendered as `any`.
     """
     if not isinstance(schema, Mapping):
         return "any"
@@ -130,7 +130,7 @@ def _default(schema: Mapping[str, Any], quote_enums: bool = False) -> str:
 
 
 def _in_64_bits(value: Any) -> Any:
-    """A value with integers beyond 64 bits as floats, which serde_json makes of them as it reads."""
+    """A value with integers beyond 64 bits converted to floats, as serde_json reads them."""
     if isinstance(value, Mapping):
         return {key: _in_64_bits(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -145,7 +145,7 @@ def _text(schema: Any, key: str) -> str | None:
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON as serde_json writes it, which openai-harmony renders defaults with."""
+    """Compact JSON as serde_json writes it; openai-harmony uses it for default values."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{to_json(str(key))}:{to_json(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -32,7 +32,7 @@ def oracle(o200k_files: Path) -> openai_harmony.HarmonyEncoding:
 
 @pytest.fixture(scope="session")
 def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small trained tokenizer, as the embedded model has one."""
+    """A small trained tokenizer, like that of the embedded model."""
     model = HFTokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [

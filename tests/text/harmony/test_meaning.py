@@ -1,4 +1,4 @@
-"""What messages mean, however their headers are written, and that what is made of them can be sent back."""
+"""Classification of messages with well-formed and malformed headers, and round trips through OpenAI-style messages."""
 
 import openai_harmony
 import pytest
@@ -25,8 +25,8 @@ def read(text: str, tokenizer: Tokenizer, tools: frozenset[str] | None) -> tuple
     return harmony.to_openai(found.messages, call_id=str, tools=tools), found.malformed
 
 
-def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: str = "<|end|>") -> str:
-    """What a message with this header after some reasoning is: "call NAME", "content", "thinking" or "nothing"."""
+def kind_of(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: str = "<|end|>") -> str:
+    """The kind of a message with this header after reasoning: "call NAME", "content", "thinking" or "nothing"."""
     message, _ = read(f"{BEFORE}{header}<|message|>TEXT{end}", tokenizer, tools)
     calls = [call["function"] for call in message.get("tool_calls", [])]
     assert all(call["arguments"] == "TEXT" for call in calls)
@@ -41,7 +41,7 @@ def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: 
 @pytest.mark.parametrize(
     ("headers", "expected"),
     [
-        # As the format has them.
+        # Well-formed headers.
         (["assistant<|channel|>final", "assistant<|channel|>commentary", "assistant"], "content"),
         (["assistant<|channel|>analysis"], "thinking"),
         (
@@ -59,7 +59,7 @@ def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: 
         (["assistant<|channel|>analysis to=browser.search code"], "call browser.search"),
         (["assistant<|channel|>commentary to=functions.größe <|constrain|>json"], "call größe"),
         (["assistant<|channel|>commentary to=functions.json <|constrain|>json"], "call json"),
-        # Channels repeated, in another's place, in another case, or as recipients.
+        # Channels that are repeated, misplaced, in another case, or recipients.
         (["assistant<|channel|>commentary<|channel|>commentary to=functions.bash <|constrain|>json"], "call bash"),
         (["assistant<|channel|>commentary to=functions.bash<|channel|>commentary <|constrain|>json"], "call bash"),
         (["assistant<|channel|>bash<|channel|>commentary to=functions.bash <|constrain|>json"], "call bash"),
@@ -75,7 +75,7 @@ def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: 
         ),
         (["analysis", "assistant analysis", "assistant<|channel|>analysis<|channel|>analysis"], "thinking"),
         (["assistant<|channel|>answer", "foo<|channel|>final"], "content"),
-        # Words without anything between them.
+        # Words joined without a separator.
         (["assistantcommentary to=functions.get <|constrain|>json"], "call get"),
         (
             ["assistantto=functions.get<|channel|>commentary <|constrain|>json", "to=functions.get code"],
@@ -85,13 +85,13 @@ def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: 
         (["assistantfinal", "assistantfinaljson", "assistantassistantfinal", "assistantcommentary"], "content"),
         (["assistantanalysis", "assistant<|channel|>analysiscode"], "thinking"),
         (["assistant<|channel|>analysisassistant<|channel|>final", "assistantanalysisassistantfinal"], "content"),
-        # Content types alone.
+        # Only content types.
         (["assistant<|channel|>commentary <|constrain|>json", "assistant<|channel|>commentary code"], "content"),
         (["assistant<|channel|>commentary<|constrain|>response", "assistant<|constrain|>json"], "content"),
         (["assistant<|channel|>final <|constrain|>json", "assistant<|channel|>final json"], "content"),
         (["assistant<|channel|>final text", "assistantfinal json", "assistant<|channel|>final get"], "content"),
         (["assistant<|channel|>analysis code", "assistant<|channel|>analysis <|constrain|>json"], "thinking"),
-        # To nobody who could be called.
+        # Recipients that cannot be called.
         (
             ["assistant<|channel|>final to=user", "assistant<|channel|>commentary to=user", "assistant to=all"],
             "content",
@@ -100,16 +100,16 @@ def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: 
         (["assistant<|channel|>analysis to=user", "assistant<|channel|>analysis to=assistant"], "thinking"),
         (["assistant<|channel|>commentary to=functions.", "assistant<|channel|>commentary to= json"], "content"),
         (["assistant<|channel|>commentary to=functions <|constrain|>json", "assistant to="], "content"),
-        # To two.
+        # Two recipients.
         (
             ["assistant to=functions.bash<|channel|>commentary to=functions.get", "assistant to=user to=get"],
             "call get",
         ),
-        # Spaces where there should be none.
+        # Misplaced spaces.
         (["assistant<|channel|>commentary to= functions.get json"], "call get"),
         (["assistant<|channel|>commentary to=functions. get <|constrain|>json"], "call get"),
         (["assistant<|channel|>commentary to=functions.get\xa0now <|constrain|>json"], "call get"),
-        # A function's qualified name is certain without to=, and on any channel.
+        # A function's qualified name is a call without to= and on any channel.
         (
             ["assistant<|channel|>commentary functions.get <|constrain|>json", "assistant functions.get"],
             "call get",
@@ -122,8 +122,8 @@ def meant(header: str, tokenizer: Tokenizer, tools: frozenset[str] | None, end: 
     ],
     ids=str,
 )
-def test_meanings(headers: list[str], expected: str, tools: frozenset[str] | None, small: Tokenizer) -> None:
-    assert {header: meant(header, small, tools) for header in headers} == dict.fromkeys(headers, expected)
+def test_kinds(headers: list[str], expected: str, tools: frozenset[str] | None, small: Tokenizer) -> None:
+    assert {header: kind_of(header, small, tools) for header in headers} == dict.fromkeys(headers, expected)
 
 
 @pytest.mark.parametrize(
@@ -141,21 +141,21 @@ def test_meanings(headers: list[str], expected: str, tools: frozenset[str] | Non
         ("assistant to=functions.getcommentary", "call getcommentary", "call get", "call getcommentary"),
     ],
 )
-def test_some_words_are_tools_where_such_tools_are_known(
+def test_kind_depends_on_the_available_tools(
     header: str, unknown: str, known: str, none: str, small: Tokenizer
 ) -> None:
-    assert [meant(header, small, tools) for tools in (None, TOOLS, frozenset())] == [unknown, known, none]
+    assert [kind_of(header, small, tools) for tools in (None, TOOLS, frozenset())] == [unknown, known, none]
 
 
-def test_a_tool_in_the_role_s_place_is_called_if_the_message_ends_so(small: Tokenizer) -> None:
+def test_tool_name_as_role_is_a_call_if_the_message_ends_with_call(small: Tokenizer) -> None:
     for header in ("functions.get", "functions.get<|channel|>commentary"):
-        assert meant(header, small, None, "<|call|>") == "call get"
-        assert meant(header, small, None, "<|end|>") == "nothing"
-    assert meant("functions.get to=assistant<|channel|>commentary", small, None, "<|call|>") == "nothing"
+        assert kind_of(header, small, None, "<|call|>") == "call get"
+        assert kind_of(header, small, None, "<|end|>") == "nothing"
+    assert kind_of("functions.get to=assistant<|channel|>commentary", small, None, "<|call|>") == "nothing"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "completion",
     [
         "assistant<|channel|>commentary<|channel|>commentary to=functions.bash <|constrain|>json<|message|>{}<|call|>",
         "assistantfinal<|message|>hello<|return|>",
@@ -172,8 +172,8 @@ def test_a_tool_in_the_role_s_place_is_called_if_the_message_ends_so(small: Toke
         "bash<|message|>{}<|end|>",
     ],
 )
-def test_what_is_out_of_form_is_reported(said: str, small: Tokenizer) -> None:
-    assert read(BEFORE + said, small, None)[1]
+def test_format_violations_are_reported(completion: str, small: Tokenizer) -> None:
+    assert read(BEFORE + completion, small, None)[1]
 
 
 def test_tool_names() -> None:
@@ -185,7 +185,7 @@ def test_tool_names() -> None:
     assert harmony.tool_names() == frozenset()
 
 
-def test_messages_that_no_model_wrote_are_read_by_their_fields() -> None:
+def test_messages_without_header_text_are_classified_by_their_fields() -> None:
     message = harmony.ParsedMessage("assistant", "{}", None, "functions.f", "commentary", "<|constrain|>json")
     assert harmony.meaning(message) == harmony.Meaning("call", "f")
     assert harmony.is_tool_call(message)
@@ -202,7 +202,7 @@ def test_messages_that_no_model_wrote_are_read_by_their_fields() -> None:
         "assistantcommentary to=functions.get",
     ],
 )
-def test_a_call_cut_at_any_token_says_nothing_to_the_user(header: str, small: Tokenizer) -> None:
+def test_call_truncated_at_any_token_has_no_content(header: str, small: Tokenizer) -> None:
     before = BEFORE if header.startswith("assistant") else ""
     tokens = tokens_of(small, f'{before}{header}<|message|>{{"q":1}}<|call|>')
     for count in range(len(tokens) + 1):
@@ -229,7 +229,7 @@ NAMES = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
         max_size=4,
     )
 )
-def test_what_openai_harmony_writes_is_read_as_meant(
+def test_messages_rendered_by_openai_harmony(
     messages: list, o200k: Tokenizer, oracle: openai_harmony.HarmonyEncoding
 ) -> None:
     written = []
@@ -268,7 +268,7 @@ def test_what_openai_harmony_writes_is_read_as_meant(
     builtin=False,
 )
 @settings(max_examples=400)
-def test_whatever_was_said_can_be_sent_back(
+def test_any_completion_can_be_rendered_again(
     parts: list[str], tools: frozenset[str] | None, builtin: bool, small: Tokenizer
 ) -> None:
     message, _ = read("".join(parts), small, tools)
@@ -293,8 +293,8 @@ def test_no_text_of_a_completion_is_lost_silently(parts: list[str], small: Token
     message = harmony.to_openai(found.messages)
     kept = (message["content"] or "") + message.get("thinking", "")
     kept += "".join(call["function"]["arguments"] for call in message.get("tool_calls", []))
-    said = sum(len(parsed.text) for parsed in found.messages)
-    assert found.malformed or len(kept.replace("\n\n", "")) >= said - text.count("\n")
+    completion = sum(len(parsed.text) for parsed in found.messages)
+    assert found.malformed or len(kept.replace("\n\n", "")) >= completion - text.count("\n")
 
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8)
@@ -326,6 +326,6 @@ def test_well_formed_messages_survive_a_round_trip(
 @pytest.mark.parametrize(
     "given", [{"content": None}, {"content": None, "tool_calls": []}, {"tool_calls": []}, {"thinking": ""}]
 )
-def test_an_empty_turn_is_an_empty_answer(given: dict, small: Tokenizer) -> None:
+def test_empty_turn_is_an_empty_answer(given: dict, small: Tokenizer) -> None:
     text = small.decode(harmony.render([USER, {"role": "assistant", **given}], small, next_role=None))
     assert text.endswith("<|start|>user<|message|>hi<|end|><|start|>assistant<|channel|>final<|message|><|end|>")

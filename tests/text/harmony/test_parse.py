@@ -29,7 +29,7 @@ VALID = (
 
 
 def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of text in which the marks are special tokens."""
+    """The tokens of text in which MARKS are special tokens."""
     for mark in MARKS:
         text = text.replace(mark, f"\x00{mark}\x00")
     pieces = text.split("\x00")
@@ -45,8 +45,8 @@ def fields(completion: harmony.ParsedCompletion) -> list[dict]:
 
 
 def check_invariants(tokens: list[int], tokenizer: Tokenizer, role: str | None, strict: bool) -> None:
-    """Deltas add up to texts between a message's start and end, every token is in a message or stray, and what is
-    stray is told.
+    """Deltas add up to texts between a message's start and end, every token is in a message or stray, and stray
+    tokens are reported.
     """
     parser = harmony.StreamParser(tokenizer, role, strict=strict)
     texts, text = [], ""
@@ -105,7 +105,7 @@ def test_agrees_with_openai_harmony_where_it_does_not_raise(
     starts = 0
     try:
         for token in tokens:
-            # By default a <|start|> ends what it stands in, and no message of unannounced role is lost.
+            # By default <|start|> ends the message or header it occurs in, and messages of any role are kept.
             starts += token == o200k.encode_special("<|start|>")
             in_header = parser.state == openai_harmony.StreamState.HEADER
             if not strict and (starts > 0 or (in_header and parser.current_role is None)):
@@ -152,7 +152,7 @@ def test_mutated_completions(data: st.DataObject, strict: bool, role: str | None
 @given(pieces=st.lists(st.binary(max_size=6), max_size=20))
 @example(pieces=[b"\xf0\x9f\xa6", b" after"])
 @example(pieces=[b"\xff" * 5] * 20)
-def test_bytes_split_anywhere(pieces: list[bytes], small: Tokenizer) -> None:
+def test_bytes_split_at_any_position(pieces: list[bytes], small: Tokenizer) -> None:
     by_value = {small.token_bytes(token): token for token in range(len(MARKS), small.vocab_size)}
     content = [by_value[bytes([value])] for piece in pieces for value in piece]
     tokens = [*tokens_of(small, "<|channel|>final<|message|>"), *content]
@@ -175,7 +175,9 @@ def test_bytes_split_anywhere(pieces: list[bytes], small: Tokenizer) -> None:
         ("<|start|>assistant<|channel|>final<|message|>a<|return|>", ["a"]),
     ],
 )
-def test_malformed_is_read_as_far_as_it_can_be(text: str, expected: list[str], small: Tokenizer) -> None:
+def test_malformed_completions_are_parsed_as_far_as_possible(
+    text: str, expected: list[str], small: Tokenizer
+) -> None:
     tokens = tokens_of(small, text)
     completion = harmony.parse(tokens, small)
     assert [message.text for message in completion.messages] == expected

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.text import harmony
-from gptoss_jax.text.harmony.forms import read_messages
+from gptoss_jax.text.harmony.json_messages import read_messages
 from gptoss_jax.text.tokenizer import Tokenizer
 from tools.goldens.harmony_goldens import parse_case, render_case
 
@@ -19,12 +19,12 @@ texts = st.one_of(st.text(max_size=12), st.sampled_from(["<|end|>", "<|start|>as
 names = st.sampled_from(["query", "x y", "日", "content-type", "b", "a"])
 
 
-# serde_json reads a long decimal to the last digit but one; these it reads exactly.
+# serde_json may round the last digit of a long decimal; it reads these exactly.
 FLOATS = st.sampled_from([0.5, 1e-5, 1.5e-5, 1e15, 1e16, 1e-7, -1e22, 123.25, 1.0, -0.0, 1e300])
 
 
 def schemas() -> st.SearchStrategy[Any]:
-    """Schemas as they come: mostly sensible, with every keyword that has a rendering, and some that do not fit."""
+    """Mostly sensible schemas with every keyword that is rendered, and some keywords of wrong types."""
     scalars = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), FLOATS, texts)
     notes = {
         "description": texts,
@@ -129,9 +129,9 @@ messages = st.one_of(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-@pytest.mark.parametrize("form", ["messages", "harmony_json"])
-def test_golden(case: dict, form: str, o200k: Tokenizer) -> None:
-    given_messages = case["messages"] if form == "messages" else case["harmony_json"]["messages"]
+@pytest.mark.parametrize("key", ["messages", "harmony_json"])
+def test_golden(case: dict, key: str, o200k: Tokenizer) -> None:
+    given_messages = case["messages"] if key == "messages" else case["harmony_json"]["messages"]
     options = {"next_role": case["next_role"], "auto_drop_analysis": case["auto_drop_analysis"]}
     if "error" in case:
         with pytest.raises(UsageError, match=r"messages\[0\].content"):
@@ -142,7 +142,7 @@ def test_golden(case: dict, form: str, o200k: Tokenizer) -> None:
         assert o200k.decode(tokens) == case["text"]
 
 
-def test_goldens_are_what_openai_harmony_says(oracle: openai_harmony.HarmonyEncoding) -> None:
+def test_goldens_match_openai_harmony(oracle: openai_harmony.HarmonyEncoding) -> None:
     parse_cases = [json.loads(line) for line in (Path(__file__).parent / "golden" / "parse.jsonl").open()]
     assert [render_case(case, oracle) for case in CASES] == CASES
     assert [parse_case(case, oracle) for case in parse_cases] == parse_cases
@@ -174,7 +174,7 @@ BEYOND_64_BITS = st.sampled_from([2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 
 
 
 def loose_schemas() -> st.SearchStrategy[Any]:
-    """Schemas of any draft: booleans, nulls for what is absent, and values that other drafts or nobody would give."""
+    """Schemas of any draft: booleans, nulls for absent values, and values that are invalid in some or all drafts."""
     scalars = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), BEYOND_64_BITS, FLOATS, texts)
     anything = st.recursive(
         scalars,
@@ -220,7 +220,7 @@ def loose_schemas() -> st.SearchStrategy[Any]:
 
 @given(parameters=loose_schemas())
 @settings(max_examples=400)
-def test_a_schema_of_any_draft_is_shown_as_openai_harmony_shows_it(
+def test_schema_of_any_draft_is_rendered_as_by_openai_harmony(
     parameters: Any, o200k: Tokenizer, oracle: openai_harmony.HarmonyEncoding
 ) -> None:
     assert shown(parameters, o200k) == shown_by_oracle(parameters, oracle)
@@ -250,7 +250,7 @@ def shown_by_oracle(parameters: Any, oracle: openai_harmony.HarmonyEncoding) -> 
         (lambda inner: {"oneOf": [inner, {"type": "number"}]}, 58),
     ],
 )
-def test_a_schema_is_as_deep_as_openai_harmony_reads(
+def test_schema_depth_limit_is_that_of_openai_harmony(
     level: Any, deepest: int, o200k: Tokenizer, oracle: openai_harmony.HarmonyEncoding
 ) -> None:
     schema: Any = {"type": "string"}

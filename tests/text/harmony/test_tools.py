@@ -1,4 +1,4 @@
-"""Tools as callers have them: in the spelling of several APIs, and as Python functions."""
+"""Tools in the formats of several APIs, and as Python functions."""
 
 import collections.abc
 import dataclasses
@@ -30,7 +30,7 @@ SAME = FunctionTool("f", "d", SCHEMA)
 NAMED = {"name": "f", "description": "d"}
 
 
-# As the documentation of each API has them, in its latest version that was known in 2025.
+# From the documentation of each API, in the latest version known in 2025.
 @pytest.mark.parametrize(
     "tool",
     [
@@ -48,7 +48,7 @@ NAMED = {"name": "f", "description": "d"}
         NAMED | {"inputSchema": SCHEMA, "parameters": None, "input_schema": None, "arguments": None},
     ],
 )
-def test_tools_in_the_spelling_of_several_apis(tool: dict) -> None:
+def test_tools_in_the_formats_of_several_apis(tool: dict) -> None:
     assert function_tools([tool]) == (SAME,)
 
 
@@ -90,14 +90,14 @@ def test_tools_in_the_spelling_of_several_apis(tool: dict) -> None:
         (NAMED | {"parameters": {"default": float("nan")}}, "tools[0].parameters.default: expected what JSON can"),
     ],
 )
-def test_a_field_that_would_be_lost_is_refused_by_name(tool: dict, expected: str) -> None:
+def test_unknown_field_is_rejected_by_name(tool: dict, expected: str) -> None:
     with pytest.raises(UsageError, match=re.escape(expected)) as caught:
         function_tools([tool])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("parameters", [True, False, {}, {"properties": None}, {"$ref": "#/$defs/a", "$defs": {}}])
-def test_any_schema_is_taken_as_it_is(parameters: Any) -> None:
+def test_any_schema_is_kept_unchanged(parameters: Any) -> None:
     assert function_tools([{"name": "f", "parameters": parameters}]) == (FunctionTool("f", "", parameters),)
 
 
@@ -211,7 +211,7 @@ def array(items: dict) -> dict:
     ],
     ids=repr,
 )
-def test_what_a_type_hint_is_as_a_schema(hint: Any, schema: dict) -> None:
+def test_schema_of_a_type_hint(hint: Any, schema: dict) -> None:
     parameters = harmony.from_function(taking(hint)).parameters
     assert parameters == {"type": "object", "properties": {"x": schema}, "required": ["x"]}
 
@@ -245,7 +245,7 @@ def test_what_a_type_hint_is_as_a_schema(hint: Any, schema: dict) -> None:
     ],
     ids=repr,
 )
-def test_a_type_hint_without_a_schema_is_refused(hint: Any) -> None:
+def test_type_hint_without_a_schema_is_rejected(hint: Any) -> None:
     with pytest.raises(UsageError, match=r"^tools\[0\] \(f\): argument x: ") as caught:
         function_tools([taking(hint)])
     assert "\n" not in str(caught.value)
@@ -295,14 +295,14 @@ def binary(x: str | None = b"") -> None: ...  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("function", [positional, several, keywords, unbounded, binary])
-def test_an_argument_that_cannot_be_passed_is_refused(function: Any) -> None:
+def test_argument_that_cannot_be_passed_by_name_is_rejected(function: Any) -> None:
     with pytest.raises(UsageError, match=rf"^tools\[0\] \({function.__name__}\).*\bx\b") as caught:
         function_tools([function])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("function", [Data, int, functools.partial(positional), max, print, lambda: None, 5, None])
-def test_what_is_no_function_is_refused(function: Any) -> None:
+def test_non_function_is_rejected(function: Any) -> None:
     with pytest.raises(UsageError, match=r"^tools\[0\]") as caught:
         function_tools([function])
     assert "\n" not in str(caught.value)

@@ -1,6 +1,4 @@
-"""Conversations as JSON: openai-harmony's own form, and a neutral one whose content objects name their
-kind.
-"""
+"""Reads conversations from JSON: openai-harmony's format, and a neutral one with typed content objects."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,11 +18,11 @@ from gptoss_jax.text.harmony.tools import BUILTIN_TOOLS, function_tool
 
 
 def read_messages(value: Any, where: str = "messages") -> list[Message]:
-    """Messages in either form; raises UsageError naming the message's index and the field.
+    """Messages in either format; raises UsageError naming the message's index and the field.
 
-    In the neutral form a content object has the type "system" or "developer", its fields are those of
+    In the neutral format a content object has the type "system" or "developer", its fields are those of
     SystemContent and DeveloperContent, and a tool namespace is {"namespace", "description", "functions"} or
-    {"namespace", "builtin": true}. In openai-harmony's form the types are "system_content" and
+    {"namespace", "builtin": true}. In openai-harmony's format the types are "system_content" and
     "developer_content".
     """
     messages = _typed(value, list, where, "a list")
