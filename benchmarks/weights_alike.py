@@ -51,7 +51,7 @@ def main() -> int:
     os.environ.update(NO_MULTICAST)
     share = float(MEMORY_SHARE) / options.processes - CONTEXT
     if share <= 0:
-        raise UsageError(f"--processes: {options.processes} processes leave no memory for each")
+        raise UsageError(f"{options.processes} processes leave no memory for each", "--processes")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         running = [

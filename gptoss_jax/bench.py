@@ -120,15 +120,15 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and one < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: expected 1 or more, found {one}")
+                raise UsageError(f"expected 1 or more, found {one}", f"--{name.replace('_', '-')}")
     if options.command == "latency" and options.output_len < 8:
-        raise UsageError(f"--output-len: expected 8 or more steps to measure, found {options.output_len}")
+        raise UsageError(f"expected 8 or more steps to measure, found {options.output_len}", "--output-len")
     if options.command == "throughput":
         for name, default in UNTRACED.items():
             if getattr(options, name) is None:
                 setattr(options, name, default)
             elif options.trace:
-                raise UsageError(f"--{name.replace('_', '-')}: not with --trace, which defines the requests")
+                raise UsageError("not with --trace, which defines the requests", f"--{name.replace('_', '-')}")
 
 
 def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams]:
@@ -150,9 +150,7 @@ def _load(options: argparse.Namespace) -> GptOss:
 def _check_room(model: GptOss, named: str, prompt: int, output: int) -> None:
     room = model.config.max_position_embeddings
     if prompt + output > room:
-        raise UsageError(
-            f"{named}: {prompt} prompt and {output} output tokens exceed the model's context of {room}"
-        )
+        raise UsageError(f"{prompt} prompt and {output} output tokens exceed the model's context of {room}", named)
 
 
 def _latency(options: argparse.Namespace) -> int:

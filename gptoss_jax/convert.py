@@ -53,9 +53,9 @@ def main(arguments: list[str] | None = None, prog: str = "python -m gptoss_jax.c
     """Convert or compare checkpoints, as given by the flags. Raises GptOssError."""
     options = flags(prog).parse_args(arguments)
     if options.verify_only == bool(options.to):
-        raise UsageError("--to: expected either --to hf, --to orbax, or --verify-only")
+        raise UsageError("expected either --to hf, --to orbax, or --verify-only", "--to")
     if options.max_shard_size is not None and options.to != "hf":
-        raise UsageError("--max-shard-size: only for --to hf")
+        raise UsageError("only for --to hf", "--max-shard-size")
     # Imported here so that --help does not wait for jax.
     from gptoss_jax.checkpoints.conversion import compare, convert, parse_size
     from gptoss_jax.checkpoints.hub import resolve
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m gptoss_jax.c
         max_shard_bytes = parse_size(options.max_shard_size or "5GB")
     except ValueError:
         raise UsageError(
-            f"--max-shard-size: expected a size such as 500MB or 5GB, found {options.max_shard_size!r}"
+            f"expected a size such as 500MB or 5GB, found {options.max_shard_size!r}", "--max-shard-size"
         ) from None
     source = resolve(options.source)
     if options.verify_only:

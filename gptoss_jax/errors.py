@@ -14,21 +14,36 @@ class CheckpointError(GptOssError):
 
 
 class UsageError(GptOssError):
-    """A flag, request field or input line that cannot be used: names it, what was expected and what was found."""
+    """A flag, a field of a request or an input line that cannot be used.
+
+    The error's text is `where: field: message`, as much of it as is given.
+
+    Args:
+      message: what was expected and what was found.
+      field: the field or the flag, such as "max_tokens", "messages[0].content" or "--mesh".
+      where: what the field belongs to, such as a file and its line.
+    """
+
+    def __init__(self, message: str, field: str | None = None, where: str | None = None) -> None:
+        super().__init__(message, field, where)
+        self.message, self.field, self.where = message, field, where
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.field, self.message) if part)
 
 
-def expect(fine: bool, name: str, expected: str, found: Any) -> None:
-    """Unless it is fine, raises UsageError: what of the name was expected, and what was found."""
+def expect(fine: bool, field: str, expected: str, found: Any) -> None:
+    """Raise UsageError, with what was expected of the field and what was found, unless it is fine."""
     if not fine:
-        raise UsageError(f"{name}: expected {expected}, found {found!r:.60}")
+        raise UsageError(f"expected {expected}, found {found!r:.60}", field)
 
 
 @contextlib.contextmanager
 def named(where: str) -> Iterator[None]:
-    """A UsageError of the block says where it is, such as a file and its line; too deep a nesting there is one, too."""
+    """Say where a UsageError of the block is, such as a file and its line; input nested too deeply is one, too."""
     try:
         yield
     except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
+        raise UsageError(error.message, error.field, f"{where}: {error.where}" if error.where else where) from None
     except RecursionError:
-        raise UsageError(f"{where}: nested too deeply") from None
+        raise UsageError("nested too deeply", where=where) from None

@@ -84,9 +84,7 @@ def _read_line(line: bytes) -> dict[str, Any]:
 def _option(line: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
     value = line.get(key, default)
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
-        raise UsageError(
-            f"{key}: expected one of {', '.join(map(json.dumps, allowed))}, found {json.dumps(value)}"
-        )
+        raise UsageError(f"expected one of {', '.join(map(json.dumps, allowed))}, found {json.dumps(value)}", key)
     return value
 
 
@@ -97,9 +95,9 @@ def _render(line: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(conversation, str):
         conversation = _read_line(conversation.encode())
     if conversation is not None and not isinstance(conversation, Mapping):
-        raise UsageError(f"harmony_json: expected an object, found {type(conversation).__name__}")
+        raise UsageError(f"expected an object, found {type(conversation).__name__}", "harmony_json")
     if conversation is None and "messages" not in line:
-        raise UsageError("messages: expected a list, found nothing")
+        raise UsageError("expected a list, found nothing", "messages")
     if conversation is not None or _is_neutral(line["messages"], line):
         source = line if conversation is None else conversation
         where = "messages" if conversation is None else "harmony_json.messages"
@@ -128,11 +126,11 @@ def _parse(line: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     tokens = line.get("tokens")
     if not isinstance(tokens, list):
         raise UsageError(
-            f"tokens: expected a list, found {'nothing' if tokens is None else type(tokens).__name__}"
+            f"expected a list, found {'nothing' if tokens is None else type(tokens).__name__}", "tokens"
         )
     for index, token in enumerate(tokens):
         if not isinstance(token, int) or isinstance(token, bool):
-            raise UsageError(f"tokens[{index}]: expected an integer, found {json.dumps(token)[:80]}")
+            raise UsageError(f"expected an integer, found {json.dumps(token)[:80]}", f"tokens[{index}]")
     role = _option(line, "role", "assistant", (*ROLES, None))
     strict = _option(line, "strict", False, (True, False))
     completion = parse(tokens, tokenizer, role, strict=strict)

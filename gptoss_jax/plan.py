@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     longest = config.max_position_embeddings
     context = options.context or min(CONTEXT, longest)
     if context > longest:
-        raise UsageError(f"--context: expected at most the model's {longest}, found {context}")
+        raise UsageError(f"expected at most the model's {longest}, found {context}", "--context")
     prepare_environment()
     from gptoss_jax.planner import plans, report
     from sharding import BATCH_OVER_EXPERTS, ShardingRules
@@ -122,7 +122,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, least in (("batch", 1), ("context", 1), ("chunk", 1), ("top", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise UsageError(f"--{name}: expected {least} or more, found {value}")
+            raise UsageError(f"expected {least} or more, found {value}", f"--{name}")
     if options.plot:
         plotting.check(options.plot)
 

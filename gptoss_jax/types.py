@@ -40,7 +40,9 @@ class StructuredOutputsParams:
         ]
         if len(given) != 1:
             kinds = ", ".join(field.name for field in dataclasses.fields(self))
-            raise UsageError(f"structured_outputs: expected one of {kinds}, found {' and '.join(given) or 'none'}")
+            raise UsageError(
+                f"expected one of {kinds}, found {' and '.join(given) or 'none'}", "structured_outputs"
+            )
         [name] = given
         value, choice = getattr(self, name), self.choice
         texts = (
@@ -151,7 +153,7 @@ class SamplingParams:
         if isinstance(constraint := self.structured_outputs, Mapping):
             known = {field.name for field in dataclasses.fields(StructuredOutputsParams)}
             for name in sorted(constraint.keys() - known):
-                raise UsageError(f"structured_outputs.{name}: expected one of {', '.join(sorted(known))}")
+                raise UsageError(f"expected one of {', '.join(sorted(known))}", f"structured_outputs.{name}")
             put("structured_outputs", StructuredOutputsParams(**constraint))
         fine = self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams)
         self._check("structured_outputs", fine, 'an object such as {"regex": "[0-9]+"}')

@@ -40,7 +40,7 @@ def sampling_modes(text: str) -> tuple[str, ...]:
     names = tuple(SAMPLING_MODES) if text == "all" else tuple(text.split(","))
     for name in names:
         if name not in SAMPLING_MODES:
-            raise UsageError(f"--sampling: expected some of {','.join(SAMPLING_MODES)}, found {name!r:.60}")
+            raise UsageError(f"expected some of {','.join(SAMPLING_MODES)}, found {name!r:.60}", "--sampling")
     return names
 
 

@@ -118,5 +118,5 @@ def _on_mesh(specs: Iterable[WeightSpec], creator: Callable[..., Creator], parti
 def check_dtype(dtype: str) -> jnp.dtype:
     """The dtype named `dtype`. Raises UsageError."""
     if dtype not in DTYPES:
-        raise UsageError(f"dtype: expected {' or '.join(DTYPES)}, found {dtype!r}")
+        raise UsageError(f"expected {' or '.join(DTYPES)}, found {dtype!r}", "dtype")
     return jnp.dtype(dtype)

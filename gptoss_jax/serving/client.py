@@ -173,7 +173,7 @@ class LLM:
         """A request for the assistant's next message; `options` as for `chat`. Raises UsageError."""
         tokenizer = self._need_tokenizer("conversations")
         if not messages:
-            raise UsageError("messages: expected at least one")
+            raise UsageError("expected at least one", "messages")
         options.setdefault("current_date", datetime.date.today().isoformat())
         scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
         prompt = harmony.render(messages, tokenizer, **options)
@@ -187,7 +187,7 @@ class LLM:
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
             raise UsageError(
-                f"tokenizer.json: the checkpoint has none, so {purpose} cannot be used; pass token ids"
+                f"the checkpoint has none, so {purpose} cannot be used; pass token ids", "tokenizer.json"
             )
         return self.tokenizer
 
@@ -201,7 +201,7 @@ class LLM:
         try:
             for request in requests:
                 if request.request_id in running:
-                    raise UsageError(f"request_id: {request.request_id!r} is used twice")
+                    raise UsageError(f"{request.request_id!r} is used twice", "request_id")
                 self.engine.add(request.request_id, request.prompt_token_ids, request.params, request.scope)
                 running[request.request_id] = _RunningRequest(request, self.tokenizer)
             while running:
@@ -292,5 +292,5 @@ def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) 
     fine = _is_list(params) and all(isinstance(one, SamplingParams) for one in params)
     expect(fine, "sampling_params", "SamplingParams, or a list of them", params)
     if len(params) != count:
-        raise UsageError(f"sampling_params: expected one or {count}, found {len(params)}")
+        raise UsageError(f"expected one or {count}, found {len(params)}", "sampling_params")
     return list(params)

@@ -81,7 +81,7 @@ class GrammarCompiler:
     def __call__(self, params: StructuredOutputsParams, scope: Scope) -> TokenConstraint:
         """A new constraint, for a single completion. Raises UsageError."""
         if not self._eos:
-            raise UsageError("structured_outputs: the model has no stop token to end a complete answer")
+            raise UsageError("the model has no stop token to end a complete answer", "structured_outputs")
         answer = self._answer(*_source(params))
         if scope == "text":
             return _TextConstraint(answer.deep_copy())
@@ -202,10 +202,10 @@ def _compile(name: str, kind: str, text: str, vocabulary: LLTokenizer | None) ->
         else:
             grammar = llguidance.grammar_from(kind, text)
     except ValueError as error:
-        raise UsageError(f"structured_outputs.{name}: {_one_line(str(error))}") from None
+        raise UsageError(f"{_one_line(str(error))}", f"structured_outputs.{name}") from None
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
     if failed:
-        raise UsageError(f"structured_outputs.{name}: {_one_line(messages[0])}")
+        raise UsageError(f"{_one_line(messages[0])}", f"structured_outputs.{name}")
     return str(grammar)
 
 
@@ -227,9 +227,9 @@ def _schema(schema: str | Mapping[str, Any]) -> str:
         value = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(_without_unknown_formats(value))
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"structured_outputs.json: not valid JSON: {_one_line(str(error))}") from None
+        raise UsageError(f"not valid JSON: {_one_line(str(error))}", "structured_outputs.json") from None
     if not isinstance(value, Mapping):
-        raise UsageError(f"structured_outputs.json: expected a JSON schema object, found {type(value).__name__}")
+        raise UsageError(f"expected a JSON schema object, found {type(value).__name__}", "structured_outputs.json")
     return text
 
 
@@ -271,7 +271,7 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError:
         raise UsageError(
-            "structured_outputs: llguidance is missing: pip install 'gptoss-jax[structured]'"
+            "llguidance is missing: pip install 'gptoss-jax[structured]'", "structured_outputs"
         ) from None
     return llguidance
 

@@ -81,13 +81,14 @@ class Tokenizer:
         Raises UsageError if there is no such encoding, or if it is not cached and cannot be downloaded.
         """
         if name not in tiktoken.list_encoding_names():
-            raise UsageError(f"tokenizer: expected a directory or a tiktoken encoding, found {name!r}")
+            raise UsageError(f"expected a directory or a tiktoken encoding, found {name!r}", "tokenizer")
         try:
             encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError, ImportError) as error:
             raise UsageError(
-                f"tokenizer: {name} is neither in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor can it be downloaded: "
-                f"{type(error).__name__}"
+                f"{name} is neither in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor can it be downloaded: "
+                f"{type(error).__name__}",
+                "tokenizer",
             ) from None
         return cls(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
 

@@ -35,7 +35,7 @@ def read_messages(value: Any, where: str = "messages") -> list[Message]:
 def _message(value: Mapping[str, Any], where: str) -> Message:
     role = value.get("role")
     if role not in ROLES:
-        raise UsageError(f"{where}.role: expected one of {', '.join(ROLES)}, found {role!r}")
+        raise UsageError(f"expected one of {', '.join(ROLES)}, found {role!r}", f"{where}.role")
     content = value.get("content")
     parts = content if isinstance(content, list) else [content]
     return Message(
@@ -70,13 +70,13 @@ def _content(part: Any, where: str) -> Content:
                 _namespaces(part.get("tools"), f"{where}.tools"),
             )
         case other:
-            raise UsageError(f"{where}.type: expected text, system or developer, found {other!r}")
+            raise UsageError(f"expected text, system or developer, found {other!r}", f"{where}.type")
 
 
 def _system(part: Mapping[str, Any], where: str, date_key: str, channels: Mapping[str, Any]) -> SystemContent:
     effort = _optional(part, "reasoning_effort", str, where, "a string")
     if effort is not None and effort.lower() not in REASONING_EFFORTS:
-        raise UsageError(f"{where}.reasoning_effort: expected {', '.join(REASONING_EFFORTS)}, found {effort!r}")
+        raise UsageError(f"expected {', '.join(REASONING_EFFORTS)}, found {effort!r}", f"{where}.reasoning_effort")
     valid = _optional(channels, "valid_channels", list, where, "a list") or []
     required = _optional(channels, "channel_required", bool, where, "true or false")
     return SystemContent(
@@ -102,7 +102,9 @@ def _namespaces(value: Any, where: str) -> tuple[ToolNamespace, ...]:
         name: str = _typed(item.get("namespace", item.get("name")), str, f"{here}.namespace", "a string")
         if item.get("builtin"):
             if name not in BUILTIN_TOOLS:
-                raise UsageError(f"{here}.namespace: expected one of {', '.join(BUILTIN_TOOLS)}, found {name!r}")
+                raise UsageError(
+                    f"expected one of {', '.join(BUILTIN_TOOLS)}, found {name!r}", f"{here}.namespace"
+                )
             namespaces.append(BUILTIN_TOOLS[name])
             continue
         description = _optional(item, "description", str, here, "a string")
@@ -127,5 +129,5 @@ def _optional(value: Mapping[str, Any], key: str, kind: type, where: str, expect
 def _typed(value: Any, kind: Any, where: str, expected: str) -> Any:
     if not isinstance(value, kind):
         found = "nothing" if value is None else type(value).__name__
-        raise UsageError(f"{where}: expected {expected}, found {found}")
+        raise UsageError(f"expected {expected}, found {found}", where)
     return value

@@ -62,7 +62,7 @@ def render(
         response_format=response_format,
         auto_drop_analysis=auto_drop_analysis,
     )
-    _check(next_role is None or next_role in ROLES, f"next_role: expected one of {', '.join(ROLES)}", next_role)
+    _check(next_role is None or next_role in ROLES, "next_role", f"one of {', '.join(ROLES)}", next_role)
     return render_conversation(conversation, tokenizer, next_role=next_role, auto_drop_analysis=False)
 
 
@@ -83,10 +83,11 @@ def to_messages(
     System messages become developer instructions, as the format calls them: those at the beginning share one
     developer message with the tools, and each later one becomes a developer message of its own.
     """
-    _check(isinstance(messages, Sequence) and not isinstance(messages, str), "messages: expected a list", messages)
+    _check(isinstance(messages, Sequence) and not isinstance(messages, str), "messages", "a list", messages)
     _check(
         reasoning_effort in REASONING_EFFORTS,
-        f"reasoning_effort: expected one of {', '.join(REASONING_EFFORTS)}",
+        "reasoning_effort",
+        f"one of {', '.join(REASONING_EFFORTS)}",
         reasoning_effort,
     )
     for name, value in (
@@ -94,7 +95,7 @@ def to_messages(
         ("current_date", current_date),
         ("knowledge_cutoff", knowledge_cutoff),
     ):
-        _check(value is None or isinstance(value, str), f"{name}: expected a string", value)
+        _check(value is None or isinstance(value, str), name, "a string", value)
     system = SystemContent(
         model_identity=MODEL_IDENTITY if model_identity is None else model_identity,
         knowledge_cutoff=knowledge_cutoff,
@@ -130,17 +131,17 @@ def _without_old_analysis(messages: list[Message]) -> list[Message]:
 
 
 def _builtin(names: Sequence[str]) -> tuple[ToolNamespace, ...]:
-    _check(isinstance(names, list | tuple), "builtin_tools: expected a list", names)
+    _check(isinstance(names, list | tuple), "builtin_tools", "a list", names)
     for name in names:
         known = isinstance(name, str) and name in BUILTIN_TOOLS
-        _check(known, f"builtin_tools: expected any of {', '.join(BUILTIN_TOOLS)}", name)
+        _check(known, "builtin_tools", f"any of {', '.join(BUILTIN_TOOLS)}", name)
     return tuple(BUILTIN_TOOLS[name] for name in sorted(set(names)))
 
 
 def _response_format(value: Mapping[str, Any] | None) -> ResponseFormat | None:
     if value is None:
         return None
-    _check(isinstance(value, Mapping), "response_format: expected an object", value)
+    _check(isinstance(value, Mapping), "response_format", "an object", value)
     match value.get("type", "json_schema"):
         case "text":
             return None
@@ -149,22 +150,23 @@ def _response_format(value: Mapping[str, Any] | None) -> ResponseFormat | None:
         case "json_schema":
             where = "response_format.json_schema" if "json_schema" in value else "response_format"
             inner = value.get("json_schema", value)
-            _check(isinstance(inner, Mapping), f"{where}: expected an object", inner)
+            _check(isinstance(inner, Mapping), where, "an object", inner)
             name, schema, description = (
                 inner.get("name", "response"),
                 inner.get("schema"),
                 inner.get("description"),
             )
-            _check(isinstance(name, str) and "\n" not in name, f"{where}.name: expected one line of text", name)
-            _check(isinstance(schema, Mapping), f"{where}.schema: expected a JSON schema object", schema)
+            _check(isinstance(name, str) and "\n" not in name, f"{where}.name", "one line of text", name)
+            _check(isinstance(schema, Mapping), f"{where}.schema", "a JSON schema object", schema)
             _check(
                 description is None or isinstance(description, str),
-                f"{where}.description: expected a string",
+                f"{where}.description",
+                "a string",
                 description,
             )
             return ResponseFormat(name, schema, description)
         case other:
-            raise UsageError(f"response_format.type: expected text, json_object or json_schema, found {other!r}")
+            raise UsageError(f"expected text, json_object or json_schema, found {other!r}", "response_format.type")
 
 
 class _Reader:
@@ -177,9 +179,9 @@ class _Reader:
 
     def read(self, index: int, message: Any) -> list[Message]:
         where = f"messages[{index}]"
-        _check(isinstance(message, Mapping), f"{where}: expected an object", message)
+        _check(isinstance(message, Mapping), where, "an object", message)
         name = message.get("name")
-        _check(name is None or (isinstance(name, str) and name != ""), f"{where}.name: expected a name", name)
+        _check(name is None or (isinstance(name, str) and name != ""), f"{where}.name", "a name", name)
         match message.get("role"):
             case "system" | "developer":
                 return [Message("developer", _text(where, message))]
@@ -190,16 +192,16 @@ class _Reader:
             case "tool" | "function":
                 return [self._tool(where, message, name)]
             case role:
-                raise UsageError(f"{where}.role: expected one of {', '.join(ROLES)}, found {role!r}")
+                raise UsageError(f"expected one of {', '.join(ROLES)}, found {role!r}", f"{where}.role")
 
     def _assistant(self, where: str, message: Mapping[str, Any], name: str | None) -> list[Message]:
         calls = message.get("tool_calls")
         calls = [] if calls is None else calls
-        _check(isinstance(calls, list | tuple), f"{where}.tool_calls: expected a list", calls)
+        _check(isinstance(calls, list | tuple), f"{where}.tool_calls", "a list", calls)
         written: list[Message] = []
         key = next((key for key in _THINKING if message.get(key) is not None), None)
         if key is not None:
-            _check(isinstance(message[key], str), f"{where}.{key}: expected a string", message[key])
+            _check(isinstance(message[key], str), f"{where}.{key}", "a string", message[key])
             if message[key]:
                 written.append(Message("assistant", (message[key],), name, None, "analysis"))
         if message.get("content") is not None or not (calls or written):
@@ -211,18 +213,16 @@ class _Reader:
         return written + made
 
     def _call(self, where: str, call: Any, author: str | None) -> Message:
-        _check(isinstance(call, Mapping), f"{where}: expected an object", call)
+        _check(isinstance(call, Mapping), where, "an object", call)
         function = call.get("function", call)
-        _check(isinstance(function, Mapping), f"{where}.function: expected an object", function)
+        _check(isinstance(function, Mapping), f"{where}.function", "an object", function)
         name, arguments, call_id = function.get("name"), function.get("arguments"), call.get("id")
         named = isinstance(name, str) and name != "" and not any(c.isspace() for c in name)
-        _check(named, f"{where}.function.name: expected a name without spaces", name)
-        _check(call_id is None or isinstance(call_id, str), f"{where}.id: expected a string", call_id)
+        _check(named, f"{where}.function.name", "a name without spaces", name)
+        _check(call_id is None or isinstance(call_id, str), f"{where}.id", "a string", call_id)
         if isinstance(arguments, Mapping):
             arguments = to_json(arguments)
-        _check(
-            isinstance(arguments, str), f"{where}.function.arguments: expected a string or an object", arguments
-        )
+        _check(isinstance(arguments, str), f"{where}.function.arguments", "a string or an object", arguments)
         if self._is_builtin(name):
             written = Message("assistant", (arguments,), author, name, "analysis", "code")
         else:
@@ -238,13 +238,13 @@ class _Reader:
             name = name if self._is_builtin(name) else _qualified(name)
         if call_id is not None:
             known = isinstance(call_id, str) and call_id in self._calls
-            _check(known, f"{where}.tool_call_id: expected the id of an earlier tool call", call_id)
+            _check(known, f"{where}.tool_call_id", "the id of an earlier tool call", call_id)
             called = self._calls[call_id]
-            _check(name in (None, called.recipient), f"{where}.name: expected {called.recipient}", name)
+            _check(name in (None, called.recipient), f"{where}.name", str(called.recipient), name)
         elif name is not None:
             called = next((call for call in self._unanswered if call.recipient == name), Message("assistant"))
         else:
-            _check(bool(self._unanswered), f"{where}: expected a name or a tool_call_id", None)
+            _check(bool(self._unanswered), where, "a name or a tool_call_id", None)
             called = self._unanswered[0]
         self._unanswered = [call for call in self._unanswered if call is not called]
         name = name or called.recipient
@@ -264,13 +264,13 @@ def _text(where: str, message: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(content, str):
         return (content,)
     if not isinstance(content, list | tuple):
-        raise UsageError(f"{where}.content: expected a string or a list of text parts, found {_shown(content)}")
+        raise UsageError(f"expected a string or a list of text parts, found {_shown(content)}", f"{where}.content")
     parts = []
     for index, part in enumerate(content):
         here = f"{where}.content[{index}]"
-        _check(isinstance(part, Mapping), f"{here}: expected a text part", part)
-        _check(part.get("type") in _TEXT_PARTS, f"{here}.type: expected 'text'", part.get("type"))
-        _check(isinstance(part.get("text"), str), f"{here}.text: expected a string", part.get("text"))
+        _check(isinstance(part, Mapping), here, "a text part", part)
+        _check(part.get("type") in _TEXT_PARTS, f"{here}.type", "'text'", part.get("type"))
+        _check(isinstance(part.get("text"), str), f"{here}.text", "a string", part.get("text"))
         parts.append(part["text"])
     return tuple(parts)
 
@@ -283,9 +283,9 @@ def _assistant_content(where: str, message: Mapping[str, Any]) -> tuple[str, ...
     return ("",) if is_empty else _text(where, message)
 
 
-def _check(holds: bool, expected: str, found: Any) -> None:
+def _check(holds: bool, field: str, expected: str, found: Any) -> None:
     if not holds:
-        raise UsageError(f"{expected}, found {_shown(found)}")
+        raise UsageError(f"expected {expected}, found {_shown(found)}", field)
 
 
 def _shown(value: Any) -> str:

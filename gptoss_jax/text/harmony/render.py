@@ -47,7 +47,7 @@ def _message(index: int, message: Message, tokenizer: Tokenizer, has_functions: 
     tokens = [special("<|start|>")]
     if message.role == "tool":
         if message.name is None:
-            raise UsageError(f"messages[{index}].name: expected the tool's name, found nothing")
+            raise UsageError("expected the tool's name, found nothing", f"messages[{index}].name")
         tokens += encode(message.name)
     else:
         tokens += encode(message.role)
@@ -79,7 +79,7 @@ def _content(index: int, role: str, content: Content, has_functions: bool) -> st
         else ("developer", _developer(content))
     )
     if role != belongs:
-        raise UsageError(f"messages[{index}].content: {belongs} content in a message of role {role}")
+        raise UsageError(f"{belongs} content in a message of role {role}", f"messages[{index}].content")
     return written
 
 

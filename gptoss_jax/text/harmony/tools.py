@@ -141,7 +141,7 @@ def function_tools(tools: Sequence[Tool]) -> tuple[FunctionTool, ...]:
     also for an unknown field.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
-        raise UsageError(f"tools: expected a list, found {type(tools).__name__}")
+        raise UsageError(f"expected a list, found {type(tools).__name__}", "tools")
     read = [
         _from_json(f"tools[{index}]", tool)
         if isinstance(tool, Mapping)
@@ -151,7 +151,7 @@ def function_tools(tools: Sequence[Tool]) -> tuple[FunctionTool, ...]:
     names = [tool.name for tool in read]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise UsageError(f"tools[{index}].name: {name!r} is already the name of another tool")
+            raise UsageError(f"{name!r} is already the name of another tool", f"tools[{index}].name")
     return tuple(read)
 
 
@@ -174,10 +174,10 @@ def _from_json(where: str, tool: Mapping[str, Any]) -> FunctionTool:
         return function_tool(where, tool)
     _check_type(where, tool)
     if not isinstance(inner, Mapping):
-        raise UsageError(f"{where}.function: expected an object, found {type(inner).__name__}")
+        raise UsageError(f"expected an object, found {type(inner).__name__}", f"{where}.function")
     for key in _given(tool, besides=("function",)):
         expected = f"expected in {where}.function, found beside it" if key in _FIELDS else "unknown field"
-        raise UsageError(f"{where}.{key}: {expected}")
+        raise UsageError(f"{expected}", f"{where}.{key}")
     return function_tool(f"{where}.function", inner)
 
 
@@ -189,16 +189,16 @@ def function_tool(where: str, tool: Mapping[str, Any]) -> FunctionTool:
     _check_type(where, tool)
     name, description = tool.get("name"), tool.get("description")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UsageError(f"{where}.name: expected letters, digits, '_', '-' and '.', found {name!r}")
+        raise UsageError(f"expected letters, digits, '_', '-' and '.', found {name!r}", f"{where}.name")
     if description is not None and not isinstance(description, str):
-        raise UsageError(f"{where}.description: expected a string, found {type(description).__name__}")
+        raise UsageError(f"expected a string, found {type(description).__name__}", f"{where}.description")
     for key in _given(tool, besides=_FIELDS):
         raise UsageError(
-            f"{where}.{key}: unknown field, expected name, description and {' or '.join(_PARAMETERS)}"
+            f"unknown field, expected name, description and {' or '.join(_PARAMETERS)}", f"{where}.{key}"
         )
     given = [key for key in _PARAMETERS if tool.get(key) is not None]
     if len(given) > 1:
-        raise UsageError(f"{where}: expected one of {', '.join(_PARAMETERS)}, found {' and '.join(given)}")
+        raise UsageError(f"expected one of {', '.join(_PARAMETERS)}, found {' and '.join(given)}", where)
     parameters = None
     for key in given:
         parameters = _plain(f"{where}.{key}", tool[key])
@@ -210,7 +210,7 @@ def _check_type(where: str, tool: Mapping[str, Any]) -> None:
     kind = tool.get("type")
     # Anthropic's "custom" is a function with a schema; OpenAI's takes free text, which harmony has for python alone.
     if kind not in (None, "function") and not (kind == "custom" and tool.get("input_schema") is not None):
-        raise UsageError(f"{where}.type: expected 'function', found {kind!r}")
+        raise UsageError(f"expected 'function', found {kind!r}", f"{where}.type")
 
 
 def _given(tool: Mapping[str, Any], besides: Iterable[str]) -> list[str]:
@@ -221,7 +221,7 @@ def _given(tool: Mapping[str, Any], besides: Iterable[str]) -> list[str]:
 def _plain(where: str, value: Any, depth: int = 0) -> Any:
     """JSON in Python's own types, as json.loads gives it. Raises UsageError for what JSON cannot hold."""
     if depth > _NESTING:
-        raise UsageError(f"{where[:120]}...: expected at most {_NESTING} levels of nesting")
+        raise UsageError(f"expected at most {_NESTING} levels of nesting", f"{where[:120]}...")
     if isinstance(value, Mapping):
         return {str(key): _plain(f"{where}.{key}", item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -229,7 +229,7 @@ def _plain(where: str, value: Any, depth: int = 0) -> Any:
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
-        raise UsageError(f"{where}: expected what JSON can hold, found {type(value).__name__}") from None
+        raise UsageError(f"expected what JSON can hold, found {type(value).__name__}", where) from None
 
 
 _NESTING = 128
@@ -241,7 +241,7 @@ def _check_schema(where: str, schema: Any) -> None:
     if schema is None or isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
-        raise UsageError(f"{where}: expected a JSON schema, found {type(schema).__name__}")
+        raise UsageError(f"expected a JSON schema, found {type(schema).__name__}", where)
     for key, kind, expected in (
         ("properties", dict, "an object"),
         ("required", list | bool, "a list"),  # a boolean in the drafts before 4
@@ -250,7 +250,7 @@ def _check_schema(where: str, schema: Any) -> None:
     ):
         value = schema.get(key)
         if value is not None and not isinstance(value, kind):
-            raise UsageError(f"{where}.{key}: expected {expected}, found {type(value).__name__}")
+            raise UsageError(f"expected {expected}, found {type(value).__name__}", f"{where}.{key}")
     for name, value in (schema.get("properties") or {}).items():
         _check_schema(f"{where}.properties.{name}", value)
     for index, value in enumerate(schema.get("oneOf") or []):
@@ -267,7 +267,7 @@ def from_function(function: Callable[..., Any], where: str = "tool") -> Function
     harmony, and for arguments that cannot be passed by name.
     """
     if isinstance(function, type) or not callable(function) or not hasattr(function, "__name__"):
-        raise UsageError(f"{where}: expected a tool object or a function, found {type(function).__name__}")
+        raise UsageError(f"expected a tool object or a function, found {type(function).__name__}", where)
     where = f"{where} ({function.__name__})"
     description, arguments = _docstring(function)
     signature = _evaluated(f"{where}: signature", lambda: inspect.signature(function))
@@ -276,9 +276,9 @@ def from_function(function: Callable[..., Any], where: str = "tool") -> Function
     for name, parameter in signature.parameters.items():
         here = f"{where}: argument {name}"
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise UsageError(f"{here}: expected one that is passed by name, found {parameter.kind.description}")
+            raise UsageError(f"expected one that is passed by name, found {parameter.kind.description}", here)
         if parameter.annotation is parameter.empty:
-            raise UsageError(f"{here}: expected a type hint, found none")
+            raise UsageError("expected a type hint, found none", here)
         schema = _schema(here, _hint(here, function, parameter.annotation))
         if arguments.get(name):
             schema["description"] = arguments[name]
@@ -305,7 +305,7 @@ def _evaluated(where: str, evaluate: Callable[[], Any]) -> Any:
     try:
         return evaluate()
     except Exception as error:  # evaluating a hint can raise any exception
-        raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{' '.join(str(error).split())}", where) from None
 
 
 _SCALARS: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -316,7 +316,7 @@ _OBJECTS = (dict, Mapping, MutableMapping)
 def _schema(where: str, hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
     """The JSON schema of a type hint; `within` holds the named types that enclose it."""
     if any(hint is outer for outer in within):
-        raise UsageError(f"{where}: expected a type that does not contain itself, found {hint!r}")
+        raise UsageError(f"expected a type that does not contain itself, found {hint!r}", where)
     origin, arguments = get_origin(hint), get_args(hint)
     kind = origin if isinstance(origin, type) else hint if isinstance(hint, type) else None
     if hint is Any or hint is object:
@@ -344,7 +344,7 @@ def _schema(where: str, hint: Any, within: tuple[Any, ...] = ()) -> dict[str, An
         return {"type": "array", "items": _schema(where, _element(where, hint), within)}
     if kind in _OBJECTS:
         return _object(where, hint, within)
-    raise UsageError(f"{where}: expected a type that JSON has, found {' '.join(repr(hint).split())}")
+    raise UsageError(f"expected a type that JSON has, found {' '.join(repr(hint).split())}", where)
 
 
 def _element(where: str, hint: Any) -> Any:
@@ -352,7 +352,7 @@ def _element(where: str, hint: Any) -> Any:
     arguments = getattr(hint, "__args__", (Any, ...))
     if len(arguments) != 2 or arguments[1] is not ...:
         raise UsageError(
-            f"{where}: expected a list or tuple[X, ...], whose elements are of one type, found {hint!r}"
+            f"expected a list or tuple[X, ...], whose elements are of one type, found {hint!r}", where
         )
     return arguments[0]
 
@@ -360,7 +360,7 @@ def _element(where: str, hint: Any) -> Any:
 def _object(where: str, hint: Any, within: tuple[Any, ...]) -> dict[str, Any]:
     key, value = get_args(hint) or (str, Any)
     if key is not Any and _schema(where, key, within) != {"type": "string"}:
-        raise UsageError(f"{where}: expected an object with strings as keys, found {hint!r}")
+        raise UsageError(f"expected an object with strings as keys, found {hint!r}", where)
     values = _schema(where, value, within)
     return {"type": "object"} | ({"additionalProperties": values} if values else {})
 
@@ -382,7 +382,7 @@ def _literal(where: str, hint: Any) -> dict[str, Any]:
     """Harmony renders only string values of an enum, besides null."""
     values = [value for value in get_args(hint) if value is not None]
     if not values or not all(type(value) is str for value in values):
-        raise UsageError(f"{where}: expected a Literal of strings, found {hint!r}")
+        raise UsageError(f"expected a Literal of strings, found {hint!r}", where)
     return {"type": "string", "enum": values} | ({"nullable": True} if None in get_args(hint) else {})
 
 
