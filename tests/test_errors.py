@@ -23,7 +23,7 @@ def test_the_field_is_kept_where_the_place_is_added() -> None:
         expect(False, "seed", "an integer", "x")
     assert str(caught.value) == "file: line 1: seed: expected an integer, found 'x'"
     assert caught.value.field == "seed"
-    with pytest.raises(UsageError, match="^line 1: nested too deeply$"), named("line 1"):
+    with pytest.raises(UsageError, match=r"^line 1: nested too deeply$"), named("line 1"):
         raise RecursionError
 
 

@@ -9,14 +9,11 @@ import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gptoss_jax.checkpoints.hub import resolve
 from gptoss_jax.errors import CheckpointError
 from sharding.processes import Cluster
-
-if TYPE_CHECKING:
-    pass
 
 PACKAGES = ("gptoss-jax", "jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda13-plugin", "jax-rocm7-plugin")
 SOURCES = ("gptoss_jax", "sharding", "pallas_kernels")
