@@ -107,8 +107,8 @@ def attention_cases(config: ModelConfig, batches: list[int], contexts: list[int]
         yield case(1, length, length, config.sliding_window)
 
 
-def linear_cases(config: ModelConfig) -> Iterator[Case]:
-    """The dense projections of a single token; each step depends on the previous one."""
+def linear_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
+    """The dense projections; each step depends on the previous one."""
     hidden = config.hidden_size
     heads = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -117,19 +117,20 @@ def linear_cases(config: ModelConfig) -> Iterator[Case]:
         key = jax.random.key(i)
         return [jax.random.normal(key, (r, columns), jnp.bfloat16) * columns**-0.5 for r in rows]
 
-    def case(name: str, rows: tuple[int, ...], columns: int, norm: bool, count: int) -> Case:
+    def case(name: str, rows: tuple[int, ...], columns: int, norm: bool, count: int, tokens: int) -> Case:
         def step(x: jax.Array, own: Any) -> jax.Array:
             outs = linear(x, own, [None] * len(rows), norm_I=jnp.ones(columns, x.dtype) if norm else None)
             return x + outs[0][:, :1].astype(x.dtype)
 
         sets = [weights(i, rows, columns) for i in range(count)]
-        x = jax.random.normal(jax.random.key(9), (1, columns), jnp.bfloat16)
+        x = jax.random.normal(jax.random.key(9), (tokens, columns), jnp.bfloat16)
         size = sum(w.nbytes for w in sets[0])
-        return Case(name, step, x, sets, size, size)
+        return Case(f"{name} T={tokens}", step, x, sets, size, size * tokens)
 
-    yield case("linear q,k,v with norm", (heads, kv, kv), hidden, True, 6)
-    yield case("linear o", (hidden,), heads, False, 6)
-    yield case("linear unembedding with norm", (config.vocab_size,), hidden, True, 1)
+    for count in tokens:
+        yield case("linear q,k,v with norm", (heads, kv, kv), hidden, True, 6, count)
+        yield case("linear o", (hidden,), heads, False, 6, count)
+        yield case("linear unembedding with norm", (config.vocab_size,), hidden, True, 1, count)
 
 
 def route_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
@@ -169,7 +170,7 @@ def main() -> None:
     makers: dict[str, Callable[[], Iterator[Case]]] = {
         "expert_mlp": lambda: expert_cases(config, flags.tokens),
         "attention": lambda: attention_cases(config, few, flags.contexts),
-        "linear": lambda: linear_cases(config),
+        "linear": lambda: linear_cases(config, [1]),
         "route": lambda: route_cases(config, few),
     }
     bandwidth = read_bandwidth()
