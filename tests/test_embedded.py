@@ -132,7 +132,7 @@ def tool_round_trip(speaker: Speaker, replies: dict[tuple[str, str], Reply]) -> 
         {"role": "tool", "tool_call_id": "1", "content": '{"temperature": 23, "conditions": "sunny"}'},
     ]
     tokens = render(messages, speaker.tokenizer, tools=[tool], current_date="2026-11-24")
-    (completion,) = speaker.complete([tokens], most=64)
+    (completion,) = speaker.complete([tokens], max_tokens=64)
     final = Reply.read(completion, speaker.tokenizer).final
     assert "23" in final
     assert "sunny" in final

@@ -20,7 +20,7 @@ from gptoss_jax.checkpoints.reader import open_checkpoint
 from gptoss_jax.engine.engine import EngineOptions, TokenEvent
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.model.config import ModelConfig, RopeConfig
-from gptoss_jax.serving.client import Request, _Running
+from gptoss_jax.serving.client import Request, _RunningRequest
 from gptoss_jax.text.tokenizer import Tokenizer
 from tests.checkpoints.files import OPENAI_FIELDS
 
@@ -358,7 +358,7 @@ def test_the_token_that_ends_a_chat_is_not_shown() -> None:
     special = tokenizer.special_tokens
     head = [special["<|channel|>"], *tokenizer.encode("final"), special["<|message|>"]]
     for end in (END, special["<|return|>"], *tokenizer.encode("a")):
-        running = _Running(Request("r", [], SamplingParams(), chat=True), tokenizer)
+        running = _RunningRequest(Request("r", [], SamplingParams(), chat=True), tokenizer)
         for token in (*head, *tokenizer.encode("Hi there")):
             running.push(TokenEvent("r", 0, token))
         progress = running.push(TokenEvent("r", 0, end, finish_reason="stop"))

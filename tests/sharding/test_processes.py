@@ -189,7 +189,7 @@ def test_four_processes_of_two_devices() -> None:
 def test_batch_resumes_and_chat_answers(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     batch = (*GENERATE, "--batch", str(requests(tmp_path)), "--output", str(output))
-    output.write_text(json.dumps({"id": "greedy"}) + "\n")
+    output.write_text(json.dumps({"id": "greedy", "finish_reason": "stop"}) + "\n")
     ends = Processes(2, 2, *batch).outcomes()
     assert [end.code for end in ends] == [0, 0], ends
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["greedy", "drawn"]
