@@ -14,8 +14,8 @@ import optax
 import pytest
 from flax import nnx
 
-from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.checkpoints.loading import random_model
+from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss
 from pallas_kernels import backend, platform, routing, use_backend
 from sharding import make_mesh
