@@ -23,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from gptoss_jax.commands.running import run_command
+from gptoss_jax.engine import runner
 
 settings.register_profile(
     "default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -34,6 +35,12 @@ settings.load_profile("default")
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Commands keep compiled programs in the user's cache directory; tests share one of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_programs() -> None:
+    """Engines share their programs as long as there are any; here those of earlier tests stay, too."""
+    runner._PROGRAMS = {}
 
 
 @pytest.fixture
@@ -48,6 +55,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     compile_lazily = jax.jit
     monkeypatch.setattr(jax, "jit", jit)
+    monkeypatch.setattr(runner, "_PROGRAMS", {})
     return told
 
 

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -38,12 +39,15 @@ from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.model.kv_cache import CacheShape, KVCache, Segments
 from gptoss_jax.runtime.xla_options import in_order
 from gptoss_jax.types import SamplingParams, TokenConstraint
-from pallas_kernels import use_backend
+from pallas_kernels import dispatch_settings, use_backend
 from sharding import Partition, replicate, zeros
 
 SNAPSHOTS_A_CHUNK = 2
 BIASES = 64
 """Tokens of a row that may be biased, in steps of this."""
+
+_PROGRAMS: MutableMapping[tuple[Any, ...], Callable[..., Any]] = weakref.WeakValueDictionary()
+"""The programs of the engines that there are; they hold no weights."""
 
 
 @dataclasses.dataclass
@@ -349,9 +353,8 @@ class Runner:
             does = kind.sampling == "draw" or kind.prefills or kind.rounds < self._rounds
             if does and not graphed and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
-            traced = _computed_by(self._kernels, partial(run, of, kind))
             options = compiler_options(self._partition.mesh, collectives=graphed)
-            self._programs[run, kind] = jax.jit(traced, donate_argnums=1, compiler_options=options)
+            self._programs[run, kind] = _shared_program(run, of, kind, self._kernels, options)
         return self._programs[run, kind]
 
     def _graphs_collectives(self, kind: StepShape) -> bool:
@@ -504,6 +507,22 @@ class _Settings:
         """[B, R] of the given slots."""
         part = np.arange(len(slots))[:, None]
         return jax.tree.map(lambda x: x[part, slots], self.state)
+
+
+def _shared_program(
+    run: Callable[..., Any],
+    of: Structure | Partition,
+    kind: StepShape,
+    kernels: str,
+    options: dict[str, str | bool] | None,
+) -> Callable[..., Any]:
+    """A program that engines of the same model and mesh share, so that it is traced and compiled once for all."""
+    key = (run, of, kind, kernels, dispatch_settings(), frozenset((options or {}).items()))
+    program = _PROGRAMS.get(key)
+    if program is None:
+        traced = _computed_by(kernels, partial(run, of, kind))
+        program = _PROGRAMS[key] = jax.jit(traced, donate_argnums=1, compiler_options=options)
+    return program
 
 
 def _computed_by[T](kernels: str, step: Callable[..., T]) -> Callable[..., T]:

@@ -1,6 +1,7 @@
 """The planner: its arithmetic, the `plan` command, and steps compiled ahead of time for absent hardware."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
@@ -21,7 +22,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.placement import partition_for
 from gptoss_jax.planner import plans, report
 from gptoss_jax.planner.steps import decode_step
-from gptoss_jax.planner.work import Load, held_bytes, touched_experts, uneven_share, work_of
+from gptoss_jax.planner.work import Load, Work, held_bytes, touched_experts, uneven_share, work_of
 from sharding import BATCH_OVER_EXPERTS, ShardingError, ShardingRules
 from sharding.compiled.bounds import expected_seconds
 from sharding.compiled.program import Collectives, ProgramMemory
@@ -219,18 +220,23 @@ DECODE_WITHIN, WITHIN = 0.1, 0.25
 """Allowed relative errors of decode steps on one device, and of all other rows; the largest are 7.2 and 22.0 %."""
 
 
-def error(row: Measured, topology: Topology) -> float:
-    """The relative error of the expected time, as a fraction of the allowed one."""
-    _, mesh, path, sequences, tokens, context, ms, count, least_us = row
+@functools.cache
+def work_in(row: Measured) -> Work:
+    _, mesh, path, sequences, tokens, context, *_ = row
     config = ModelConfig.from_file(path)
     partition = partition_for(config, mesh, BATCH_OVER_EXPERTS if row in EXCHANGED else ShardingRules())
     sequences += -sequences % partition.degree("batch")
-    work = work_of(config, partition, Load(sequences, tokens, context))
+    return work_of(config, partition, Load(sequences, tokens, context))
+
+
+def error(row: Measured, topology: Topology) -> float:
+    """The relative error of the expected time, as a fraction of the allowed one."""
+    _, mesh, path, _, tokens, _, ms, count, least_us = row
+    work, layers = work_in(row), ModelConfig.from_file(path).num_hidden_layers
     group = tuple(range(topology.num_devices))
     # A permute of these many bytes takes the same time on the links as the row's collectives.
     num_bytes = round(1e-6 * least_us * topology.facts.link_bandwidth)
     collectives = [Collectives("collective-permute", ("expert",), group, False, count, num_bytes)]
-    layers = config.num_hidden_layers
     found = expected_seconds(topology, layers, work.flops, work.busiest_bytes, collectives, grouped=work.grouped)
     assert found
     return abs(found / (1e-3 * ms) - 1) / (DECODE_WITHIN if tokens == 1 and mesh is None else WITHIN)

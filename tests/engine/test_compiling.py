@@ -1,5 +1,6 @@
 """What XLA is told for GPUs, where no test can run; what Python's collector does meanwhile."""
 
+import dataclasses
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -118,6 +119,34 @@ def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[s
     assert told["run"] == order
     arrays._replicate(mesh, tuple(order.items()))
     assert told["<lambda>"] == order
+
+
+def test_engines_share_programs_while_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same model, mesh and options; a program goes with the last of them."""
+    monkeypatch.setattr(runner, "_PROGRAMS", weakref.WeakValueDictionary())
+    traced: list[StepShape] = []
+
+    def counted(structure: Any, kind: StepShape, *args: Any) -> Any:
+        traced.append(kind)
+        return step(structure, kind, *args)
+
+    def tokens(engine: Engine) -> list[int]:
+        engine.add("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
+        return [event.token_id for _ in range(9) for event in engine.step()]
+
+    step = runner.run_step
+    monkeypatch.setattr(runner, "run_step", counted)
+    options = EngineOptions(max_num_seqs=2, kv_cache_memory=1 << 20)
+    first, twin = (Engine(random_model(TINY, seed=seed), options) for seed in (0, 1))
+    found, count = tokens(first), len(traced)
+    assert count > 0
+    assert tokens(twin) != found
+    assert len(traced) == count
+    assert tokens(Engine(random_model(TINY, seed=0), dataclasses.replace(options, kernels="reference"))) == found
+    assert len(traced) == 2 * count
+    del first, twin
+    gc.collect()
+    assert not runner._PROGRAMS
 
 
 def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from pallas_kernels.rotary import to_cache_dtype
 from tests.engine import schedules
 from tests.engine.schedules import TINY, assert_as_alone, assert_empty, greedy_requests, play, prompts, tiny
 
-OPTIONS = EngineOptions(max_num_seqs=4, page_size=4, long_prefill_token_threshold=16, max_num_batched_tokens=32)
+OPTIONS = EngineOptions(max_num_seqs=4, page_size=16, long_prefill_token_threshold=16, max_num_batched_tokens=32)
 
 
 @cache
@@ -169,7 +169,29 @@ def test_guessed_tokens_change_nothing() -> None:
     assert guessing.load.accepted > 0
 
 
-@pytest.mark.long
+def test_multi_step_decode_gives_the_likeliest_tokens() -> None:
+    """As GPUs decode by default: four steps a launch, in which sequences end at any of the four."""
+    own = engine(dataclasses.replace(OPTIONS, num_decode_steps=4))
+    requests = {name: (p, greedy(count)) for name, p, count in zip("abc", prompts(8, 3), (6, 11, 16), strict=True)}
+    for name, (prompt, params) in requests.items():
+        own.add(name, prompt, params)
+    out: dict[str, list[int]] = {name: [] for name in requests}
+    calls = 0
+    while own.unfinished:
+        calls += 1
+        for event in own.step():
+            out[event.request_id].append(event.token_id)
+    for name, (prompt, params) in requests.items():
+        assert len(out[name]) == params.max_tokens
+        assert_greedy(tiny(), prompt, out[name])
+    assert calls < 16
+    often = out["c"][6]
+    stopped = run(own, {"c": (requests["c"][0], greedy(16, stop_token_ids=[often])), "b": requests["b"]})
+    assert stopped == {"c": out["c"][: out["c"].index(often) + 1], "b": out["b"]}
+    assert own.load.pages_used == 0
+
+
+@pytest.mark.slow
 def test_rounds_of_decode_steps_change_nothing() -> None:
     in_rounds = engine(dataclasses.replace(OPTIONS, num_decode_steps=4))
     requests = {str(i): (p, greedy(5 + 6 * i)) for i, p in enumerate(prompts(8, 5))}
@@ -222,7 +244,7 @@ def test_what_is_asked_of_each_token_holds_in_rounds(asked: dict[str, object]) -
 
 
 def test_several_completions_share_the_prompt() -> None:
-    prompt = prompts(4, 1)[0] * 2
+    prompt = prompts(4, 1)[0] * 8
     params = SamplingParams(max_tokens=6, temperature=1.0, seed=3, n=3)
     engine().add("n", prompt, params)
     out: dict[int, list[int]] = {}
@@ -281,7 +303,7 @@ def test_log_probabilities_are_those_of_a_full_forward() -> None:
 
 
 SMALL = dataclasses.replace(
-    OPTIONS, kv_cache_memory=60_000, long_prefill_token_threshold=8, max_num_batched_tokens=8
+    OPTIONS, page_size=4, kv_cache_memory=60_000, long_prefill_token_threshold=8, max_num_batched_tokens=8
 )
 """A cache of 44 pages, which is 176 tokens."""
 

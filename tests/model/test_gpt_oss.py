@@ -51,7 +51,7 @@ def sequences(case: str) -> list[str]:
 
 
 def forward(model: GptOss, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(nnx.jit(lambda m, t: m(t))(model, jnp.asarray(tokens)[None])[0])
+    return np.asarray(model(jnp.asarray(tokens)[None])[0])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,6 +90,7 @@ def test_hidden_states_after_every_layer_equal_transformers(case: str) -> None:
 def test_greedy_continuations_equal_transformers(case: str) -> None:
     numbers = golden(case)
     runs = [name.removesuffix("_prompt") for name in numbers if name.endswith("_prompt")]
+    assert runs
     engine = Engine(model(case), EngineOptions(max_num_seqs=2, page_size=8, long_prefill_token_threshold=64))
     for run in runs:
         params = SamplingParams(max_tokens=len(numbers[f"{run}_tokens"]), temperature=0, ignore_eos=True)
