@@ -287,6 +287,7 @@ def test_failure_to_load_is_not_reported_as_a_difference() -> None:
     assert ended.stderr == "error: mesh: tensor: expected a size of 1 or more, found 'x'\n"
 
 
+@pytest.mark.slow
 def test_processes_load_the_same_weights(tmp_path: Path) -> None:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY.to_dict()))
     command = [sys.executable, "-m", "benchmarks.weights_alike", "--model", str(tmp_path / "tiny.json")]
