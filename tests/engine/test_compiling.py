@@ -1,4 +1,4 @@
-"""What XLA is told for GPUs, where no test can run; what Python's collector does meanwhile."""
+"""XLA options for GPUs, which no test can run on, and Python's garbage collector during compilation."""
 
 import gc
 import weakref
@@ -85,21 +85,21 @@ def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
 
 
 @pytest.fixture
-def nvidia_mesh(told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What XLA is told as if the devices of meshes were NVIDIA GPUs; of outputs, too."""
+def nvidia_mesh(jit_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`jit_options` as if the devices of meshes were NVIDIA GPUs, also for the programs that fetch outputs."""
 
     def send(tree: Any, options: Any) -> Any:
-        told["outputs"] = options
+        jit_options["outputs"] = options
         return tree
 
     monkeypatch.setattr(runner, "replicate", send)
     for module in (xla_options, compiling):
         monkeypatch.setattr(module, "current_platform", lambda mesh=None: "cuda" if mesh else "cpu")
-    return told
+    return jit_options
 
 
 def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[str, Any]) -> None:
-    told = nvidia_mesh
+    jit_options = nvidia_mesh
     mesh, order = make_mesh("tensor=2"), {"xla_gpu_enable_pdl": False}
     engine = Engine(
         random_model(TINY, mesh), EngineOptions(max_num_seqs=2, kv_cache_memory=1 << 22, num_decode_steps=1)
@@ -107,17 +107,17 @@ def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[s
     engine.add("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
     while engine.unfinished:
         engine.step()
-    in_order = {name for name, options in told.items() if options == order}
+    in_order = {name for name, options in jit_options.items() if options == order}
     assert in_order == {"_draw", "_copy_rings", "_set_counts", "outputs"}
-    assert told["traced"] == compiling.compiler_options(mesh, collectives=True)
-    assert told["traced"] != compiling.compiler_options(None, collectives=True)
+    assert jit_options["traced"] == compiling.compiler_options(mesh, collectives=True)
+    assert jit_options["traced"] != compiling.compiler_options(None, collectives=True)
     with platform("cuda"):
         layout = current_layout()
     assert layout is not None
     _preparation(engine._runner._partition, layout, 2, ("experts", "hidden", "expert_intermediate"))
-    assert told["run"] == order
+    assert jit_options["run"] == order
     arrays._replicate(mesh, tuple(order.items()))
-    assert told["<lambda>"] == order
+    assert jit_options["<lambda>"] == order
 
 
 def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
