@@ -106,9 +106,9 @@ def _measured(
         whole=Percentiles.of([one.last - one.arrived for one in seen]),
         most_running=most_running,
         steps=after.steps - before.steps,
-        late=(after.late - before.late) / max(1, after.launches - before.launches),
+        late=(after.idle_launches - before.idle_launches) / max(1, after.launches - before.launches),
         preemptions=after.preemptions - before.preemptions,
-        compiled=after.compiled - before.compiled,
+        compiled=after.programs_compiled - before.programs_compiled,
         drafted=after.drafted - before.drafted,
         accepted=after.accepted - before.accepted,
     )

@@ -48,7 +48,7 @@ def decode_step(
 ) -> Step:
     """One token of each of `batch` sequences of up to `context` tokens, sampling included. Raises ShardingError."""
     shape = cache_shape(partition, batch, context)
-    kind = StepShape(decodes=shape.slots, prefills=0, chunk=1, pages=shape.pages // shape.slots, sampling="draw")
+    kind = StepShape(decodes=shape.slots, prefills=0, chunk=1, pages=shape.pages // shape.slots, sampling="random")
     return _step(config, partition, shape, kind, dtype, batch, 1)
 
 
@@ -62,7 +62,7 @@ def prefill_step(
 ) -> Step:
     """A chunk of one prompt in each part of the batch, into the cache of `batch` sequences. Raises ShardingError."""
     shape = cache_shape(partition, batch, context)
-    kind = StepShape(decodes=0, prefills=1, chunk=chunk, pages=shape.pages // shape.slots, sampling="draw")
+    kind = StepShape(decodes=0, prefills=1, chunk=chunk, pages=shape.pages // shape.slots, sampling="random")
     return _step(config, partition, shape, kind, dtype, partition.degree("batch"), chunk)
 
 

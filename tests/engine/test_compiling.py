@@ -69,15 +69,15 @@ def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:
 
 
 @pytest.mark.parametrize("mesh", [None, "tensor=2"])
-def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
-    """Draws without cuts have programs of their own only where these differ by more than the cuts."""
+def test_step_shapes_compiled_ahead_of_time(mesh: str | None) -> None:
+    """Random sampling has programs apart from truncated sampling only if they differ in more than the sampling."""
     engine = Engine(random_model(TINY, mesh, dtype="float32"), EngineOptions(max_num_seqs=4, page_size=4))
     with platform("cuda"):
         decodes = [kind for kind in engine._runner.kinds() if not kind.prefills]
-        draws = {kind for kind in decodes if kind.sampling == "draw"}
+        draws = {kind for kind in decodes if kind.sampling == "random"}
         in_graphs = {kind for kind in decodes if engine._runner._graphs_collectives(kind)}
     assert bool(draws) == (mesh is not None)
-    usual = {kind for kind in decodes if kind.sampling != "cut"}
+    usual = {kind for kind in decodes if kind.sampling != "truncated"}
     assert in_graphs == (usual if mesh else set())
     chunk = StepShape(decodes=1, prefills=1, chunk=16, pages=4, sampling="greedy")
     with platform("cuda"):
@@ -120,7 +120,7 @@ def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[s
     assert jit_options["<lambda>"] == order
 
 
-def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_compile_for_the_platform_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(_: object) -> None:
         seen.append((current_platform(), forced_backend(), jax.config.jax_default_device))
 
@@ -134,7 +134,7 @@ def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.Monkey
 
 
 class Cycle:
-    """Garbage that only the collector finds."""
+    """A reference cycle, which only the collector frees."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -142,7 +142,7 @@ class Cycle:
 
 def test_garbage_is_collected_once_all_is_compiled() -> None:
     cycle = Cycle()
-    # Only a walk of all objects finds what has outlived one.
+    # An object that has survived one full collection is freed only by another full one.
     gc.collect()
     with collected_once():
         left = weakref.ref(cycle)
