@@ -759,7 +759,7 @@ def test_a_chat_goes_on_after_an_empty_turn(command, monkeypatch: pytest.MonkeyP
     code, out, err = command(chat.main, "--hide-analysis", stdin="one\ntwo\nthree\n")
     assert (code, out.replace("\n", "")) == (0, "okok")
     assert "error" not in err
-    assert "(cut short" in err or "(no answer)" in err
+    assert "(truncated" in err or "(no answer)" in err
     assert len(llm.prompts) == 3
     assert "one" in llm.prompts[2]
 

@@ -373,7 +373,7 @@ def test_rehearsal_compiles_the_step_shapes_of_its_requests(guesses: int) -> Non
 @pytest.mark.parametrize(
     ("prompt", "params", "named"),
     [
-        ([], greedy(1), "no tokens"),
+        ([], greedy(1), "prompt: expected at least one token, found none"),
         ([96], greedy(1), "96"),
         ([1] * 500, greedy(20), "512"),
         ([1], greedy(1, stop_token_ids=[99]), "99"),
