@@ -1,4 +1,4 @@
-"""gpt-oss in JAX: MXFP4 from the file to the multiply, on any mesh of GPUs or TPUs."""
+"""gpt-oss in JAX: MXFP4 weights from the checkpoint to the matrix multiply, on any mesh of GPUs or TPUs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-# Read when jax first meets a GPU, of which it would take three quarters: too little for 120b on one of 80 GB.
+# JAX reads it when it initializes a GPU. Its default of 0.75 is too little for gpt-oss-120b on a GPU of 80 GB.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"] and any(argument.startswith(f"{__name__}.") for argument in sys.orig_argv[1:]):
-    # `python -m gptoss_jax.NAME`: until the command answers signals itself, they end the process without a traceback.
+    # `python -m gptoss_jax.NAME`: until the command handles signals itself, they end the process without a traceback.
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, lambda number, _: os._exit(128 + number))
@@ -56,7 +56,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: `--help` of a command must not wait for jax.
+    # Lazy imports: a command's `--help` must not import jax.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"gptoss_jax.{_HOMES[name]}"), name)

@@ -30,22 +30,22 @@ if TYPE_CHECKING:
     from gptoss_jax.types import CompletionOutput, SamplingParams
 
 HELP = """\
-/reset                   forget the conversation
-/effort low|medium|high  how long to reason
-/tools FILE|off          give the model function tools; it asks, you answer for them
-/analysis on|off         show the reasoning
+/reset                   start a new conversation
+/effort low|medium|high  set the reasoning effort
+/tools FILE|off          give the model function tools, whose results you type in
+/analysis on|off         show or hide the reasoning
 /exit                    leave (also Ctrl-D)"""
 
 
 def flags() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = command_parser("chat", "Chat in the terminal; /help lists what a line can do besides talking.")
+    """The command's argument parser."""
+    parser = command_parser("chat", "Chat with the model in the terminal; /help lists the commands.")
     add_conversation_flags(parser)
     add_sampling_flags(parser)
     add_model_flags(parser)
     add_engine_flags(parser)
     add_cluster_flags(parser)
-    parser.add_argument("--hide-analysis", action="store_true", help="do not show the reasoning")
+    parser.add_argument("--hide-analysis", action="store_true", help="hide the reasoning")
     return parser
 
 
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 class Session:
-    """A conversation and what its next turn is asked with."""
+    """A conversation: its messages, tools and settings."""
 
     def __init__(self, conversation: dict[str, Any], instructions: str | None, show_analysis: bool) -> None:
         self._conversation = conversation
@@ -81,11 +81,11 @@ class Session:
         self.messages: list[dict[str, Any]] = list(self._opening)
 
     def start(self, llm: LLM, params: SamplingParams) -> None:
-        """Set the model that answers."""
+        """Set the model and the sampling parameters."""
         self._llm, self._params = llm, params
 
     def turn(self) -> bool:
-        """One line of the user's and the answer to it; False when the user leaves."""
+        """Read a line from the user and answer it; returns False when the user leaves."""
         line = _ask("> ")
         if line is None or line.strip() in ("/exit", "/quit"):
             return False
@@ -122,7 +122,7 @@ class Session:
             assert completion.message is not None
             self.messages.append(completion.message)
         except (KeyboardInterrupt, UsageError) as reason:
-            # A turn that did not end leaves no trace.
+            # An unfinished turn is removed from the conversation.
             self.messages = before
             if isinstance(reason, UsageError):
                 raise
@@ -139,21 +139,21 @@ class Session:
         for problem in completion.malformed:
             print(f"malformed: {problem}", file=sys.stderr)
         if completion.finish_reason == "length":
-            print("(cut short: --max-new-tokens)", file=sys.stderr)
+            print("(truncated: --max-new-tokens)", file=sys.stderr)
         elif completion.finish_reason != "tool_calls" and not completion.text:
             print("(no answer)", file=sys.stderr)
         return completion
 
 
 class _Printer:
-    """Shows a turn's text as it comes: reasoning dimmed or not at all, what is for the user as it is."""
+    """Streams a turn's text: answers as they are, reasoning dimmed or hidden."""
 
     def __init__(self, show_analysis: bool) -> None:
         self._show_analysis = show_analysis
         self._thinking: bool | None = None
 
     def show(self, delta: TextDelta) -> None:
-        """More text; calls are shown when they are complete."""
+        """Print more text; tool calls are printed once they are complete."""
         thinking = delta.kind == "reasoning"
         if delta.kind in ("call", "nothing") or (thinking and not self._show_analysis):
             return
@@ -163,7 +163,7 @@ class _Printer:
         print(dimmed(delta.text, sys.stdout) if thinking else delta.text, end="", flush=True)
 
     def finish(self) -> None:
-        """Ends the last line."""
+        """End the last line."""
         if self._thinking is not None:
             print()
 

@@ -1,4 +1,4 @@
-"""python -m gptoss_jax.generate: a prompt in, an answer out as it is generated."""
+"""python -m gptoss_jax.generate: answers a prompt, or a file of requests."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ if TYPE_CHECKING:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = command_parser("generate", "Answer a prompt; the answer goes to standard output as it is generated.")
-    parser.add_argument("prompt", nargs="?", help="the prompt (default: standard input)")
+    """The command's argument parser."""
+    parser = command_parser("generate", "Generate an answer to a prompt and stream it to standard output.")
+    parser.add_argument("prompt", nargs="?", help="prompt text (default: read from standard input)")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument(
-        "--prompt-tokens", metavar="1,2,3", help="continue token ids; with --json no tokenizer is needed"
+        "--prompt-tokens", metavar="1,2,3", help="continue these token ids; with --json, no tokenizer is needed"
     )
-    parser.add_argument("--raw", action="store_true", help="continue the text, without any chat format")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as plain text, without a chat format"
+    )
     add_conversation_flags(parser)
     add_sampling_flags(parser)
     add_structure_flags(parser)
@@ -47,18 +49,24 @@ def flags() -> argparse.ArgumentParser:
     add_engine_flags(parser)
     add_cluster_flags(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--show-analysis", action="store_true", help="show the reasoning on standard error")
-    output.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    output.add_argument("--logprobs", type=int, metavar="N", help="report the N likeliest tokens of each position")
+    output.add_argument("--show-analysis", action="store_true", help="print the reasoning to standard error")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    output.add_argument(
+        "--logprobs", type=int, metavar="N", help="report the N most likely tokens at each position (0 to 20)"
+    )
     batch = parser.add_argument_group("batch")
     batch.add_argument(
         "--batch",
         type=Path,
         metavar="IN.jsonl",
-        help='a request a line: {"id", "prompt"}, {"id", "messages", "tools", ...} or {"id", "prompt_tokens"}',
+        help='input file with one request per line: {"id", "prompt"}, {"id", "messages", "tools", ...} or '
+        '{"id", "prompt_tokens"}',
     )
     batch.add_argument(
-        "--output", type=Path, metavar="OUT.jsonl", help="results, a line each; what is there is kept"
+        "--output",
+        type=Path,
+        metavar="OUT.jsonl",
+        help="output file with one result per line; requests that already have a result are skipped",
     )
     return parser
 
@@ -135,7 +143,7 @@ def _prompt(options: argparse.Namespace) -> str | list[int]:
 
 
 class _Printer:
-    """Shows text as it comes: the answer on standard output, everything else on standard error."""
+    """Streams the answer to standard output, and the reasoning to standard error."""
 
     def __init__(self, show_analysis: bool) -> None:
         self._show_analysis = show_analysis
@@ -199,9 +207,9 @@ def _answer(llm: LLM, request: Request, options: argparse.Namespace, load_second
         print(f"malformed: {problem}", file=sys.stderr)
     ended = "interrupted" if interrupted else completion.finish_reason
     drafted = progress.output.drafted_tokens
-    guesses = f", {progress.output.accepted_tokens} of {drafted} guessed tokens stood" if drafted else ""
+    drafts = f", {progress.output.accepted_tokens} of {drafted} drafts accepted" if drafted else ""
     print(
-        f"{count} tokens ({ended}), first after {first - started:.2f} s, {speed:.1f} tok/s{guesses}",
+        f"{count} tokens ({ended}), first after {first - started:.2f} s, {speed:.1f} tok/s{drafts}",
         file=sys.stderr,
     )
     return 130 if interrupted else 0

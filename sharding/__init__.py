@@ -1,4 +1,4 @@
-"""Meshes, logical axes to mesh axes, and functions run over them: knows arrays and functions, not models."""
+"""Device meshes, sharding rules from logical axes to mesh axes, and functions over shards; independent of any model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: parsing a command's flags must not wait for jax.
+    # Lazy imports: parsing a command's flags must not import jax.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"sharding.{_HOMES[name]}"), name)

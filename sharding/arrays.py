@@ -1,4 +1,4 @@
-"""Arrays of several processes: in from every host's memory, and back out to it."""
+"""Global arrays of several processes, made from host memory and read back to it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def put(x: jax.typing.ArrayLike, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """An array that every process holds whole, laid out over the devices of all of them."""
+    """Shard a host array, of which every process holds a whole copy, over the devices of all processes."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    # jax.device_put would first send the whole array around to compare it.
+    # jax.device_put would first send the whole array between processes to compare the copies.
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -24,14 +24,14 @@ def put(x: jax.typing.ArrayLike, sharding: jax.sharding.Sharding | None) -> jax.
 def zeros(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """Zeros that each device makes for itself; `jnp.zeros` would copy the first device's to the others."""
+    """An array of zeros, filled on each device; `jnp.zeros` would copy the first device's zeros to the others."""
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
 
 
 def replicate(tree: Any, compiler_options: Mapping[str, str | bool] | None = None) -> Any:
-    """The arrays of a pytree, so laid out that every process can read them; every process must ask for the same.
+    """Replicate the arrays of a pytree, so that every process can read them; all processes must make the same call.
 
-    `compiler_options` are XLA's, for the programs that do it.
+    `compiler_options` are XLA options for the programs that replicate.
     """
     options = tuple((compiler_options or {}).items())
 
@@ -45,7 +45,7 @@ def replicate(tree: Any, compiler_options: Mapping[str, str | bool] | None = Non
 
 
 def least(value: int) -> int:
-    """The least of the values that the processes give; below 2 ** 31."""
+    """The minimum over all processes of a value below 2 ** 31."""
     if jax.process_count() == 1:
         return value
     from jax.experimental.multihost_utils import process_allgather

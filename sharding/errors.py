@@ -1,9 +1,9 @@
-"""What a user can get wrong about a mesh, or about the processes that share one."""
+"""Errors in a mesh, its rules, or the processes that share it."""
 
 
 class ShardingError(ValueError):
-    """A mesh or rules that cannot be used: one line that names the axis, what was expected and what was found."""
+    """An invalid mesh or invalid rules; the message is one line with the axis, what was expected and what was found."""
 
 
 class ClusterError(ShardingError):
-    """Processes that cannot work together: one line that names the fact, the process and what was found."""
+    """Processes that cannot work together; the message is one line with the reason, the process and what was found."""

@@ -1,13 +1,13 @@
-"""Expert parallelism: tokens meet experts that live on other devices, and none is ever dropped.
+"""Expert parallelism without dropped tokens.
 
-Two strategies behind `run_experts`:
+`run_experts` has two strategies:
 
-- replicated: every device of the `expert` axis has all tokens, computes what its own experts add, and one
-  reduction sums. Nothing to route, so it is the one for small batches.
-- all-to-all: tokens are split over `expert` as well, travel to their experts and back. An exchange of many has room
-  for slightly more than an even share of tokens a device; what does not fit goes in a further round, so that any
-  routing is exact and an even one takes a single round. Few have room for all, and the host need not ask whether
-  there is another round.
+- replicated: every device of the `expert` axis has all tokens and computes its own experts' contributions, which one
+  all-reduce sums. It needs no token exchange, which suits small batches.
+- all-to-all: tokens are sharded over `expert` too, and are sent to their experts and back. The buffers of an exchange
+  hold slightly more than an even share of tokens per device; the remainder is sent in further rounds, so any routing
+  is exact and balanced routing takes one round. Small batches get buffers for all tokens, so that the host does not
+  wait for the number of rounds.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ WEIGHT_AXES: tuple[LogicalAxes, ...] = (
     ("experts", "hidden", "expert_intermediate"),
     ("experts", "hidden"),
 )
-"""Of gate_up, its bias, down and its bias."""
+"""Logical axes of gate_up, gate_up's bias, down and down's bias."""
 
 ROOM = 1.25
-"""Room of an exchange over an even share."""
+"""The size of an exchange's buffers relative to an even share of the rows."""
 
 FEW_ROWS = 4096
-"""Up to so many rows on a device, an exchange has room for all tokens there could be."""
+"""The most rows received by a device for which an exchange has buffers for all rows."""
 
 FEW_ON_GPUS = 4
-"""Times as many there, where the host waits for the number of rounds: prompts of 4096 tokens at once.
+"""The factor on FEW_ROWS on GPUs, where the host waits for the number of rounds: this covers 4096 prompt tokens.
 
-On four H100s prefill of 2048 tokens a step was 1.4 times as fast as in rounds.
+On four H100s, prefill of 2048 tokens per step was 1.4 times as fast as in rounds.
 """
 
 EXCHANGING_DEVICES = 8
-"""From this many devices of the expert axis, `auto` may prefer the all-to-all.
+"""The smallest degree of expert parallelism at which `auto` may choose the all-to-all.
 
-A token's choices in bfloat16 and their float32 results, with the room around them, are then fewer bytes than the token
-for every device and its float32 sum. On four H100s decoding took 2.0, 1.1, 1.1 and 1.0 times as long
-with it for 1, 8, 64 and 256 sequences, and prefill 1.1 times (benchmarks/RESULTS.md).
+From this degree on, sending a token's bfloat16 copies and their float32 results, buffers included, takes fewer bytes
+than replicating the token and reducing its float32 sum. On four H100s the all-to-all made decoding take 2.0, 1.1, 1.1
+and 1.0 times as long for 1, 8, 64 and 256 sequences, and prefill 1.1 times (benchmarks/RESULTS.md).
 """
 
 TOKENS_A_DEVICE = 16
-"""And from this many tokens for each of them."""
+"""The fewest tokens per device of the expert axis at which `auto` may choose the all-to-all."""
 
 
 def run_experts(
@@ -70,12 +70,12 @@ def run_experts(
     down_bias_ED: jax.Array,
     residual_TD: jax.Array | None = None,
 ) -> jax.Array:
-    """`function` with these arguments, over the mesh in force; it means what `pallas_kernels.expert_mlp` does.
+    """Run the experts over the active mesh: [T, D] tokens, [T, k] expert ids and weights -> [T, D].
 
-    It is called with the experts of one device, numbered from 0, with ids past the last for experts elsewhere, and with
-    the `out_dtype` that a result which travels is to have.
-    Weights may be pytrees, which then tell by `axes` (see MXFP4Tensor) how their arrays lie. The residual is added
-    once, where nothing is left to sum.
+    `function` has the signature of `pallas_kernels.expert_mlp`. It is called with one device's experts, numbered from
+    0; ids of experts on other devices are past the last. It also receives the `out_dtype` of results that are sent
+    between devices. Weights may be pytrees whose `axes` method maps the weight's logical axes to those of its arrays
+    (see MXFP4Tensor). The residual is added once, after all sums.
     """
     partition = current()
     weights = (gate_up_EFD, gate_up_bias_EF, down_EDI, down_bias_ED)
@@ -101,22 +101,22 @@ def _use_all_to_all(partition: Partition, num_tokens: int) -> bool:
         return False
     if rules.dispatch == "all_to_all":
         return True
-    # Where attention holds every token on every device, spreading them out and back gains nothing.
+    # If attention replicates the tokens over the expert axis, distributing and gathering them gains nothing.
     split_already = set(rules.experts) <= set(rules.batch)
     return split_already and degree >= EXCHANGING_DEVICES and num_tokens >= TOKENS_A_DEVICE * degree
 
 
 def _over_mesh(partition: Partition, strategy: Callable[..., jax.Array], token_axes: tuple[str, ...]) -> Any:
-    """`strategy` on every device's part; tokens that do not divide are padded with tokens of no expert."""
+    """`strategy` on every device's shard; tokens are padded to divide evenly, with ids of no expert."""
     mesh, rules = partition.mesh, partition.rules
     assert mesh is not None
-    parts = math.prod(mesh.shape[axis] for axis in token_axes)
+    shards = math.prod(mesh.shape[axis] for axis in token_axes)
     tokens = PartitionSpec(token_axes or None, None)
 
     def call(
         x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, residual_TD: jax.Array | None, *weights: Any
     ) -> jax.Array:
-        rows = ((0, -len(x_TD) % parts), (0, 0))
+        rows = ((0, -len(x_TD) % shards), (0, 0))
         nowhere = jnp.iinfo(ids_Tk.dtype).max
         specs = (_specs(rules, weight, axes) for weight, axes in zip(weights, WEIGHT_AXES, strict=True))
         mapped = jax.shard_map(
@@ -168,7 +168,7 @@ def _all_to_all(
     residual_TD: jax.Array | None,
     *experts: Any,
 ) -> jax.Array:
-    """Rows (a token and one of its choices) sorted by the device they go to, sent C a device and round."""
+    """Exchange rows (a token and one of its k experts), sorted by destination, at most C per device and round."""
     axes = partition.rules.experts
     devices, here = partition.degree("experts"), experts[1].shape[0]
     num_tokens, k = ids_Tk.shape
@@ -182,7 +182,7 @@ def _all_to_all(
     room = rows if few else min(rows, math.ceil(ROOM * rows / devices))
     exchange = partial(_exchange, axes, not few and _has_ragged_all_to_all(_device(partition)))
     ours = _bias_once(partition, experts)
-    # What devices that share an expert give are parts of a sum: rounding them costs more than rounding it.
+    # Devices that share an expert return terms of a sum, which lose more by rounding than their sum does.
     back_dtype = jnp.float32 if partition.degree("expert_intermediate") > 1 else x_TD.dtype
 
     def some_rows(index: jax.Array | int, out_RD: jax.Array) -> jax.Array:
@@ -190,7 +190,7 @@ def _all_to_all(
         valid_PC = place_PC < counts_P[:, None]
         row_PC = order_R[jnp.minimum(starts_P[:, None] + place_PC, rows - 1)]
         sent_PCD = jnp.where(valid_PC[..., None], x_TD[row_PC // k], 0)
-        # Ids travel as they are: a device that got fewer than C rows sees ids of no expert in the rest.
+        # Ids are sent in full: rows beyond those received keep the id of no expert.
         ids_PC = jnp.where(valid_PC, ids_R[row_PC] % here, here)
         ids_PC = lax.all_to_all(ids_PC, axes, 0, 0, tiled=True)
         sizes_P, theirs_P = (jnp.sum(x_PC, axis=1, dtype=jnp.int32) for x_PC in (valid_PC, ids_PC < here))
@@ -213,7 +213,7 @@ def _all_to_all(
         rounds = lax.pmax(-(-jnp.max(counts_P) // room), everywhere)
         out_RD = lax.fori_loop(0, rounds, some_rows, out_RD)
     out_TkD = out_RD.reshape(num_tokens, k, -1).astype(jnp.float32)
-    # Rows come back as their parts of the intermediate dimension made them: one float32 sum a token is left to add up.
+    # Rows return as partial sums over shards of the intermediate dimension: one float32 reduction per token remains.
     y_TD = partition.reduce(jnp.sum(out_TkD * weights_Tk[..., None], axis=1), "expert_intermediate")
     return y_TD.astype(x_TD.dtype) if residual_TD is None else add_residual(y_TD, residual_TD)
 
@@ -221,7 +221,7 @@ def _all_to_all(
 def _exchange(
     axes: tuple[str, ...], ragged: bool, x_PCD: jax.Array, sizes_P: jax.Array, theirs_P: jax.Array
 ) -> jax.Array:
-    """Send x[p, :sizes[p]] to device p and receive theirs[p] rows from it into the result's p."""
+    """Send x[p, :sizes[p]] to each device p, and receive theirs[p] rows from it into row p of the result."""
     if not ragged:
         return lax.all_to_all(x_PCD, axes, 0, 0, tiled=True)
     devices, room, _ = x_PCD.shape
@@ -245,16 +245,16 @@ def _device(partition: Partition) -> jax.Device:
 
 
 def _has_ragged_all_to_all(device: jax.Device) -> bool:
-    """TPUs do, but for v5e slices, whose interconnect cannot route it.
+    """TPUs have it, except v5e slices, whose interconnect cannot route it.
 
-    CPUs lack it, and on NVIDIA GPUs rounds with it took 2.5 times as long as without, most likely since the host waits
-    for its sizes.
+    CPUs lack it. On NVIDIA GPUs rounds took 2.5 times as long with it as without, probably because the host waits for
+    its sizes.
     """
     return device.platform == "tpu" and device.device_kind != "TPU v5 lite"
 
 
 def _bias_once(partition: Partition, experts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of devices that share an expert's intermediate dimension only the first adds the down projection's bias."""
+    """The experts' weights with the down bias zeroed on all but the first of the devices that share an expert."""
     if partition.degree("expert_intermediate") == 1:
         return experts
     *others, down_bias_ED = experts

@@ -1,20 +1,20 @@
-"""How attention heads are laid out so that they divide over any number of devices, exactly."""
+"""Layouts of attention heads that divide evenly over any number of devices and give exact results."""
 
 from __future__ import annotations
 
 import dataclasses
 
 ZERO = -1
-"""Stands for a head of zeros, which adds nothing: its output meets zeros in the projection that follows."""
+"""The source of a padding head: its weights are zero, also in the output projection, so it adds nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadLayout:
-    """Grouped-query heads over `degree` devices.
+    """The layout of grouped-query attention heads over `degree` devices.
 
-    Key/value heads beyond the degree are padded to a multiple of it; fewer than the degree are repeated, each copy
-    serving a part of its group of query heads. `q_sources` and `kv_sources` name the original head, or ZERO, that
-    stands in each new place; query head h still reads kv head h // (q heads / kv heads).
+    Key/value heads are padded to a multiple of the degree. If they are fewer than the degree, they are replicated,
+    and each copy serves some of its group's query heads. `q_sources` and `kv_sources` give the original head, or ZERO,
+    at each position of the layout. Query head h still reads kv head h // (q heads / kv heads).
     """
 
     q_sources: tuple[int, ...]

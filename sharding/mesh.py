@@ -1,4 +1,4 @@
-"""Meshes by name: `expert=4,tensor=2`, a preset's file, or a mesh as it is."""
+"""Makes meshes from text such as `expert=4,tensor=2`, a preset's name, or a `jax.sharding.Mesh`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 from sharding.errors import ShardingError
 
 AXES = ("data", "expert", "tensor")
-"""The mesh axes, slowest first: neighbours on `tensor`, which communicates most, are neighbours in hardware."""
+"""The mesh axes, major to minor: `tensor`, which communicates most, connects adjacent devices."""
 
 _INSTALLED = Path(__file__).parent / "meshes"
 PRESETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs" / "meshes"
-"""Presets of meshes: package data where the project is installed, `configs/meshes` in a checkout."""
+"""The directory of mesh presets: package data in an installation, `configs/meshes` in a source checkout."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes of all axes from `axis=size,...` (an axis left out is 1), or from a preset's name.
+    """The sizes of all axes, from `axis=size,...` (omitted axes have size 1) or from a preset's name.
 
     Raises ShardingError.
     """
@@ -34,7 +34,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         if axis not in AXES:
             raise ShardingError(f"mesh: {part.strip()!r}: expected an axis of {', '.join(AXES)}, found {axis!r}")
         if axis in seen:
-            raise ShardingError(f"mesh: {axis}: named twice in {text!r}")
+            raise ShardingError(f"mesh: {axis}: given twice in {text!r}")
         if not (size.isascii() and size.isdigit() and int(size) > 0):
             raise ShardingError(f"mesh: {axis}: expected a size of 1 or more, found {size!r}")
         seen.add(axis)
@@ -53,10 +53,10 @@ def _preset(name: str) -> dict[str, int]:
 def make_mesh(
     mesh: str | Mapping[str, int] | jax.sharding.Mesh, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """A mesh with the three axes over the first devices that it needs.
+    """A mesh with the axes `AXES`, over the first of the devices (by default all devices).
 
-    A `jax.sharding.Mesh` is taken as it is if its axes are among the three. Raises ShardingError where there are
-    too few devices, or processes whose devices it would not use.
+    A `jax.sharding.Mesh` may have any of these axes; missing ones are added with size 1. Raises ShardingError for
+    other axes, too few devices, or a mesh that uses no device of some process.
     """
     if isinstance(mesh, jax.sharding.Mesh):
         unknown = [axis for axis in mesh.axis_names if axis not in AXES]
@@ -75,5 +75,5 @@ def make_mesh(
     chosen = devices[:needed]
     idle = {d.process_index for d in devices} - {d.process_index for d in chosen}
     if idle:
-        raise ShardingError(f"mesh: {shown} uses {needed} devices, which leaves process {min(idle)} without any")
+        raise ShardingError(f"mesh: {shown} uses {needed} devices, but none of process {min(idle)}")
     return jax.sharding.Mesh(np.asarray(chosen).reshape([sizes[axis] for axis in AXES]), AXES)

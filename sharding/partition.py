@@ -1,4 +1,4 @@
-"""A mesh and its rules in force: where arrays go, and functions run on each device's part of them."""
+"""A mesh with sharding rules: shardings of arrays, and functions over their shards."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from sharding.rules import ShardingRules
 LogicalAxes = tuple[str | None, ...]
 
 SEQUENCES = ("batch", "samples")
-"""The logical axes along which sequences lie."""
+"""The logical axes of sequences."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A mesh and its rules; without a mesh, everything is on one device and nothing is split.
+    """A mesh and its sharding rules; without a mesh, everything is on one device.
 
-    `num_heads` and `num_kv_heads` are the attention's, and `granularity` the smallest piece that an axis may be
-    split into (32 for a dimension that is packed in groups of 32).
+    `num_heads` and `num_kv_heads` are attention's. `granularity` gives the smallest shard of each axis that may be
+    padded (32 for a dimension packed in groups of 32).
     """
 
     mesh: Mesh | None = None
@@ -40,9 +40,9 @@ class Partition:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Put in force what `constrain`, `on_shards` and `sharding.experts` follow; entered while tracing.
+        """Make this the partition that `constrain`, `on_shards` and `sharding.experts` use; entered while tracing.
 
-        Whatever mesh a caller has set with `jax.set_mesh`: JAX runs nothing on shards of another.
+        It replaces any mesh set with `jax.set_mesh`, since JAX rejects a `shard_map` over another mesh.
         """
         token = _CURRENT.set(self)
         try:
@@ -52,39 +52,39 @@ class Partition:
             _CURRENT.reset(token)
 
     def degree(self, logical: str | None) -> int:
-        """Into how many parts an axis is split."""
+        """The number of shards of a logical axis."""
         if self.mesh is None:
             return 1
         return math.prod(self.mesh.shape[axis] for axis in self.rules.mesh_axes(logical))
 
     def on_its_devices(self) -> contextlib.AbstractContextManager[Any]:
-        """Within: what asks which platform it is for sees the mesh's."""
+        """A context in which the current platform is that of the mesh's devices."""
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh) if self.mesh else contextlib.nullcontext()
 
     def reduce(self, x: jax.Array, *logical: str) -> jax.Array:
-        """Within a function on shards: the sum over the devices that split these axes."""
+        """Inside a function on shards: the sum of `x` over the devices that these logical axes are split over."""
         axes = [a for name in logical for a in self.rules.mesh_axes(name) if self.mesh and self.mesh.shape[a] > 1]
         return jax.lax.psum(x, axes) if axes else x
 
     def index(self, logical: str) -> jax.Array | int:
-        """Within a function on shards: which part of the axis the device has."""
+        """Inside a function on shards: the index of the device's shard along the axis."""
         axes = self.rules.mesh_axes(logical)
         return jax.lax.axis_index(axes) if self.mesh is not None and axes else 0
 
     def shard_of(self, x: Any, axes: LogicalAxes) -> jax.ShapeDtypeStruct:
-        """The shape and dtype of one device's part of an array."""
+        """The shape and dtype of one device's shard of an array."""
         shape = tuple(n // self.degree(axis) for n, axis in zip(x.shape, axes, strict=True))
         return jax.ShapeDtypeStruct(shape, x.dtype)
 
     @cached_property
     def heads(self) -> HeadLayout:
-        """How attention heads are laid out on this mesh."""
+        """The layout of attention heads on this mesh."""
         return HeadLayout.of(self.num_heads, self.num_kv_heads, self.degree("heads"))
 
     def padded_size(self, logical: str | None, size: int, name: str = "array") -> int:
-        """The size that an axis must have to be split; more than `size` only where zeros at its end are exact.
+        """The size of an axis after padding to divide evenly; only axes with a granularity are padded.
 
-        Raises ShardingError where they are not.
+        Raises ShardingError for other axes that do not divide evenly.
         """
         degree, pieces = self.degree(logical), dict(self.granularity)
         if degree == 1 or (size % degree == 0 and logical not in pieces):
@@ -96,11 +96,11 @@ class Partition:
         return -(-size // multiple) * multiple
 
     def sharding(self, axes: LogicalAxes, name: str = "array") -> NamedSharding | None:
-        """Where an array with these logical axes goes; None without a mesh."""
+        """The sharding of an array with these logical axes; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, self.rules.spec(axes, name))
 
     def spec(self, axes: LogicalAxes, shape: tuple[int, ...]) -> PartitionSpec:
-        """How an activation is split; a dimension that does not divide is kept whole."""
+        """The spec of an activation; a dimension that does not divide evenly is not split."""
         kept = [axis if size % self.degree(axis) == 0 else None for axis, size in zip(axes, shape, strict=False)]
         return self.rules.spec(tuple(kept))
 
@@ -110,12 +110,12 @@ _CURRENT: ContextVar[Partition | None] = ContextVar("partition", default=None)
 
 
 def current() -> Partition:
-    """The partition in force."""
+    """The active partition."""
     return _CURRENT.get() or _UNSPLIT
 
 
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """Split an activation by its logical axes; a dimension that does not divide is kept whole."""
+    """Constrain an activation's sharding by its logical axes; a dimension that does not divide evenly is not split."""
     partition = current()
     if partition.mesh is None:
         return x
@@ -128,11 +128,11 @@ def on_shards(
     out_axes: Any,
     batch: int,
 ) -> Any:
-    """Call `function(**args)` on every device with its part of each argument, without any communication.
+    """Call `function(**args)` on every device with its shard of each argument, without communication.
 
-    `args` gives each argument with its logical axes and `out_axes` those of the result, as a tuple for an array, or
-    as a pytree of tuples. Where `batch` sequences do not divide over the mesh's batch axes, every
-    device has them all.
+    `args` maps names to (value, logical axes), and `out_axes` gives the result's logical axes: a tuple for an array,
+    a pytree of tuples for a pytree. If `batch` sequences do not divide evenly over the mesh's batch axes, every device
+    gets all of them.
     """
     partition = current()
     values = {name: value for name, (value, _) in args.items()}
@@ -165,11 +165,11 @@ def sum_over_shards(
     once: Collection[str],
     residual: str,
 ) -> jax.Array:
-    """`on_shards` where the results on the devices that split the axis `over` are terms of a sum, and are added up.
+    """`on_shards`, followed by a sum of the results over the devices that the axis `over` is split over.
 
-    The argument named `residual` is added once, and the result has its dtype: `function` adds it where there is one
-    term, else it is added to the sum. `function` is also given the `out_dtype` of its result: that one, or float32 for
-    the terms of a sum. The arguments named in `once` are terms themselves: all devices but the first get zeros.
+    The argument named `residual` is added once, by `function` if there is a single term and to the sum otherwise; the
+    result has its dtype. `function` also receives the `out_dtype` of its result: the residual's dtype for a single
+    term, float32 otherwise. Arguments named in `once` contribute to the sum once: all devices but the first get zeros.
     """
     partition = current()
     terms = partition.degree(over)
@@ -186,16 +186,16 @@ def sum_over_shards(
 
 
 def add_residual(y_ND: jax.Array, residual: jax.Array) -> jax.Array:
-    """The sum of N rows and a residual of as many, [..., D], in the residual's shape and dtype.
+    """The sum of [N, D] and a residual of N rows [..., D], in the residual's shape and dtype.
 
-    Added in float32 and rounded once. Between its own operations XLA leaves that rounding out, but only with no reshape
-    in between, hence the rows: the residual stream is then as exact as on one device, where the op that makes `y` adds
-    it.
+    The sum is float32, rounded once. XLA omits the rounding between fused operations, but not across a reshape, so the
+    sum is computed on rows: the residual stream is then as exact as on one device, where the op that computes `y` adds
+    the residual.
     """
     sum_ND = y_ND.astype(jnp.float32) + residual.reshape(y_ND.shape).astype(jnp.float32)
     return sum_ND.astype(residual.dtype).reshape(residual.shape)
 
 
 def is_axes(value: Any) -> bool:
-    """Whether a value is an array's logical axes, in a pytree of them."""
+    """Whether a node of a pytree is the logical axes of an array, that is, a leaf."""
     return isinstance(value, tuple) and all(axis is None or isinstance(axis, str) for axis in value)

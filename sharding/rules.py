@@ -1,4 +1,4 @@
-"""Logical axes to mesh axes, as one typed object."""
+"""Sharding rules: a typed mapping from logical axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Dispatch = Literal["auto", "replicated", "all_to_all"]
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """For each logical axis the mesh axes that it is split over; () keeps it whole.
+    """The mesh axes that each logical axis is split over; () does not split it.
 
-    Weights name `hidden`, `heads`, `kv_heads`, `experts`, `expert_gate_up`, `expert_intermediate` and `vocab`;
-    activations and the cache `batch` (sequences), and `samples` (sequences where logits are made, whose vocabulary
-    is split too). `dispatch` says how tokens meet experts on other devices: see `sharding.experts`.
+    The axes of weights are `hidden`, `heads`, `kv_heads`, `experts`, `expert_gate_up`, `expert_intermediate` and
+    `vocab`. Those of activations and the cache are `batch` (sequences) and `samples` (the sequences of embeddings and
+    logits, which are split over the vocabulary too). `dispatch` is the expert-parallel strategy: see
+    `sharding.experts`. Raises ShardingError for invalid values.
     """
 
     batch: MeshAxes = ("data",)
@@ -48,11 +49,11 @@ class ShardingRules:
             first, second = (getattr(self, name) for name in pair)
             if first != second:
                 raise ShardingError(
-                    f"rules: {pair[0]} and {pair[1]} must be split alike, found {first} and {second}"
+                    f"rules: {pair[0]} and {pair[1]}: expected the same mesh axes, found {first} and {second}"
                 )
 
     def mesh_axes(self, logical: str | None) -> MeshAxes:
-        """The mesh axes of one logical axis. Raises ShardingError for a name that the rules lack."""
+        """The mesh axes of one logical axis. Raises ShardingError for an unknown name."""
         if logical is None:
             return ()
         if logical == "dispatch" or logical not in {field.name for field in dataclasses.fields(self)}:
@@ -60,7 +61,7 @@ class ShardingRules:
         return getattr(self, logical)
 
     def spec(self, axes: tuple[str | None, ...], name: str = "array") -> PartitionSpec:
-        """How an array with these logical axes is split. Raises ShardingError if two dimensions collide."""
+        """The spec of an array with these logical axes. Raises ShardingError if two of them use the same mesh axis."""
         owners: dict[str, str | None] = {}
         for logical in axes:
             for axis in self.mesh_axes(logical):
@@ -73,4 +74,4 @@ class ShardingRules:
 
 
 BATCH_OVER_EXPERTS = ShardingRules(batch=("data", "expert"), dispatch="all_to_all")
-"""For large batches: attention, too, splits its sequences over `expert`, and tokens travel to their experts."""
+"""Rules for large batches: attention's sequences are also split over `expert`, and tokens are sent to their experts."""

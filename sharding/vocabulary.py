@@ -1,4 +1,4 @@
-"""A table whose rows are split over devices, looked up without gathering it."""
+"""Embedding lookup in a table whose rows are sharded, without gathering the table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sharding.partition import current
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Rows [B, T, D] of the table; over a mesh each device looks up its own rows, and one reduction joins them."""
+    """Rows [B, T, D] of a table [V, D]; on a mesh each device looks up its own rows, and one all-reduce sums them."""
     partition = current()
     axes = partition.rules.vocab
     if partition.mesh is None:

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-# Before jax is imported: tests run on the CPU, whatever else the machine has.
+# Set before jax is imported: tests run on the CPU even if the machine has accelerators.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes into compiling small programs that run once or twice: a quarter of it into making them fast.
+# Tests mostly compile small programs that run once or twice; XLA's optimizations take a quarter of that time.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
-# Engines of the same shape compile the same programs, in every worker: one of them is enough.
+# Engines of the same shape compile the same programs, so workers share a compile cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="gptoss-jax-tests-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-# Where an image's environment forbids to keep bytecode, each of the many commands that tests start compiles jax anew.
+# If the environment disables bytecode files, every command that the tests start recompiles jax's Python sources.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jax
@@ -33,35 +33,35 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Commands keep compiled programs in the user's cache directory; tests share one of their own."""
+    """Redirect the commands' compile cache from the user's cache directory to one shared by the tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def kept_programs() -> None:
-    """Engines share their programs as long as there are any; here those of earlier tests stay, too."""
+    """Keep the programs of earlier tests: otherwise they go with the last engine that uses them."""
     runner._PROGRAMS = {}
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What XLA is told of the functions that a test compiles, by their names; XLA itself is not told."""
-    told: dict[str, Any] = {}
+def jit_options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The compiler options of each function that a test jits, by function name; they are not passed on to XLA."""
+    jit_options: dict[str, Any] = {}
 
     def jit(function: Callable[..., Any], compiler_options: Any = None, **options: Any) -> Any:
         named = function.func if isinstance(function, partial) else function
-        told[named.__name__] = compiler_options
+        jit_options[named.__name__] = compiler_options
         return compile_lazily(function, **options)
 
     compile_lazily = jax.jit
     monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(runner, "_PROGRAMS", {})
-    return told
+    return jit_options
 
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Runs a command's main as `python -m` does: (exit code, standard output, standard error)."""
+    """Run a command's main as `python -m` does; returns (exit code, standard output, standard error)."""
 
     def run(main, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))

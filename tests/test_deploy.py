@@ -90,7 +90,7 @@ def test_every_folder_has_a_page() -> None:
     assert sorted(path.name for path in folders) == ["gke", "slurm", "ssh"]
     for folder in folders:
         page = (folder / "README.md").read_text()
-        assert all(f"## {title}" in page for title in ("What it does", "Adapt it", "Check it"))
+        assert all(f"## {title}" in page for title in ("How it works", "Configuration", "Verification"))
         for link in re.findall(r"\]\(([^)#]+)\)", page):
             assert link.startswith("https://") or (folder / link).exists()
 

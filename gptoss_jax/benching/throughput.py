@@ -110,9 +110,9 @@ def _measured(
         end_to_end=Percentiles.of([one.last - one.arrived for one in timings]),
         max_running=max_running,
         steps=after.steps - before.steps,
-        late_launch_share=(after.late - before.late) / max(1, after.launches - before.launches),
+        late_launch_share=(after.idle_launches - before.idle_launches) / max(1, after.launches - before.launches),
         preemptions=after.preemptions - before.preemptions,
-        compiled_shapes=after.compiled - before.compiled,
+        compiled_shapes=after.programs_compiled - before.programs_compiled,
         drafted=after.drafted - before.drafted,
         accepted=after.accepted - before.accepted,
     )

@@ -1,1 +1,1 @@
-"""What the commands share: flags, files, signals and printing."""
+"""Shared code of the commands: flags, files, signals and printing."""

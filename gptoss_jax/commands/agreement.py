@@ -1,4 +1,4 @@
-"""What processes that run one command must agree on: versions, flags, the checkpoint."""
+"""Checks that all processes of a command have the same versions, flags and checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OWN = {
     "show_analysis",
     "hide_analysis",
 }
-"""Flags that may differ: who a process is, where it finds the model, and what only process 0 reads or writes."""
+"""Flags that may differ between processes: a process's identity, the model's path, and process 0's input and output."""
 
 FILES = (
     "config.json",
@@ -54,13 +54,13 @@ FILES = (
     "_METADATA",
     "manifest.ocdbt",
 )
-"""Of a checkpoint, besides the weights: what decides how it is read. The last two are Orbax's."""
+"""Files of a checkpoint, besides the weights, that decide how it is read; the last two belong to Orbax."""
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
 def versions() -> dict[str, Any]:
-    """Versions of what computes, a digest of the source, and what the environment sets."""
+    """Versions of the packages that compute, a digest of the source, and the relevant environment variables."""
     facts: dict[str, Any] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -72,7 +72,7 @@ def versions() -> dict[str, Any]:
 
 
 def _source_digest() -> str:
-    """Two copies of one version need not be the same."""
+    """A digest of the Python source: two copies of one version may differ."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
     for path in sorted(path for package in SOURCES for path in (root / package).rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
@@ -80,7 +80,7 @@ def _source_digest() -> str:
 
 
 def flags_of(command: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The command and its flags, but for those that may differ between processes."""
+    """The command and its flags, except those that may differ between processes."""
     facts = {
         f"--{name.replace('_', '-')}": value if value is None or isinstance(value, int | list) else str(value)
         for name, value in vars(options).items()
@@ -90,7 +90,7 @@ def flags_of(command: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def agree_on_checkpoint(cluster: Cluster, options: argparse.Namespace) -> None:
-    """See that all processes read the same checkpoint. Raises CheckpointError, ClusterError where they differ."""
+    """Check that all processes read the same checkpoint. Raises CheckpointError, and ClusterError if they differ."""
     from gptoss_jax.checkpoints.loading import EMBEDDED
 
     error: CheckpointError | None = None
@@ -104,7 +104,7 @@ def agree_on_checkpoint(cluster: Cluster, options: argparse.Namespace) -> None:
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
-    """What tells a checkpoint from another: each file's size and a digest of samples of it. Raises CheckpointError."""
+    """The fingerprint of each file of a checkpoint. Raises CheckpointError."""
     try:
         files = sorted(_checkpoint_files(path))
         return {f"checkpoint {file.relative_to(path)}": _fingerprint(file) for file in files}
@@ -118,7 +118,7 @@ def _checkpoint_files(path: Path) -> Iterable[Path]:
 
 
 def _fingerprint(file: Path) -> str:
-    """Size and digest: of all of a small file; of a large one's head and of samples all over it."""
+    """A file's size and digest; of a large file, the digest covers the header and evenly spaced samples."""
     size, digest = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as stream:
         if size <= SAMPLES * SAMPLE_BYTES or file.suffix == ".json":

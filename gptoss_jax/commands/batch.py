@@ -1,4 +1,4 @@
-"""Many requests from a file of JSON lines to another, resumable: what is already written is not run again."""
+"""Runs a file of requests into a file of results, both JSON lines; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _PROMPTS = ("prompt", "messages", "prompt_tokens")
 _CONVERSATION = ("tools", "builtin_tools", "reasoning_effort", "model_identity", "current_date", "response_format")
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _RESULT = b'{"id": '
-"""What each line of results begins with."""
+"""The beginning of each line of results."""
 
 
 @dataclasses.dataclass
 class _Line:
-    """A line of `--batch`: where it stands, its fields, and how its tokens are chosen."""
+    """A line of `--batch`: its location for error messages, its fields and its sampling parameters."""
 
     where: str
     fields: dict[str, Any]
@@ -43,21 +43,22 @@ class _Line:
 
 
 def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
-    """Run `--batch` into `--output`, which appears when the first request runs. Raises UsageError for a bad line
-    before that.
+    """Run the requests of `--batch` and append their results to `--output`.
+
+    Raises UsageError for an invalid line, before the model is loaded or `--output` is created.
     """
     lines = _read_requests(options, params)
     check_writable(options.output, "--output")
     if options.output.exists() and options.output.samefile(options.batch):
-        raise UsageError(f"--output: {options.output}: expected another file than --batch")
+        raise UsageError(f"--output: {options.output}: expected a different file from --batch")
     done = _finished_ids(options.output)
     todo = [line for line in lines if line.id not in done]
     if len(todo) < len(lines):
         print(
-            f"{len(lines) - len(todo)} of {len(lines)} requests are in {options.output} already", file=sys.stderr
+            f"{len(lines) - len(todo)} of {len(lines)} requests are already in {options.output}", file=sys.stderr
         )
     if not todo:
-        # What an interruption cut short is removed all the same.
+        # Opening the file removes an incomplete last line.
         _open_output(options.output).close()
         return 0
     conversation = conversation_options(options)
@@ -80,7 +81,7 @@ def _write_results(llm: LLM, requests: list[Request], ids: list[Any], path: Path
 
 
 def _read_requests(options: argparse.Namespace, params: SamplingParams) -> list[_Line]:
-    """The lines of `--batch`, held against what can be known without a model. Raises UsageError, naming the line."""
+    """The lines of `--batch`, validated as far as possible without a model. Raises UsageError, naming the line."""
     lines: list[_Line] = []
     seen: dict[str | int, int] = {}
     for number, text in enumerate(read_text(options.batch, "--batch").split("\n"), 1):
@@ -91,27 +92,27 @@ def _read_requests(options: argparse.Namespace, params: SamplingParams) -> list[
         with named(where):
             _check(fields, options.raw)
             if fields["id"] in seen:
-                raise UsageError(f"id: {fields['id']!r} is used in line {seen[fields['id']]} already")
+                raise UsageError(f"id: {fields['id']!r} is already used in line {seen[fields['id']]}")
             own = dataclasses.replace(params, **{key: fields[key] for key in _SAMPLING if key in fields})
         seen[fields["id"]] = number
         lines.append(_Line(where, fields, own))
     if not lines:
-        raise UsageError(f"--batch: {options.batch}: expected a request a line, found none")
+        raise UsageError(f"--batch: {options.batch}: expected one request per line, found none")
     return lines
 
 
 def _check(fields: dict[str, Any], raw: bool) -> None:
-    """Raises UsageError for a line's field that cannot be used; `raw` is what lines are that do not say."""
+    """Validate the fields of a line; `raw` is the default of the field `raw`. Raises UsageError."""
     if sum(key in fields for key in _PROMPTS) != 1:
         raise UsageError(f"expected one of {', '.join(_PROMPTS)}")
     for name in sorted(fields.keys() - {"id", "raw", *_PROMPTS, *_CONVERSATION, *_SAMPLING}):
-        raise UsageError(f"{name}: not a field of a request")
+        raise UsageError(f"{name}: unknown field of a request")
     name, prompt, tokens = fields["id"], fields.get("prompt", "any"), fields.get("prompt_tokens", [0])
     expect(type(name) in (str, int), "id", "a string or an integer", name)
     expect(not re.search(r"[\ud800-\udfff]", str(name)), "id", "Unicode text", name)
-    expect(isinstance(prompt, str) and bool(prompt.strip()), "prompt", "text that is not empty", prompt)
+    expect(isinstance(prompt, str) and bool(prompt.strip()), "prompt", "non-empty text", prompt)
     whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-    expect(whole and bool(tokens), "prompt_tokens", "a list of integers that is not empty", tokens)
+    expect(whole and bool(tokens), "prompt_tokens", "a non-empty list of integers", tokens)
     messages = fields.get("messages", [])
     expect(isinstance(messages, list), "messages", "a list", messages)
     expect(isinstance(fields.get("raw", raw), bool), "raw", "true or false", fields.get("raw"))
@@ -124,7 +125,7 @@ def _check(fields: dict[str, Any], raw: bool) -> None:
 
 
 def _request(llm: LLM, line: _Line, options: argparse.Namespace, conversation: dict[str, Any]) -> Request:
-    """A line's request, its own settings before the flags'. Raises UsageError if it can never run."""
+    """A line's request; its fields take precedence over the flags. Raises UsageError if it can never run."""
     fields, request_id = line.fields, json.dumps(line.id)
     with named(line.where):
         if "prompt_tokens" in fields:
@@ -142,7 +143,7 @@ def _request(llm: LLM, line: _Line, options: argparse.Namespace, conversation: d
 
 
 def _open_output(path: Path) -> BinaryIO:
-    """The file of results, opened to append; a line that an interruption cut short is removed first."""
+    """Open the file of results for appending, after removing an incomplete last line."""
     try:
         file = open(path, "ab+")  # noqa: SIM115
         file.seek(0)
@@ -157,14 +158,14 @@ def _append(output: BinaryIO, path: Path, line: bytes) -> None:
         output.write(line)
         output.flush()
     except OSError as error:
-        # What is still buffered would be written again.
+        # Closing drops the buffered data, which a later close would try to write again.
         with contextlib.suppress(OSError):
             output.close()
         raise UsageError(f"--output: {path}: {error.strerror}") from None
 
 
 def _finished_ids(path: Path) -> set[Any]:
-    """The ids in a file of results, if there is one; a line that an interruption cut short does not count."""
+    """The ids in a file of results, which need not exist; an incomplete last line is ignored."""
     done: set[Any] = set()
     if not path.exists():
         return done

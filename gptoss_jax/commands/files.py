@@ -1,4 +1,4 @@
-"""Files that flags name: read, parsed and checked with errors of one line."""
+"""Reads, parses and checks the files that flags name, with one-line errors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ JSON_KINDS = {
     bool: "true or false",
     type(None): "null",
 }
-"""What the types that JSON is read as are called."""
+"""Names of JSON types by their Python types, for error messages."""
 
 
 def read_text(path: Path, flag: str) -> str:
-    """A text file named by a flag, less the byte order mark that some editors write. Raises UsageError."""
+    """The text of a file named by a flag, without a byte order mark. Raises UsageError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -32,19 +32,19 @@ def read_text(path: Path, flag: str) -> str:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Before the work whose result a file is for: raises UsageError where it could not be written. None is made yet."""
+    """Raise UsageError if a file could not be written, before the work that produces it; creates nothing."""
     try:
         there = path.exists()
         if there and not path.is_file():
             raise UsageError(f"{flag}: {path}: expected a regular file")
         if not os.access(path if there else path.absolute().parent, os.W_OK):
-            raise UsageError(f"{flag}: {path}: expected a place that can be written")
+            raise UsageError(f"{flag}: {path}: expected a writable path")
     except OSError as error:
         raise UsageError(f"{flag}: {path}: {error.strerror}") from None
 
 
 def parse_json(text: str, where: str, kind: type) -> Any:
-    """JSON whose outermost value is a `kind`. Raises UsageError."""
+    """Parse JSON whose outermost value has the Python type `kind`. Raises UsageError."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -55,12 +55,12 @@ def parse_json(text: str, where: str, kind: type) -> Any:
 
 
 def read_json(path: Path, flag: str, kind: type) -> Any:
-    """A JSON file named by a flag, whose outermost value is a `kind`. Raises UsageError."""
+    """Parse a JSON file named by a flag, whose outermost value has the Python type `kind`. Raises UsageError."""
     return parse_json(read_text(path, flag), f"{flag}: {path}", kind)
 
 
 def read_tools(path: Path, flag: str) -> list[Any]:
-    """The function tools of a JSON file named by a flag. Raises UsageError."""
+    """The function tools in a JSON file named by a flag. Raises UsageError."""
     from gptoss_jax.text.harmony.tools import function_tools
 
     tools: list[Any] = read_json(path, flag, list)

@@ -1,4 +1,4 @@
-"""The flags that commands share, in one spelling."""
+"""Flags that several commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUILTIN_TOOLS = ("browser", "python")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, as every other wrong input is."""
+    """An argument parser that raises UsageError, so that flag errors are one line like all others."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """The type of a flag that takes some of these names, with commas between."""
+    """The argument type of a comma-separated list of these names."""
 
     def parse(text: str) -> list[str]:
         names = text.split(",")
@@ -34,7 +34,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def sizes(text: str) -> list[int]:
-    """The type of a flag that takes sizes with commas between."""
+    """The argument type of a comma-separated list of integers."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -42,7 +42,7 @@ def sizes(text: str) -> list[int]:
 
 
 def _not_empty(text: str) -> str:
-    """The type of a flag whose value says something: an empty one comes of a variable that is not set."""
+    """The argument type of a non-empty string; an empty one usually comes from an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path or a name, found ''")
     return text
@@ -55,48 +55,55 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def add_model_flags(
     flags: argparse.ArgumentParser,
-    model: str = "a checkpoint's directory, or a Hub name such as openai/gpt-oss-20b",
+    model: str = "checkpoint directory, or Hugging Face Hub name such as openai/gpt-oss-20b",
 ) -> None:
-    """Which model, and how it runs; `model` says what the flag takes."""
+    """Add the flags of the model and its devices; `model` describes the values of --model."""
     group = flags.add_argument_group("model")
     group.add_argument(
         "--model",
         type=_not_empty,
         metavar="PATH|NAME",
-        help=f"{model} (default: the small model that ships with the project)",
+        help=f"{model} (default: the small model included in the package)",
     )
     group.add_argument(
         "--mesh",
         metavar="MESH",
-        help="devices to run on: expert=4,tensor=2 (also data=), or a preset of configs/meshes (default: one device; "
-        "with several processes, experts over all devices)",
+        help="device mesh, as sizes of the axes data, expert and tensor (expert=4,tensor=2), or the name of a preset "
+        "in configs/meshes (default: one device; with several processes, expert parallelism over all devices)",
     )
     group.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the experts"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="data type of activations and of all weights except the experts (default: bfloat16)",
     )
     group.add_argument(
         "--kernels",
         metavar="reference|auto|NAME",
-        help="what computes: plain JAX, the platform's kernels (default), or the backend of that name",
+        help="kernel backend: auto for the platform's kernels, reference for plain JAX, or a backend's name "
+        "(default: auto)",
     )
 
 
 def add_cluster_flags(flags: argparse.ArgumentParser) -> None:
-    """Which processes run together."""
+    """Add the flags of a multi-process run."""
     group = flags.add_argument_group(
         "several processes",
-        "The same command in each; process 0 reads and prints. On TPU pods, under Slurm, Open MPI and in "
-        "indexed Jobs of Kubernetes none of these is needed.",
+        "Run the same command in every process; process 0 reads the input and prints the output. Their "
+        "values are detected on TPU pods, under Slurm and Open MPI, and in indexed Kubernetes Jobs.",
     )
-    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="address on which process 0 listens")
     group.add_argument(
-        "--num-processes", type=int, metavar="N", help="how many there are; 1 for one alone, whatever is detected"
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="number of processes; 1 disables the detection of other processes",
     )
-    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
 
 
 def add_engine_flags(flags: argparse.ArgumentParser, max_num_seqs: bool = True) -> None:
-    """How much runs at once, and what the cache may take."""
+    """Add the flags of the engine and its cache."""
     group = flags.add_argument_group("engine")
     if max_num_seqs:
         add_max_num_seqs(group)
@@ -104,94 +111,134 @@ def add_engine_flags(flags: argparse.ArgumentParser, max_num_seqs: bool = True) 
         "--max-model-len",
         type=int,
         metavar="N",
-        help="most tokens of a request, with its output (the model's context)",
+        help="maximum length of a request, prompt and output, in tokens (default: the model's context length)",
     )
     group.add_argument(
         "--kv-cache-memory",
         type=int,
         metavar="BYTES",
-        help="of each device (default: 0.85 of what weights leave free)",
+        help="size of the KV cache on each device in bytes (default: 0.85 of the memory that the weights leave free)",
     )
     group.add_argument(
         "--gpu-memory-utilization",
         type=float,
-        metavar="SHARE",
-        help="instead: the share of each device's memory that weights and cache take together",
+        metavar="FRACTION",
+        help="fraction of each device's memory for weights and KV cache together, instead of --kv-cache-memory",
     )
-    group.add_argument("--kv-cache-dtype", choices=("bfloat16", "float32", "float8"), help="default: as --dtype")
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=("bfloat16", "float32", "float8"),
+        help="data type of the KV cache (default: that of --dtype)",
+    )
     group.add_argument(
         "--long-prefill-token-threshold",
         type=int,
         metavar="N",
-        help="most prompt tokens of one sequence in a step (default: 2048; on CPUs 512)",
+        help="maximum number of prompt tokens of one sequence in a step (default: 2048; on CPUs 512)",
     )
     group.add_argument(
         "--max-num-batched-tokens",
         type=int,
         metavar="N",
-        help="most prompt tokens of all sequences in a step (default: as many)",
+        help="maximum number of prompt tokens of all sequences in a step (default: that of one sequence)",
     )
     group.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="reuse what the cache holds of earlier prompts that begin alike (default: yes)",
+        help="reuse the cached keys and values of earlier prompts with the same prefix (default: enabled)",
     )
     group.add_argument(
         "--num-speculative-tokens",
         type=int,
         metavar="N",
-        help="draft N tokens a step from the text so far, and verify them (default: 0)",
+        help="draft N tokens per step by prompt lookup, and verify them (default: 0)",
     )
     group.add_argument(
         "--warm-up",
         action="store_true",
-        help="compile every step shape at the start, not when it is first needed",
+        help="compile all step shapes before the first request",
     )
 
 
 def add_max_num_seqs(flags: argparse._ActionsContainer) -> None:
-    """How many sequences run together."""
-    flags.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run together (default: 8)")
+    """Add the flag of the batch size."""
+    flags.add_argument(
+        "--max-num-seqs", type=int, metavar="N", help="maximum number of concurrent sequences (default: 8)"
+    )
 
 
 def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
-    """How tokens are chosen."""
+    """Add the flags of sampling."""
     group = flags.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="default: what the context holds")
-    group.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
-    group.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens")
     group.add_argument(
-        "--min-p", type=float, default=0.0, help="keep tokens this likely relative to the likeliest"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of generated tokens (default: the rest of the context)",
     )
     group.add_argument(
-        "--seed", type=int, metavar="N", help="repeat the same tokens (default: a new seed each time)"
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy sampling (default: 0)"
     )
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens whose cumulative probability reaches this value (default: 1)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K most likely tokens; 0 for all tokens (default: 0)",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="minimum probability of a token, relative to that of the most likely token (default: 0)",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="random seed (default: a new seed for each request)")
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="stop generation at this text; may be given several times",
+    )
 
 
 def add_structure_flags(flags: argparse.ArgumentParser) -> None:
-    """The form of the answer."""
+    """Add the flags of structured output."""
     group = flags.add_argument_group(
         "structured output (extra: structured)",
-        "Of a chat's final answer, after any reasoning; of all of --raw text.",
+        "Constrain the final answer of a chat, after the reasoning, or all text generated with --raw.",
     ).add_mutually_exclusive_group()
-    group.add_argument("--json-schema", metavar="FILE|JSON", help="the answer is JSON that this schema describes")
-    group.add_argument("--regex", metavar="REGEX", help="the answer matches this regular expression")
-    group.add_argument("--grammar", type=Path, metavar="FILE", help="a Lark or GBNF grammar of the answer")
+    group.add_argument("--json-schema", metavar="FILE|JSON", help="constrain the answer to JSON with this schema")
+    group.add_argument("--regex", metavar="REGEX", help="constrain the answer to this regular expression")
+    group.add_argument(
+        "--grammar", type=Path, metavar="FILE", help="constrain the answer to this Lark or GBNF grammar"
+    )
 
 
 def add_conversation_flags(flags: argparse.ArgumentParser) -> None:
-    """What the conversation's opening messages say."""
+    """Add the flags of a conversation's system and developer messages."""
     group = flags.add_argument_group("conversation")
-    group.add_argument("--instructions", metavar="TEXT", help="the developer message")
-    group.add_argument("--tools", type=Path, metavar="FILE", help="a JSON list of OpenAI-style function tools")
+    group.add_argument("--instructions", metavar="TEXT", help="developer message")
+    group.add_argument(
+        "--tools", type=Path, metavar="FILE", help="JSON file with a list of OpenAI-style function tools"
+    )
     group.add_argument(
         "--builtin-tools",
         type=_names(BUILTIN_TOOLS),
         default=[],
         metavar=",".join(BUILTIN_TOOLS),
-        help="tools that gpt-oss was trained on",
+        help="built-in tools of gpt-oss to enable, separated by commas",
     )
-    group.add_argument("--reasoning-effort", choices=("low", "medium", "high"), default="medium")
+    group.add_argument(
+        "--reasoning-effort",
+        choices=("low", "medium", "high"),
+        default="medium",
+        help="reasoning effort (default: medium)",
+    )

@@ -1,4 +1,4 @@
-"""Parsed flags as the Python objects that they set, and errors of those by their flags."""
+"""Converts parsed flags to Python objects, and names flags in the errors that these raise."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
 
 
 def structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams | None:
-    """The form that a flag asks for, checked. Raises UsageError, naming the flag."""
+    """The structured-output flag as StructuredOutputsParams, checked. Raises UsageError, naming the flag."""
     from gptoss_jax.text.structured import check
     from gptoss_jax.types import StructuredOutputsParams
 
     if options.json_schema is not None:
         flag, text = "--json-schema", options.json_schema
-        form = StructuredOutputsParams(json=text if text[:1] == "{" else read_text(Path(text), flag))
+        constraint = StructuredOutputsParams(json=text if text[:1] == "{" else read_text(Path(text), flag))
     elif options.regex is not None:
-        flag, form = "--regex", StructuredOutputsParams(regex=options.regex)
+        flag, constraint = "--regex", StructuredOutputsParams(regex=options.regex)
     elif options.grammar is not None:
-        flag, form = "--grammar", StructuredOutputsParams(grammar=read_text(options.grammar, "--grammar"))
+        flag, constraint = "--grammar", StructuredOutputsParams(grammar=read_text(options.grammar, "--grammar"))
     else:
         return None
     try:
-        check(form)
+        check(constraint)
     except UsageError as error:
         raise UsageError(f"{flag}: {str(error).partition(': ')[2]}") from None
-    return form
+    return constraint
 
 
 def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What `LLM.chat` takes besides messages, from the flags; a schema of the answer is shown to the model, too."""
-    form = structured_outputs(options) if getattr(options, "json_schema", None) else None
+    """The arguments of `LLM.chat` that the flags set; a JSON schema of the answer is also part of the prompt."""
+    schema = structured_outputs(options) if getattr(options, "json_schema", None) else None
     return {
         "tools": read_tools(options.tools, "--tools") if options.tools else None,
         "builtin_tools": options.builtin_tools,
         "reasoning_effort": options.reasoning_effort,
-        "response_format": form and {"type": "json_schema", "schema": json.loads(str(form.json))},
+        "response_format": schema and {"type": "json_schema", "schema": json.loads(str(schema.json))},
     }
 
 
 def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
-    """The engine flags as EngineOptions; `more` has precedence. Raises UsageError, naming the field."""
+    """The engine flags as EngineOptions; `more` takes precedence. Raises UsageError, naming the field."""
     from gptoss_jax.engine.engine import EngineOptions
 
     names = [field.name for field in dataclasses.fields(EngineOptions)]
@@ -71,12 +71,12 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
 
 @contextlib.contextmanager
 def by_flag(options: argparse.Namespace) -> Iterator[None]:
-    """What runs here names a field that cannot be used as Python does; report it by the flag that sets it."""
+    """Translate errors raised in the block: fields of the Python API become the flags that set them."""
     given = vars(options)
     try:
         yield
     except (UsageError, ShardingError) as error:
-        # Of a single prompt it goes without saying which request it is.
+        # With a single prompt the request's name adds nothing.
         message = str(error).removeprefix("request prompt: ")
         field, _, rest = message.partition(":")
         name = {"max_tokens": "max_new_tokens"}.get(field, field)

@@ -1,4 +1,4 @@
-"""What the commands' `--plot` needs of matplotlib."""
+"""Checks and writes the figures of `--plot`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check(path: Path) -> None:
-    """Before the work that a picture is of: raises UsageError where the picture could not be drawn or written."""
+    """Raise UsageError if a figure could not be drawn or written, before the work that it shows."""
     expect(
         path.suffix.lower() in FORMATS, f"--plot: {path}", f"a name that ends in {', '.join(FORMATS)}", path.suffix
     )
@@ -27,7 +27,7 @@ def check(path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the file's name says. Raises UsageError."""
+    """Write a figure in the format of the file's extension. Raises UsageError."""
     figure.tight_layout()
     try:
         figure.savefig(path, format=path.suffix[1:].lower(), dpi=130)

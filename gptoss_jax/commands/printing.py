@@ -1,4 +1,4 @@
-"""Standard streams: text in any encoding, readers that leave, warnings as lines."""
+"""Standard streams: any text encoding, closed pipes, and warnings as single lines."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from sharding.processes import follows
 
 
 def dimmed(text: str, stream: TextIO) -> str:
-    """Text that a terminal shows dimmed; elsewhere as it is."""
+    """The text, dimmed if the stream is a terminal."""
     return f"\033[2m{text}\033[0m" if stream.isatty() else text
 
 
 class _Guarded:
-    """A standard stream that may break, because its reader has left or the disk is full.
+    """A standard stream that may fail, because its reader has closed it or the disk is full.
 
-    What comes then is dropped, silently if the stream is not `needed`; else BrokenPipeError or UsageError is raised.
+    Later output is dropped. The failure is ignored unless the stream is `needed`; then it raises BrokenPipeError or
+    UsageError.
     """
 
     def __init__(self, stream: TextIO | None, name: str, needed: bool) -> None:
-        # A process that was started without the stream has None in its place: this cannot be written either.
+        # Python sets the stream to None in a process started without it.
         self._stream, self._name, self._needed = stream or open(os.devnull), name, needed  # noqa: SIM115
 
     def write(self, text: str) -> int:
@@ -44,7 +45,7 @@ class _Guarded:
         try:
             call()
         except OSError as error:
-            # What is buffered must not raise again at exit.
+            # Flushing the buffered text at exit must not raise again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if self._needed and isinstance(error, BrokenPipeError):
                 raise
@@ -56,9 +57,9 @@ class _Guarded:
 
 
 ESCAPED = "gptoss_jax.escaped"
-"""How text is encoded of which the encoding lacks characters, lone surrogates among them: as JSON escapes them.
+"""The error handler that writes unencodable characters, including lone surrogates, as JSON escapes.
 
-JSON stays valid so, whatever the encoding.
+JSON output is thus valid in every encoding.
 """
 
 
@@ -73,16 +74,16 @@ codecs.register_error(ESCAPED, _escape)
 
 @contextlib.contextmanager
 def streams_guarded() -> Iterator[None]:
-    """Progress that cannot be shown does not end a command; an answer that cannot be written does.
+    """Guard the standard streams: failures of standard output end the command, those of standard error do not.
 
-    Standard input that is no terminal is UTF-8, as files are.
+    Standard input is read as UTF-8, like files, unless it is a terminal.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors=ESCAPED)
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        # Not once it has been read from.
+        # reconfigure() fails if something has already been read.
         with contextlib.suppress(OSError):
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     out: Any = _Guarded(sys.stdout, "standard output", needed=True)
@@ -93,7 +94,7 @@ def streams_guarded() -> Iterator[None]:
 
 
 class _Warnings(logging.Handler):
-    """Warnings as lines on standard error; of several processes, those of process 0."""
+    """Prints warnings as single lines on standard error, in process 0 only."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not follows():
@@ -102,7 +103,7 @@ class _Warnings(logging.Handler):
 
 @contextlib.contextmanager
 def warnings_shown() -> Iterator[None]:
-    """Show this project's warnings, such as that of an op without a kernel."""
+    """Print this project's warnings, such as that of an op without a kernel for the platform."""
     handler = _Warnings(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("gptoss_jax", "sharding", "pallas_kernels")]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""A command's model in one process or in several, of which process 0 decides and the others follow."""
+"""Loads a command's model in one process, or in several, where process 0 leads and the others follow."""
 
 from __future__ import annotations
 
@@ -19,23 +19,20 @@ if TYPE_CHECKING:
 
 
 def join(command: str, options: argparse.Namespace) -> Callable[[], int] | None:
-    """Meet the other processes, if there are any; returns what this one runs instead if it only follows.
+    """Join the other processes of the command, if any; returns the function that a follower runs instead of it.
 
-    Raises ClusterError where they cannot meet, CheckpointError for a checkpoint that none of them can read.
+    Raises ClusterError if the processes cannot work together, and CheckpointError for an unreadable checkpoint.
     """
     cluster = _meet(command, options)
     if cluster is None:
         return None
-    # The others are to end with a process that dies.
+    # SIGTERM ends the process at once, and the other processes end with it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return (lambda: _follow(cluster, options)) if follows() else None
 
 
 def _meet(command: str, options: argparse.Namespace) -> Cluster | None:
-    """The processes that run this command together; None for one alone.
-
-    Raises ClusterError where they cannot, CheckpointError for a checkpoint that none of them can read.
-    """
+    """The cluster of processes that run this command; None for a single process."""
     member = membership(options.coordinator_address, options.num_processes, options.process_id)
     if member is None:
         return None
@@ -55,7 +52,7 @@ def _meet(command: str, options: argparse.Namespace) -> Cluster | None:
 
 
 def _lead(cluster: Cluster, options: argparse.Namespace, more: dict[str, Any]) -> LLM:
-    """Load the model in all processes, from process 0: what its engine is told, the others do as well."""
+    """Load the model in all processes, from process 0; calls of its engine are repeated in the others."""
     from gptoss_jax.engine.leading import LeadingEngine
 
     cluster.broadcast({"load": more})
@@ -65,7 +62,7 @@ def _lead(cluster: Cluster, options: argparse.Namespace, more: dict[str, Any]) -
 
 
 def _follow(cluster: Cluster, options: argparse.Namespace) -> int:
-    """What the other processes do, until process 0 ends; returns its exit code."""
+    """Repeat process 0's engine calls until it ends; returns its exit code."""
     from gptoss_jax.engine import leading
 
     if (message := cluster.broadcast()) is not None:
@@ -85,7 +82,7 @@ def _default_mesh(options: argparse.Namespace) -> str:
 
 
 def default_mesh(config: ModelConfig, devices: int) -> str:
-    """The mesh of all devices where none is asked for: experts over as many as divide, `tensor` over the rest."""
+    """The default mesh over all devices: expert parallelism as far as it divides the experts, `tensor` for the rest."""
     expert = math.gcd(config.num_local_experts, devices)
     return f"expert={expert},tensor={devices // expert}"
 
@@ -107,6 +104,6 @@ def _load(
 
 
 def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
-    """The model of the flags; in all processes where there are several."""
+    """Load the model that the flags describe, in all processes of the command."""
     cluster = current()
     return _lead(cluster, options, more) if cluster else _load(options, more)

@@ -1,4 +1,4 @@
-"""A finished request as JSON, as `--json` and `--batch` write it."""
+"""Finished requests as JSON, for `--json` and `--batch`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gptoss_jax.types import CompletionOutput, RequestOutput
 
 
 def result(output: RequestOutput) -> dict[str, Any]:
-    """A finished request as the JSON object that `--json` and `--batch` write; `completions` if there are several."""
+    """A finished request as a JSON object; `completions` lists the completions if there are several."""
     first, *others = [_completion(completion) for completion in output.outputs]
     prompt, new = len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs)
     fields = first | {

@@ -1,4 +1,4 @@
-"""Runs a command: exit codes, and errors as one line."""
+"""Runs a command's main function, with exit codes and one-line errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from sharding.processes.process import exit_now
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command: bad input is one line on standard error and exit code 2, Ctrl-C exits with 130, SIGTERM with 143.
+    """Run a command and exit the process.
 
-    Of several processes, the others end with this one.
+    Bad input is reported in one line on standard error and exits with 2, Ctrl-C exits with 130 and SIGTERM with 143.
+    The other processes of a cluster end with this one.
     """
     signals.handle()
     own_process = main.__module__ == "__main__"
@@ -27,7 +28,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             code, reason = _outcome(main)
         finished = not code
     except (KeyboardInterrupt, signals.Terminated, BrokenPipeError) as end:
-        # The reader of standard output that has left has all that it wanted.
+        # A reader that closes standard output has all that it wanted.
         finished, reason = False, ""
         code = 0 if isinstance(end, BrokenPipeError) else signals.exit_code(end)
     if own_process:
@@ -35,17 +36,17 @@ def run_command(main: Callable[[], int | None]) -> None:
     if cluster := current():
         cluster.end(code or 0, reason)
     if own_process and not finished:
-        # A step may still be computing. XLA's threads that meet the end of the interpreter abort the process, and those
-        # that compile would be waited for.
+        # A step may still be running or compiling. At interpreter exit, XLA's threads would abort the process, and
+        # compilations would be waited for.
         exit_now(code or 0)
     if own_process:
-        # The interpreter that ends would leave the signals to the system's default.
+        # Interpreter exit would restore the signals' default actions.
         signals.ignore()
     sys.exit(code)
 
 
 def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:
-    """A command's exit code, and the error that it ended with as other processes are to read it."""
+    """A command's exit code, and its error as reported to the other processes."""
     try:
         code = _flushed(main)
     except (GptOssError, ShardingError) as error:
@@ -72,7 +73,7 @@ def _outcome(main: Callable[[], int | None]) -> tuple[int | None, str]:
 
 
 def _flushed(main: Callable[[], int | None]) -> int | None:
-    """A command's exit code once all that it has written is out; --help and the like leave by SystemExit."""
+    """A command's exit code, after flushing standard output; --help and the like raise SystemExit."""
     try:
         code = main()
     except signals.Terminated:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a command at any moment, with what it has begun undone."""
+"""SIGINT and SIGTERM end a command at any time, after it has cleaned up."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from types import FrameType
 from sharding.processes import current
 
 _OWN = frozenset({"__main__", "gptoss_jax", "sharding", "tools", "benchmarks"})
-"""Packages whose code catches the exception of a signal only where it is done with it."""
+"""Packages whose code catches a signal's exception only to handle it."""
 
 
 _arrived: list[int] = []
-"""The signals that have been raised as exceptions."""
+"""The signals raised as exceptions so far."""
 
 
 class _Interrupted(KeyboardInterrupt):
-    """Ctrl-C; sent again where a library drops it."""
+    """Ctrl-C; the signal is sent again if a library drops the exception."""
 
     def __del__(self) -> None:
         _send_if_lost(self, signal.SIGINT)
 
 
 class Terminated(SystemExit):
-    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written and no process that was started is left behind."""
+    """SIGTERM; it unwinds like Ctrl-C, so that no partial files or child processes are left behind."""
 
     def __del__(self) -> None:
         _send_if_lost(self, signal.SIGTERM)
@@ -47,7 +47,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _end_an_import(number: int, line: bytes = b"") -> None:
-    """End a process that is importing jax, which has begun nothing: jaxlib would print a traceback, and then fail."""
+    """End the process if it is importing jax, since jaxlib would print a traceback; nothing needs cleaning up yet."""
     spec = getattr(sys.modules.get("jax"), "__spec__", None)
     if getattr(spec, "_initializing", False) and current() is None:
         with contextlib.suppress(OSError):
@@ -56,9 +56,9 @@ def _end_an_import(number: int, line: bytes = b"") -> None:
 
 
 def _send_if_lost(error: BaseException, number: int) -> None:
-    """Send a signal again whose exception is gone, unless code of this project has caught it.
+    """Send a signal again when its exception is deleted, unless this project's code has caught it.
 
-    jaxlib drops what is raised in the Python functions that it calls in some places, and the command would go on.
+    In some places jaxlib drops exceptions raised by the Python functions that it calls, and the command would go on.
     """
     if (reached := error.__traceback__) is not None:
         frame = reached.tb_frame
@@ -68,23 +68,23 @@ def _send_if_lost(error: BaseException, number: int) -> None:
 
 
 def _send_soon(number: int) -> None:
-    # The interpreter that is ending starts no threads.
+    # No thread can start while the interpreter exits.
     with contextlib.suppress(RuntimeError):
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 def _signal_again(lost: sys.UnraisableHookArgs) -> None:
-    """What a signal raises is lost where Python takes no exceptions, as in jax's part of garbage collection."""
+    """Send a signal again whose exception Python cannot propagate, as in jax's garbage-collection callbacks."""
     if not isinstance(lost.exc_value, _Interrupted | Terminated):
         sys.__unraisablehook__(lost)
         return
-    # It is sent from here.
+    # __del__ must not send it as well.
     lost.exc_value.__traceback__ = None
     _send_soon(signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT)
 
 
 def handle() -> None:
-    """SIGTERM, and SIGINT unless it is ignored, are raised as exceptions that no library can drop."""
+    """Raise SIGTERM, and SIGINT unless it is ignored, as exceptions that no library can drop."""
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)
@@ -92,12 +92,12 @@ def handle() -> None:
 
 
 def end_at_once() -> None:
-    """Signals end the process from now on: nothing is left to be undone."""
+    """Let signals end the process immediately from now on: nothing is left to clean up."""
     _answer(lambda number, frame: os._exit(128 + number))
 
 
 def ignore() -> None:
-    """Signals change nothing from now on: all is done, and the interpreter ends."""
+    """Ignore signals from now on: the command is done, and the interpreter is about to exit."""
     _answer(signal.SIG_IGN)
 
 
@@ -108,11 +108,11 @@ def _answer(handler: Callable[[int, FrameType | None], None] | signal.Handlers) 
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a command that a signal ended, also where a library made its own error of it; else 0."""
+    """The exit code for an error caused by a signal, even if a library wrapped it; 0 for other errors."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, KeyboardInterrupt | Terminated):
             return 128 + (signal.SIGTERM if isinstance(cause, Terminated) else signal.SIGINT)
         cause = cause.__cause__ or cause.__context__
-    # An extension module that is being imported, such as jaxlib, drops what was raised and fails.
+    # An extension module such as jaxlib replaces an exception raised during its import with ImportError.
     return 128 + _arrived[-1] if _arrived and isinstance(error, ImportError) else 0

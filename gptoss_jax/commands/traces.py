@@ -1,4 +1,4 @@
-"""The file of `--trace`: when requests arrive, and how long they are."""
+"""Reads the file of `--trace`: the arrival times and lengths of requests."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gptoss_jax.errors import UsageError
 
 
 def read_trace(path: Path) -> list[Arrival]:
-    """A JSON line a request, in the order of their arrival. Raises UsageError, naming the line."""
+    """The requests of a JSON-lines file, sorted by arrival time. Raises UsageError, naming the line."""
     arrivals = []
     for number, text in enumerate(read_text(path, "--trace").splitlines(), 1):
         if text.strip():
             where = f"--trace: {path}: line {number}"
             arrivals.append(_arrival(parse_json(text, where, dict), where))
     if not arrivals:
-        raise UsageError(f"--trace: {path}: expected a request a line, found none")
+        raise UsageError(f"--trace: {path}: expected one request per line, found none")
     return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
 
 

@@ -1,4 +1,4 @@
-"""How the engine's programs are compiled."""
+"""Compilation of the engine's programs: XLA options, threads and Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gptoss_jax.runtime.xla_options import in_order
 from pallas_kernels import current_platform
 
 GRAPHED = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "CONDITIONAL")
-"""What XLA may put into device graphs of any program."""
+"""The commands that XLA may put into CUDA graphs in every program."""
 
 _others: dict[str, str | bool] = {}
 
 
 class _Collector:
-    """How many blocks keep Python's collector off, and whether it is to be on after the last."""
+    """The number of blocks that keep Python's collector disabled, and whether the last one re-enables it."""
 
     lock = threading.Lock()
     blocks = 0
@@ -29,17 +29,16 @@ class _Collector:
 
 
 def also_compile_with(options: dict[str, str | bool]) -> None:
-    """Compile from now on with these options of XLA, too, which precede the project's: to measure what they change."""
+    """Add XLA options to all later compilations, overriding the project's own; for benchmarks."""
     _others.update(options)
 
 
 @contextlib.contextmanager
 def collected_once() -> Iterator[None]:
-    """Python's collector waits until the block ends, in whatever thread the last one does, and walks all objects then.
+    """Disable Python's garbage collector in the block, and collect once at the end of the last such block.
 
-    Tracing steps makes hundreds of thousands of objects that stay: to walk them again and again, for nothing, takes a
-    fifth of tracing's time. Those that are left to it would be walked while requests run, which then stand still for as
-    long as tens of steps take.
+    Tracing steps creates hundreds of thousands of long-lived objects, and collecting them repeatedly takes a fifth of
+    the tracing time. Without the final collection, a later one would pause running requests for tens of steps.
     """
     with _Collector.lock:
         if not _Collector.blocks:
@@ -59,35 +58,35 @@ def collected_once() -> Iterator[None]:
 
 
 def as_in_this_thread[Argument](function: Callable[[Argument], object]) -> Callable[[Argument], object]:
-    """The function for other threads, with the platform, the backend and the default device that hold in this one."""
+    """A function for other threads that runs with this thread's platform, backend and default device."""
     device = jax.config.jax_default_device
     context = copy_context()
 
     def run(argument: Argument) -> object:
         with jax.default_device(device):
-            # A context cannot be entered twice at a time.
+            # A context cannot be entered by several threads at once.
             return context.copy().run(function, argument)
 
     return run
 
 
 def graphs_collectives(mesh: Mesh | None) -> bool:
-    """Whether collectives on the mesh can be in device graphs: on the NVIDIA GPUs of one process."""
+    """Whether CUDA graphs can include the mesh's collectives: on NVIDIA GPUs of a single process."""
     return mesh is not None and mesh.size > 1 and current_platform(mesh) == "cuda" and not mesh.is_multi_process
 
 
 def compiler_options(
     mesh: Mesh | AbstractMesh | None, *, collectives: bool = False
 ) -> dict[str, str | bool] | None:
-    """What XLA is told beyond its defaults of a program on a mesh (as `in_order`); None for nothing.
+    """XLA options of a program on a mesh (see `in_order` for None); returns None if there are none.
 
-    On NVIDIA GPUs, to put loops and branches into device graphs too. Else the host waits for each one's condition,
-    0.7 ms a step on an H100, and cannot run ahead. And not to try a second code generator for each of its own kernels:
-    for sampling of many rows that takes more than a minute, and what is worth tuning is in kernels of this project.
+    On NVIDIA GPUs, loops and branches become part of CUDA graphs. Otherwise the host waits for each condition, 0.7 ms
+    per step on an H100, and cannot run ahead. Fusion autotuning with a second code generator is disabled: it takes more
+    than a minute for sampling of many rows, and the kernels that matter are this project's own.
 
-    With `collectives` they are put there instead of loops, since CUDA refuses a graph of loops with collectives inside:
-    for programs that are launched again and again (prompts, whose steps come once, are read slower so), and whose loops
-    have lengths that the host knows. They are NCCL's: with XLA's own, four H100s decode up to 8 % slower.
+    With `collectives`, CUDA graphs include collectives instead of loops, since CUDA rejects loops that contain
+    collectives. This suits programs that are launched repeatedly and whose loop lengths the host knows; prompts, whose
+    steps run once, become slower. The collectives are NCCL's: with XLA's own, four H100s decode up to 8 % slower.
     """
     options = in_order(mesh) or {}
     if current_platform(mesh) == "cuda":

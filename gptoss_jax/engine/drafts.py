@@ -1,4 +1,4 @@
-"""Guesses of the next tokens for speculative decoding, which the step then verifies exactly."""
+"""Drafters for speculative decoding; the step verifies their drafts exactly."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 
 class Drafter(Protocol):
-    """Guesses what follows some tokens; a small model could, too."""
+    """Proposes the tokens that may follow a sequence."""
 
-    def guess(self, tokens: np.ndarray, most: int) -> list[int]:
-        """Up to `most` tokens that may follow."""
+    def propose(self, tokens: np.ndarray, most: int) -> list[int]:
+        """Up to `most` drafts that continue `tokens`, int [N]."""
         ...
 
 
 class PromptLookup:
-    """Guesses that what followed the last few tokens before will follow them again."""
+    """Prompt lookup: drafts the tokens that followed an earlier occurrence of the sequence's last few tokens."""
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self._sizes = range(longest, shortest - 1, -1)
 
-    def guess(self, tokens: np.ndarray, most: int) -> list[int]:
-        """What followed the latest earlier occurrence of the longest ending that has one."""
+    def propose(self, tokens: np.ndarray, most: int) -> list[int]:
+        """The tokens after the latest earlier occurrence of the longest suffix that occurred before."""
         for size in self._sizes:
             if len(tokens) <= size:
                 continue

@@ -1,4 +1,4 @@
-"""The engine: requests in, their tokens out, as many requests at once as the device and its cache hold."""
+"""The engine: generates the tokens of many requests at once, with continuous batching."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from gptoss_jax.types import (
 from pallas_kernels import backend_names, backend_platforms, current_platform
 
 COMPILERS = 8
-"""Kinds of step that are compiled at once."""
+"""The most step shapes compiled concurrently."""
 
 HARDWARE = {"cpu": "CPUs", "cuda": "NVIDIA GPUs", "rocm": "AMD GPUs", "tpu": "TPUs"}
-"""What pallas_kernels' platforms are."""
+"""Names of pallas_kernels' platforms for error messages."""
 
 
 _COUNTS = (
@@ -54,29 +54,28 @@ _COUNTS = (
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How the engine uses a device. Raises UsageError, naming the field, for a value that cannot be used.
-
-    The fields that vLLM's engine has, too, have its names.
+    """Options of the engine, named as in vLLM where it has them. Raises UsageError, naming the invalid field.
 
     Args:
-      max_num_seqs: sequences that run together, over the whole mesh.
-      max_model_len: most tokens of a request, prompt and output together. None for the model's context.
-      page_size: tokens in a page of the cache.
-      kv_cache_memory: bytes that the cache may take of each device.
-      gpu_memory_utilization: share of the memory that jax may allocate on each device which weights and cache take
-        together; the rest is for a step's temporaries. With neither this nor `kv_cache_memory` the cache takes 0.85
-        of what the weights leave free.
-      kv_cache_dtype: "bfloat16", "float32" or "float8"; None for the model's.
-      long_prefill_token_threshold: most prompt tokens of one sequence in a step. None for 2048 on accelerators and 512
-        on CPUs.
-      max_num_batched_tokens: most prompt tokens of all sequences in a step. None for as many as that, or as a larger
-        `long_prefill_token_threshold`.
-      enable_prefix_caching: whether a prompt reuses what the cache holds of earlier prompts that begin alike.
-      num_speculative_tokens: tokens to draft and verify in each step; 0 for none.
-      num_decode_steps: steps of one launch when all sequences only decode, so that the host keeps up with a fast
-        device; tokens then come as many at a time. None for 4 on accelerators and 1 on CPUs.
-      kernels: what computes the model's ops: "auto" for the platform's kernels, "reference" for plain JAX, or the name
-        of a backend for the ops that have it.
+      max_num_seqs: maximum number of concurrent sequences, over the whole mesh.
+      max_model_len: maximum length of a request, prompt and output, in tokens. None for the model's context length.
+      page_size: tokens per page of the KV cache.
+      kv_cache_memory: size of the KV cache on each device, in bytes.
+      gpu_memory_utilization: fraction of the memory that JAX may allocate on each device for weights and KV cache
+        together; the rest is for a step's temporaries. If neither this nor `kv_cache_memory` is set, the cache takes
+        0.85 of the memory that the weights leave free.
+      kv_cache_dtype: "bfloat16", "float32" or "float8"; None for the model's dtype.
+      long_prefill_token_threshold: maximum number of prompt tokens of one sequence in a step. None for 2048 on
+        accelerators and 512 on CPUs.
+      max_num_batched_tokens: maximum number of prompt tokens of all sequences in a step. None for the larger of
+        `long_prefill_token_threshold` and its default.
+      enable_prefix_caching: whether prompts reuse the cached keys and values of earlier prompts with the same prefix.
+      num_speculative_tokens: tokens drafted and verified per step and sequence; 0 disables speculative decoding.
+      num_decode_steps: decode steps per launch when no prompts are being computed (multi-step decode), so that the
+        host keeps up with a fast device; this many tokens are then returned at a time. None for 4 on accelerators and
+        1 on CPUs.
+      kernels: backend of the model's ops: "auto" for the platform's kernels, "reference" for plain JAX, or the name of
+        a backend, which is used for the ops that have it.
     """
 
     max_num_seqs: int = 8
@@ -119,9 +118,10 @@ class EngineOptions:
 
 @dataclasses.dataclass
 class TokenEvent:
-    """A sequence's next token; `index` tells the completions of a request apart.
+    """A new token of completion `index` of a request.
 
-    `drafted` tokens have been guessed for the sequence so far, and `accepted` of them stood.
+    `prompt_logprobs` come with the first token, and `finish_reason` with the last. `cached_tokens` is the number of
+    prompt tokens found in the prefix cache. `drafted` and `accepted` count the sequence's drafts so far.
     """
 
     request_id: str
@@ -137,10 +137,20 @@ class TokenEvent:
 
 @dataclasses.dataclass
 class Load:
-    """What the engine is busy with, over all parts of the batch, and what it has done.
+    """The engine's current load and its counters since the start, summed over all data-parallel ranks.
 
-    Of its `launches`, which are of one or more steps, `late` ones found the device done with the one before: it had
-    waited for the host.
+    Args:
+      waiting: sequences that wait to be admitted.
+      running: sequences that are being computed.
+      pages_used: pages of the KV cache held by running sequences.
+      pages: all pages of the KV cache.
+      preemptions: how often a running sequence was preempted.
+      steps: steps launched.
+      launches: launches, each of one or more steps.
+      idle_launches: launches that came after the device had finished the previous one, and so had waited for the host.
+      drafted: tokens drafted by speculative decoding.
+      accepted: drafts accepted.
+      programs_compiled: step programs compiled.
     """
 
     waiting: int
@@ -150,17 +160,26 @@ class Load:
     preemptions: int
     steps: int
     launches: int
-    late: int
+    idle_launches: int
     drafted: int
     accepted: int
-    compiled: int
+    programs_compiled: int
 
 
 class Engine:
-    """Runs requests through a model: add them, step until their tokens have come, cancel them at any time.
+    """Generates tokens for requests: `add` them, call `step` until they have finished, `cancel` them at any time.
 
-    Not for several threads at once. `eos_token_ids` end a request; None for the config's. `constrain` makes what keeps
-    structured output in form.
+    Not thread-safe.
+
+    Args:
+      model: the model.
+      options: see EngineOptions.
+      eos_token_ids: tokens that end a request; None for those of the model's config.
+      drafter: proposes the drafts of speculative decoding; None for prompt lookup.
+      constrain: makes the constraints of structured output; without it such requests are rejected.
+
+    Raises:
+      UsageError: if `max_model_len` exceeds the model's context, or the cache does not fit in memory.
     """
 
     def __init__(
@@ -227,16 +246,16 @@ class Engine:
         self._constraints: dict[Sequence, TokenConstraint] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
         self._in_flight: Launched | None = None
-        self._steps = self._launches = self._late = self._drafted = self._accepted = 0
+        self._steps = self._launches = self._idle_launches = self._drafted = self._accepted = 0
 
     @property
     def unfinished(self) -> int:
-        """Requests that wait or run."""
+        """The number of requests that are waiting or running."""
         return len(self._sequences)
 
     @property
     def load(self) -> Load:
-        """How busy the engine is."""
+        """The current load and counters."""
         parts = self._scheduler.parts
         return Load(
             len(self._scheduler.waiting),
@@ -246,7 +265,7 @@ class Engine:
             sum(part.preemptions for part in parts),
             self._steps,
             self._launches,
-            self._late,
+            self._idle_launches,
             self._drafted,
             self._accepted,
             self._runner.compiled,
@@ -259,12 +278,12 @@ class Engine:
         params: SamplingParams,
         scope: Scope = "text",
     ) -> None:
-        """Queue a request; `scope` says to what of it `params.structured_outputs` applies.
+        """Queue a request; `scope` is the part of its text that `params.structured_outputs` applies to.
 
-        Raises UsageError for one that can never run, with the numbers.
+        Raises UsageError, with the numbers, for a request that can never run or whose id is in use.
         """
         if request_id in self._sequences:
-            raise UsageError(f"{request_id}: a request of this name is running already")
+            raise UsageError(f"{request_id}: a request with this id is already running")
         with named(f"request {request_id}"):
             prompt, max_tokens, constraints = self._admit(prompt_token_ids, params, scope)
         seed = secrets.randbits(64) if params.seed is None else params.seed
@@ -279,7 +298,7 @@ class Engine:
         self._sequences[request_id] = sequences
 
     def check(self, prompt_token_ids: Iterable[int], params: SamplingParams, scope: Scope = "text") -> None:
-        """Raises UsageError for a request that can never run, as `add` does, and queues nothing."""
+        """Raise UsageError for a request that `add` would reject, without queueing it."""
         self._admit(prompt_token_ids, params, scope)
 
     def _admit(
@@ -292,7 +311,7 @@ class Engine:
     def _read_prompt(self, tokens: Iterable[int]) -> np.ndarray:
         tokens, vocab = list(tokens), self.config.vocab_size
         if not tokens:
-            raise UsageError("prompt: it has no tokens")
+            raise UsageError("prompt: expected at least one token, found none")
         for token in tokens:
             is_id = isinstance(token, numbers.Integral) and not isinstance(token, bool)
             expect(is_id, "prompt", "token ids", token)
@@ -309,11 +328,12 @@ class Engine:
                     raise UsageError(f"{name}: token {token} is outside the vocabulary of {vocab}")
         held = self.shape.pages * self.shape.page_size - self.options.num_speculative_tokens
         limit = "max_model_len" if self.options.max_model_len else "the model's context"
-        for room, what in ((context, limit), (held, "the cache")):
+        for room, what in ((context, limit), (held, "the KV cache")):
             if prompt.size + (params.max_tokens or 1) > room:
                 name = "max_tokens" if prompt.size < room else "prompt"
                 raise UsageError(
-                    f"{name}: {prompt.size} prompt tokens and {params.max_tokens or 1} new ones exceed {what} of {room}"
+                    f"{name}: {prompt.size} prompt tokens and {params.max_tokens or 1} new tokens "
+                    f"exceed {what} of {room}"
                 )
         return params.max_tokens or min(context, held) - prompt.size
 
@@ -326,7 +346,7 @@ class Engine:
         return [self._constrain(params.structured_outputs, scope) for _ in range(params.n)]
 
     def cancel(self, request_id: str) -> bool:
-        """Drop a request, waiting or running, and all that it holds; False if there is none of that name."""
+        """Drop a waiting or running request and free its memory; returns False for an unknown id."""
         sequences = self._sequences.pop(request_id, [])
         for sequence in sequences:
             self._forget(sequence)
@@ -338,12 +358,12 @@ class Engine:
         self._prompt_logprobs.pop(sequence, None)
 
     def step(self) -> list[TokenEvent]:
-        """Start the next step, then read back the one before, so that the device does not wait for the host.
+        """Launch the next step, then read back the previous one, so that the device does not wait for the host.
 
-        Where tokens are constrained, what is started is the pass through the model: masks, and with them the choosing
-        of tokens, come after those of the step before. When this returns, all of the step has been started.
+        With constrained sequences, the forward pass is launched first; sampling follows once the previous step's
+        tokens, and thus the masks, are known. On return the whole step has been launched.
 
-        Returns the tokens that were read back, none while the first steps are under way.
+        Returns the tokens read back; none while the first step is in flight.
         """
         launched = self._launch()
         events = self._read()
@@ -369,7 +389,7 @@ class Engine:
             return None
         one = self._must_wait() or any(sequence.part >= 0 for sequence in self._constraints)
         rounds = 1 if one else self._scheduler.rounds(plans, self.pace.num_decode_steps)
-        self._late += self._in_flight is not None and self._in_flight.done
+        self._idle_launches += self._in_flight is not None and self._in_flight.done
         self._launches += 1
         launched = self._runner.launch(plans, self._constraints, rounds)
         self._steps += launched.kind.rounds
@@ -386,7 +406,7 @@ class Engine:
                 most = min(self.options.num_speculative_tokens, sequence.max_tokens - sequence.generated - 1)
                 exact = not needs_adjusting(sequence) and sequence not in self._constraints
                 able = sequence.prefilled and exact and most > 0
-                sequence.drafts = self._drafter.guess(sequence.known, most) if able else []
+                sequence.drafts = self._drafter.propose(sequence.known, most) if able else []
 
     def _read(self) -> list[TokenEvent]:
         launched, self._in_flight = self._in_flight, None
@@ -455,7 +475,7 @@ class Engine:
             del self._sequences[sequence.request_id]
 
     def stop(self, request_id: str, index: int) -> None:
-        """Drop one of a request's completions."""
+        """Drop one completion of a request."""
         for sequence in self._sequences.get(request_id, []):
             if sequence.index == index:
                 self._finish(sequence)
@@ -465,7 +485,7 @@ class Engine:
         self, sequence: Sequence, logprobs: Logprobs, part: int, row: int, start: int, stop: int
     ) -> None:
         kept = self._prompt_logprobs.setdefault(sequence, [None])
-        # A sequence that was pre-empted begins again.
+        # A preempted sequence computes its prompt again.
         del kept[start + 1 :]
         for position in range(start, min(stop, len(sequence.prompt) - 1)):
             token = int(sequence.prompt[position + 1])
@@ -473,36 +493,41 @@ class Engine:
             kept.append(_token_logprobs(token, logprobs, at, sequence.params.prompt_logprobs))
 
     def replay(self, steps: int) -> float:
-        """Seconds of a step when the last launch is repeated, with nothing else for the host to do.
+        """Seconds per step when the last launch is repeated for about `steps` steps, without other work on the host.
 
-        Of about so many steps, from the end of one launch to that of another, while the next one waits for the device.
-        What runs is spoilt by it: for measuring, before it is cancelled.
+        The time is measured between the ends of launches, with the next launch already queued. This corrupts running
+        requests, which must be cancelled afterwards; it is meant for benchmarks.
         """
         return self._runner.replay(steps)
 
     def program(self) -> tuple[str, int]:
-        """The compiled text of the last launch, and how many steps in a row it makes."""
+        """The compiled HLO text of the last launch, and the number of its decode steps."""
         return self._runner.program()
 
     def warm_up(self, progress: bool | None = None, rehearse: Callable[[], object] | None = None) -> int:
-        """Compile every kind of step that requests with plain settings can need; returns how many.
+        """Compile all step shapes that plain requests can need; returns their number.
 
-        Plain are those that ask for no log-probabilities, penalties, biases or form; steps with such compile when they
-        come. With `rehearse` only the kinds that it takes, those with log-probabilities of new tokens among them (for
-        those of prompts it may not ask): it adds requests and steps until they have ended. Meanwhile nothing is
-        computed, and all tokens are 0. Raises UsageError if requests run, or are left.
+        Plain requests ask for no log-probabilities, penalties, biases or constraints; step shapes with these compile
+        on first use. With `rehearse`, only the step shapes that it uses are compiled, including those with
+        log-probabilities of new tokens (it must not ask for prompt log-probabilities). `rehearse` adds requests and
+        calls `step` until they have finished; meanwhile nothing is computed, and all tokens are 0. `progress` shows
+        or hides the progress bar; None shows it. Raises UsageError if requests are unfinished before or after.
         """
         from tqdm import tqdm
 
         kinds = list(self._runner.kinds()) if rehearse is None else self._rehearsed(rehearse)
-        # Where it is not a terminal, a line now and then.
+        # Without a terminal, the bar is printed as a line every 10 seconds.
         often = 0.1 if sys.stderr.isatty() else 10
-        # Several processes compile in one order, since their compilers may wait for each other.
+        # Several processes must compile in the same order, since their compilers may wait for each other.
         workers = min(COMPILERS, os.cpu_count() or 1) if jax.process_count() == 1 else 1
         with (
             collected_once(),
             tqdm(
-                total=len(kinds), desc="Compiling", file=sys.stderr, mininterval=often, disable=progress is False
+                total=len(kinds),
+                desc="Compiling step shapes",
+                file=sys.stderr,
+                mininterval=often,
+                disable=progress is False,
             ) as bar,
             ThreadPoolExecutor(workers) as pool,
         ):
@@ -513,11 +538,11 @@ class Engine:
         return len(kinds)
 
     def _rehearsed(self, rehearse: Callable[[], object]) -> list[StepShape]:
-        expect(not self.unfinished, "rehearse", "no requests before it", self.unfinished)
+        expect(not self.unfinished, "rehearse", "no unfinished requests before it", self.unfinished)
         with self._runner.rehearsal() as kinds:
             rehearse()
-        expect(not self.unfinished, "rehearse", "no requests left by it", self.unfinished)
-        # Its prompts were not computed, so nothing of them may be taken up.
+        expect(not self.unfinished, "rehearse", "no unfinished requests after it", self.unfinished)
+        # The rehearsal's prompts were not computed, so they must not be in the prefix cache.
         self._scheduler = Scheduler(self._limits, self._runner.parts)
         return [kind for kind in kinds if not kind.adjusted]
 

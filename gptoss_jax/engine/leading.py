@@ -1,7 +1,7 @@
-"""One engine over several processes: process 0 decides, the others repeat what its engine was told.
+"""One engine over several processes: process 0 leads, and the others repeat the calls of its engine.
 
-An engine that is told the same in the same order computes the same, so nothing but these calls has to travel; what
-chance or the clock decides (a seed, a cancellation) is decided in process 0 before.
+Engines that receive the same calls in the same order compute the same, so only the calls are broadcast. Process 0
+makes all decisions that depend on chance or time, such as seeds and cancellations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sharding.processes import Cluster
 
 
 class LeadingEngine:
-    """Process 0's engine, with the other processes' in step; used like the engine itself."""
+    """Process 0's engine, which broadcasts its calls to the other processes; used like an Engine."""
 
     def __init__(self, engine: Engine, cluster: Cluster) -> None:
         self._engine, self._cluster = engine, cluster
@@ -42,7 +42,7 @@ class LeadingEngine:
         prompt = list(prompt_token_ids)
         self._engine.add(request_id, prompt, params, scope)
         fields = dataclasses.asdict(params)
-        # Keys of JSON are strings.
+        # JSON keys are strings, so the mapping is sent as pairs.
         fields["logit_bias"] = list((params.logit_bias or {}).items())
         tokens = [int(token) for token in prompt]
         self._tell("add", request_id=request_id, prompt=tokens, params=fields, scope=scope)
@@ -69,7 +69,7 @@ class LeadingEngine:
 
     def step(self) -> list[TokenEvent]:
         """See Engine.step."""
-        # Had the others begun a step that this process leaves out, the next ones would not belong together.
+        # An interrupt between the broadcast and the step would leave the other processes one step ahead.
         with _whole():
             self._tell("step")
             return self._engine.step()
@@ -80,7 +80,7 @@ class LeadingEngine:
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Ctrl-C comes after the block."""
+    """Delay Ctrl-C until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,7 +100,7 @@ def _whole() -> Iterator[None]:
 
 
 def follow(engine: Engine, cluster: Cluster) -> None:
-    """Repeat what process 0's engine is told, until it ends."""
+    """Repeat the calls of process 0's engine until it ends."""
     while (message := cluster.broadcast()) is not None:
         call = message.pop("call")
         if call == "step":

@@ -1,4 +1,4 @@
-"""How large a cache may be, worked out before the first allocation."""
+"""Computes the size of the KV cache, before anything of it is allocated."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from gptoss_jax.model.kv_cache import CacheShape, page_bytes, ring_bytes
 from sharding import Partition, least
 
 SHARE_OF_FREE = 0.85
-"""Of an accelerator's free memory, the rest being for a step's temporaries.
+"""The default fraction of an accelerator's free memory for the cache.
 
-And for the counts of tokens that there are once a request has penalties: 5 bytes a token of the vocabulary and slot.
+The rest is for a step's temporaries and, once a request has penalties, for token counts: 5 bytes per slot and token of
+the vocabulary.
 """
 
 CPU_BYTES = 1 << 30
-"""Most that a cache takes of a CPU's memory unless told otherwise."""
+"""The maximum default size of the cache on CPUs."""
 
 KV_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float8": jnp.float8_e4m3fn}
 
@@ -32,10 +33,10 @@ def kv_dtype(name: str) -> DTypeLike:
 
 
 def cache_budget(device: jax.Device, memory: int | None, utilization: float | None) -> int:
-    """Bytes that a cache may take of a device: as many as `memory`, or what weights leave of a share of its memory.
+    """The size of the cache on each device in bytes: `memory`, or what the weights leave of the `utilization`.
 
-    With neither it is a share of the free memory, or a bounded part of a CPU's. Of several processes, which must build
-    the same cache, the one with the least decides. Raises UsageError for a utilization that cannot be kept to.
+    With neither it is a fraction of the free memory, with an upper bound on CPUs. Several processes use the minimum of
+    their sizes. Raises UsageError if the device does not report its memory, or if the weights exceed the utilization.
     """
     if memory is not None:
         return memory
@@ -45,10 +46,10 @@ def cache_budget(device: jax.Device, memory: int | None, utilization: float | No
     if utilization is not None and stats is None:
         raise UsageError(
             f"gpu_memory_utilization: expected a device that reports its memory, found {device.device_kind}: "
-            f"kv_cache_memory sets the cache's size"
+            f"set kv_cache_memory instead"
         )
     budget = least(_free_bytes(stats, utilization) >> 20) << 20
-    expect(budget > 0, "gpu_memory_utilization", "a share larger than what the weights take", utilization)
+    expect(budget > 0, "gpu_memory_utilization", "a fraction larger than the weights take", utilization)
     return budget
 
 
@@ -74,9 +75,9 @@ def cache_shape(
     enable_prefix_caching: bool = True,
     ring_slack: int = 0,
 ) -> CacheShape:
-    """The cache of each part of the batch whose share on one device takes at most `budget` bytes.
+    """The largest cache of each data-parallel rank that takes at most `budget` bytes on each device.
 
-    Raises UsageError, with the numbers, if not even one page would be left.
+    Raises UsageError, with the numbers, if the budget leaves fewer than two pages.
     """
     heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
     page = page_bytes(config, page_size, dtype, heads)
@@ -85,12 +86,13 @@ def cache_shape(
     if enable_prefix_caching:
         snapshots = max(2, min(8 * slots, budget // 8 // ring if ring else 64))
     left = budget - (slots + snapshots) * ring
-    # Twice what all slots could use, so that prefixes have room beside running sequences.
+    # Twice what all slots can use, which leaves pages for cached prefixes besides running sequences.
     most = 2 * slots * (-(-max_model_len // page_size) + 1)
     pages = min(most, left // page if page else most)
     if pages < 2:
         raise UsageError(
-            f"kv_cache_memory: {budget} bytes do not hold rings of {ring} bytes for {slots} sequences and {snapshots} "
-            f"prefixes and 2 pages of {page} bytes: expected at least {(slots + snapshots) * ring + 2 * page}"
+            f"kv_cache_memory: {budget} bytes do not hold {slots + snapshots} rings of {ring} bytes, for {slots} "
+            f"sequences and {snapshots} cached prefixes, and 2 pages of {page} bytes: "
+            f"expected at least {(slots + snapshots) * ring + 2 * page}"
         )
     return CacheShape(pages, page_size, slots, snapshots, ring_slack)

@@ -94,7 +94,7 @@ def block_keys(tokens: np.ndarray, block: int) -> list[bytes]:
 class Prefixes:
     """What one part of the batch remembers of prompts: pages by block key, and rings by the key of the last block.
 
-    A prefix can be taken up where both are known: all its pages, and the sliding layers' ring at its end.
+    A prefix can be reused if all its pages and the sliding layers' ring at its end are cached.
     """
 
     def __init__(self, pages: int, snapshots: int, first_snapshot: int) -> None:
@@ -107,7 +107,7 @@ class Prefixes:
         return next((i for i, key in enumerate(keys) if self.pages.find(key) is None), len(keys))
 
     def longest(self, keys: Sequence[bytes]) -> tuple[int, int | None]:
-        """The most leading blocks that can be taken up, and the row of their ring, which stays known for longer."""
+        """The longest reusable prefix in pages, and the row of its ring, which becomes the most recently used."""
         for blocks in range(self.known_blocks(keys), 0, -1):
             ring = self.rings.find(keys[blocks - 1])
             if ring is not None:

@@ -1,4 +1,4 @@
-"""Puts the scheduler's plans on the device: fills in a step's inputs, compiles its kind, starts it, reads it back."""
+"""Runs the scheduler's plans on the device: fills in a step's inputs, compiles its step shape, and launches it."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class Runner:
         self._state = self._copy_rings(self._state, np.minimum(pairs[0], self._shape.rings - 1), pairs[1])
 
     def compile_restores(self) -> None:
-        """Compile what goes before steps in which prompts take up a prefix, for as many prompts as there can be."""
+        """Compile the copies of cached rings that precede steps with prefix-cache hits, for all bucket sizes."""
         for count in buckets(2, 1, _doubled(self._shape.slots)):
             self._copy(self._no_rings(count))
 
@@ -243,7 +243,7 @@ class Runner:
             adjusted=masked or any(needs_adjusting(s) for s in everyone),
             penalised=any(s.params.penalised for s in everyone),
             masked=masked,
-            sampling=_means([s.params for s in everyone]),
+            sampling=_sampling_mode([s.params for s in everyone]),
         )
 
     def _inputs(self, kind: StepShape, plans: list[Plan]) -> StepInputs:
@@ -347,10 +347,10 @@ class Runner:
     def _program(self, run: Callable[..., Any], of: Structure | Partition, kind: StepShape) -> Callable[..., Any]:
         """What runs a kind of step or of its parts; it takes over the state, its second argument."""
         if (run, kind) not in self._programs:
-            cuts = dataclasses.replace(kind, sampling="cut")
+            cuts = dataclasses.replace(kind, sampling="truncated")
             graphed = self._graphs_collectives(kind)
             # Nearly as fast: any choosing is, beside chunks or in a step that is rare.
-            does = kind.sampling == "draw" or kind.prefills or kind.rounds < self._rounds
+            does = kind.sampling == "random" or kind.prefills or kind.rounds < self._rounds
             if does and not graphed and (run, cuts) in self._programs:
                 return self._programs[run, cuts]
             options = compiler_options(self._partition.mesh, collectives=graphed)
@@ -359,7 +359,7 @@ class Runner:
 
     def _graphs_collectives(self, kind: StepShape) -> bool:
         """Whether its collectives are in device graphs: where many steps are alike, and no loop ends by logits."""
-        usual = not kind.prefills and kind.rounds == self._rounds and kind.sampling != "cut"
+        usual = not kind.prefills and kind.rounds == self._rounds and kind.sampling != "truncated"
         return usual and graphs_collectives(self._partition.mesh)
 
     def kinds(self) -> Iterator[StepShape]:
@@ -369,16 +369,20 @@ class Runner:
         chunks = [(n, size) for size in limits.chunk_sizes for n in limits.counts(size)]
         # Few sequences that decode, or none, cost little beside several chunks.
         mixed = [(count, *own) for own in chunks for count in ([0, *beside] if own[0] == 1 else beside)]
-        ways: set[tuple[int, SamplingMode]] = {(self._rounds, "greedy"), (self._rounds, "cut"), (1, "cut")}
+        ways: set[tuple[int, SamplingMode]] = {
+            (self._rounds, "greedy"),
+            (self._rounds, "truncated"),
+            (1, "truncated"),
+        }
         if graphs_collectives(self._partition.mesh):
-            ways.add((self._rounds, "draw"))
+            ways.add((self._rounds, "random"))
         for pages, drafts in itertools.product(self._page_counts, sorted({0, self._drafts})):
             for count, (rounds, sampling) in itertools.product(limits.decodes(beside_chunks=False), sorted(ways)):
                 yield StepShape(count, 0, 1, pages, drafts, rounds, sampling=sampling)
             for own in mixed:
                 # Only sequences that decode have guesses.
                 if own[0] or not drafts:
-                    yield StepShape(*own, pages, drafts, sampling="cut")
+                    yield StepShape(*own, pages, drafts, sampling="truncated")
 
     def compile(self, kind: StepShape) -> None:
         """Compile a kind of step that is not adjusted, without running it."""
@@ -426,7 +430,7 @@ class Runner:
 
 
 def _send(step: Launched, options: dict[str, str | bool] | None) -> None:
-    """Have a step's outputs come to the host when they are there; XLA is told `options`."""
+    """Start copying a step's outputs to the host as they become ready; `options` are XLA options."""
     step.outputs = replicate(step.outputs, options)
     for output in jax.tree.leaves(step.outputs):
         output.copy_to_host_async()
@@ -468,11 +472,11 @@ def needs_adjusting(sequence: Sequence) -> bool:
     return params.penalised or bool(params.logit_bias) or sequence.generated < params.min_tokens
 
 
-def _means(batch: list[SamplingParams]) -> SamplingMode:
-    """The least that these need."""
+def _sampling_mode(batch: list[SamplingParams]) -> SamplingMode:
+    """The cheapest sampling mode that covers these requests."""
     if any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in batch):
-        return "cut"
-    return "draw" if any(p.temperature > 0 for p in batch) else "greedy"
+        return "truncated"
+    return "random" if any(p.temperature > 0 for p in batch) else "greedy"
 
 
 @dataclasses.dataclass

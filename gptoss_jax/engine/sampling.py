@@ -36,14 +36,14 @@ QUARTERS, FINER = 4, 8
 LEAST_ROWS = 4
 """That another round looks at together, if so many are left."""
 
-SamplingMode = Literal["greedy", "draw", "cut"]
-"""What a batch needs: the likeliest tokens alone, draws as well, or draws from what top-k or top-p keep as well."""
+SamplingMode = Literal["greedy", "random", "truncated"]
+"""The sampling mode of a batch: only greedy rows, random rows too, or random rows with top-k or top-p too."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingState:
-    """The settings of each row as arrays [..., R]; `keys` uint32 [..., R, 2] come from the seeds."""
+    """The sampling settings of R rows, as arrays [..., R]; `keys` uint32 [..., R, 2] are derived from the seeds."""
 
     temperature: jax.Array
     top_p: jax.Array
@@ -53,24 +53,24 @@ class SamplingState:
 
 
 def sample(
-    logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, means: SamplingMode = "cut"
+    logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, mode: SamplingMode = "truncated"
 ) -> jax.Array:
-    """Choose a token int32 [..., R] a row from logits float32 [..., R, V].
+    """Sample a token int32 [..., R] for each row from logits float32 [..., R, V].
 
-    The same seed, position and logits give the same token in any batch, and by any means that do for the row.
+    The same seed, position and logits give the same token in any batch, and in any sampling mode that covers the row.
     """
     logits_RPC = _in_parts(logits_RV)
     # Apart from what is made of it, which the compiler would else find in passes over all logits of its own.
     peaks_RPQ = lax.optimization_barrier(_peaks(logits_RPC))
     part_R1 = jnp.argmax(jnp.max(peaks_RPQ, axis=-1), axis=-1, keepdims=True)
     greedy_R = _token(part_R1, jnp.argmax(_take_parts(logits_RPC, part_R1), axis=-1), logits_RPC)[..., 0]
-    if means == "greedy":
+    if mode == "greedy":
         return greedy_R
     # As many as there are is all, which needs no look for the last of them.
     top_k_R = jnp.where(state.top_k < logits_RV.shape[-1], state.top_k, 0)
     state = dataclasses.replace(state, top_k=top_k_R)
     drawing = _Drawing(logits_RPC, peaks_RPQ.reshape(*peaks_RPQ.shape[:-2], -1), state, positions_R)
-    drawn_R = drawing.plainly() if means == "draw" else drawing.within_cuts()
+    drawn_R = drawing.plainly() if mode == "random" else drawing.within_cuts()
     return jnp.where(state.temperature > 0, drawn_R, greedy_R)
 
 

@@ -29,7 +29,7 @@ class Limits:
       snapshots: rings kept for prefixes.
       max_num_batched_tokens: prompt tokens in a step.
       chunk: prompt tokens of one sequence in a step.
-      enable_prefix_caching: whether prompts take up what earlier ones left.
+      enable_prefix_caching: whether prompts reuse the cached prefixes of earlier ones.
     """
 
     slots: int
@@ -143,7 +143,7 @@ class Plan:
 
 
 class NeedsDrain(Exception):
-    """Pages have run out: what is in flight must be read back before a sequence can be pre-empted."""
+    """No page is free: the steps in flight must be read back before a sequence can be preempted."""
 
 
 class Part:
@@ -199,7 +199,7 @@ class Part:
         plan.restores.append((ring, sequence.slot))
         sequence.computed = blocks * size
         if sequence.epoch == 0:
-            # What it takes up after pre-emption is its own.
+            # Prefix hits after a preemption are on its own pages and do not count.
             sequence.prefix_hits = sequence.computed
 
     def grow(self, sequence: Sequence, length: int) -> bool:

@@ -93,7 +93,7 @@ class StepInputs:
     Args:
       decode: the decoding sequences' segments [B, S, ...].
       decode_positions: int32 [B, S], of their last tokens.
-      drafts: int32 [B, S, drafts], -1 where there is no guess.
+      drafts: int32 [B, S, drafts], -1 for none.
       prefill: the prefilling sequences' segments [B, N, ...].
       prefill_tokens, prefill_positions: int32 [B, N, chunk].
       next_tokens: int32 [B, N, chunk], what follows each prompt token, for its log-probability; -1 for none.
@@ -340,7 +340,7 @@ def _outputs(kind: StepShape, rows: Rows, sampled_BR: jax.Array) -> StepOutputs:
         return x[:, :decodes].reshape(parts, kind.decodes, 1 + kind.drafts, *x.shape[2:])
 
     decoded_BSd, first_BN = decode_part(sampled_BR), sampled_BR[:, decodes:]
-    # A guess stands while all before it stand and it is what was sampled after them: exact for any sampling.
+    # A draft is accepted if all before it are and it equals the sampled token: exact in every sampling mode.
     stands_BSd = decoded_BSd[..., :-1] == rows.drafts
     accepted_BS = jnp.sum(jnp.cumprod(stands_BSd.astype(jnp.int32), axis=-1), axis=-1)
     if not kind.logprobs:

@@ -1,1 +1,1 @@
-"""What is computed: the config, the weights, the forward pass and its key/value cache."""
+"""The gpt-oss model: config, weights, forward pass and key/value cache."""

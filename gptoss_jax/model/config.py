@@ -24,26 +24,27 @@ _YARN: Mapping[str, Any] = {
     "original_max_position_embeddings": 4096,
     "truncate": False,
 }
-"""What transformers' GptOssConfig assumes where config.json has no rotary settings."""
+"""The defaults of transformers' GptOssConfig for a config.json without rotary settings."""
 
 _ROPE_SETTINGS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
     "yarn": frozenset(_YARN.keys() | {"attention_factor", "mscale", "mscale_all_dim"}),
 }
-"""The settings that decide something, by rope_type; rope_theta is every type's."""
+"""The supported settings of each rope_type, besides rope_theta, which every type has."""
 
 _OTHER_ROPE_SETTINGS = frozenset(
     {"low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "mrope_section"}
 )
-"""Those of types that gpt-oss has not been trained with."""
+"""Settings of rope types that gpt-oss does not use."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding; `rope_type` is "yarn" or "default" (then only `theta` matters).
+    """Rotary embedding settings; `rope_type` "default" uses only `theta`.
 
-    `original_max_position_embeddings` is the trained context that YaRN (arXiv:2309.00071) stretches by
-    `factor`; `truncate` floors and ceils the correction range.
+    `original_max_position_embeddings` is the trained context length, which YaRN (arXiv:2309.00071) extends by
+    `factor`. `truncate` rounds the bounds of the correction range outwards. `attention_factor` scales cos and sin;
+    None derives it from `factor`.
     """
 
     theta: float = 150000.0
@@ -58,9 +59,9 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Every size of a gpt-oss model under its Hugging Face name; the defaults are gpt-oss-20b.
+    """The dimensions of a gpt-oss model, under their Hugging Face names; the defaults are gpt-oss-20b.
 
-    `quantization` says how the experts are stored: "mxfp4" packed, or None for plain floats.
+    `quantization` is the experts' storage format: "mxfp4", or None for plain floats.
     """
 
     vocab_size: int = 201088
@@ -82,12 +83,12 @@ class ModelConfig:
     quantization: Literal["mxfp4"] | None = "mxfp4"
 
     def window(self, layer: int) -> int | None:
-        """How many keys a query of `layer` sees, itself included; None when it sees all before it."""
+        """The attention window of `layer` in tokens, the query's own included; None for full attention."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
-        """Read config.json, or a directory that holds one. Raises CheckpointError."""
+        """Read a config.json, or the one in a directory. Raises CheckpointError."""
         path = Path(path)
         try:
             if path.is_dir():
@@ -100,10 +101,9 @@ class ModelConfig:
         return cls.from_dict(fields, source=str(path))
 
     def with_generation_file(self, directory: Path) -> ModelConfig:
-        """This config with the end tokens of a checkpoint's generation_config.json, if it has one that names any.
+        """This config with the `eos_token_id` of the directory's generation_config.json, if that file sets it.
 
-        As in transformers they replace those of config.json. Raises CheckpointError, also for ids beyond the
-        vocabulary.
+        It replaces config.json's, as in transformers. Raises CheckpointError, also for ids outside the vocabulary.
         """
         path = directory / GENERATION_FILE
         fields = _read_json(path)
@@ -116,7 +116,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> ModelConfig:
-        """Build from config.json's fields, Hugging Face's or OpenAI's. Raises CheckpointError naming `source`."""
+        """Build from the fields of a config.json in Hugging Face's or OpenAI's format.
+
+        Raises CheckpointError, whose message begins with `source`.
+        """
         if not isinstance(fields, Mapping):
             raise CheckpointError(f"{source}: expected a JSON object, found {type(fields).__name__}")
         if "num_experts" in fields and "model_type" not in fields:
@@ -124,7 +127,7 @@ class ModelConfig:
         return _Reader(fields, source).config()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of a Hugging Face config.json that reads back as this config."""
+        """The fields of a Hugging Face config.json from which `from_dict` rebuilds this config."""
         rope = dataclasses.asdict(self.rope)
         theta = rope.pop("theta")
         if rope["attention_factor"] is None:
@@ -139,7 +142,7 @@ class ModelConfig:
             "layer_types": list(self.layer_types),
             "eos_token_id": list(self.eos_token_id),
             "rope_theta": theta,
-            # Left out or null it would be read as YaRN.
+            # transformers reads an absent or null value as YaRN.
             "rope_scaling": rope if self.rope.rope_type == "yarn" else {"rope_type": "default"},
             "hidden_act": "silu",
             "attention_bias": True,
@@ -149,7 +152,7 @@ class ModelConfig:
 
 
 def _read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is no such file. Raises CheckpointError."""
+    """The contents of a JSON file, or None if the file does not exist. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -164,9 +167,10 @@ def _read_json(path: Path) -> Any:
 
 
 def _from_openai_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's original config.json in Hugging Face's names.
+    """OpenAI's original config.json translated to Hugging Face's names.
 
-    It has no `layer_types`: even layers slide, as in openai/gpt-oss `gpt_oss/torch/model.py`.
+    The original has no `layer_types`: even layers use sliding attention, as in openai/gpt-oss
+    `gpt_oss/torch/model.py`.
     """
     names = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
     translated = {name: value for name, value in fields.items() if name not in names.values()}
@@ -197,15 +201,15 @@ _FIXED: Mapping[str, Any] = {
     "attention_bias": True,
     "tie_word_embeddings": False,
 }
-"""Fields of which this model has one value, which an absent one has in transformers, too."""
+"""Fields with a single supported value, which is also transformers' default."""
 
 
 _LEAST_NUMBER, _MOST_NUMBER = 2.0**-126, 2.0**127
-"""The range of float32, in which the model computes."""
+"""The range of normal float32 numbers: the model uses its settings as float32."""
 
 
 class _Absent:
-    """Stands for a field that is not there, in messages too."""
+    """A placeholder for an absent field; error messages show it as "nothing"."""
 
     def __repr__(self) -> str:
         return "nothing"
@@ -215,9 +219,9 @@ _ABSENT = _Absent()
 
 
 class _Reader:
-    """Reads the fields as transformers' GptOssConfig does, and refuses by name what this model cannot do.
+    """Reads fields as transformers' GptOssConfig does, and rejects unsupported values by name.
 
-    Sizes must be given; GptOssConfig would take those of gpt-oss-120b for them.
+    Dimensions are required: GptOssConfig would default to those of gpt-oss-120b.
     """
 
     def __init__(self, fields: Mapping[str, Any], source: str) -> None:
@@ -238,7 +242,7 @@ class _Reader:
     def number(
         self, name: str, default: float | None = None, fields: Mapping[str, Any] | None = None, least: float = 0.0
     ) -> float:
-        """A positive number that float32 can hold, `least` or more."""
+        """A positive number within float32's range, at least `least`."""
         value = (self.fields if fields is None else fields).get(name, _ABSENT if default is None else default)
         fine = isinstance(value, int | float) and not isinstance(value, bool)
         if not fine or not max(least, _LEAST_NUMBER) <= value <= _MOST_NUMBER:
@@ -246,17 +250,17 @@ class _Reader:
         return float(value)
 
     def fixed(self, name: str, value: Any) -> None:
-        """Refuse a field with another value than the one that this model has."""
+        """Reject a field whose value is not the supported one."""
         found = self.fields.get(name, value)
         same_type = isinstance(found, bool) == isinstance(value, bool)
         if not same_type or found != value:
             raise self.fail(name, json.dumps(value), found)
 
     def same(self, name: str, value: int, of: str, fields: Mapping[str, Any] | None = None) -> None:
-        """Refuse a second name of a setting that says something else than the first."""
+        """Reject a duplicate setting whose value differs from `value`; `of` says where that comes from."""
         found = (self.fields if fields is None else fields).get(name)
         if found is not None and (found != value or isinstance(found, bool)):
-            raise self.fail(name, f"{value} as {of} is", found)
+            raise self.fail(name, f"{value} ({of})", found)
 
     def config(self) -> ModelConfig:
         for name, value in _FIXED.items():
@@ -308,11 +312,11 @@ class _Reader:
         if config.quantization:
             for name in ("hidden_size", "intermediate_size"):
                 if getattr(config, name) % 32:
-                    raise self.fail(name, "a multiple of MXFP4's group of 32", getattr(config, name))
+                    raise self.fail(name, "a multiple of 32, the MXFP4 group size", getattr(config, name))
 
     def layer_types(self) -> tuple[str, ...]:
         layers = self.integer("num_hidden_layers", most=10_000)
-        # transformers' GptOssConfig lets even layers slide where the field is absent.
+        # As in transformers' GptOssConfig, even layers use sliding attention by default.
         types = self.fields.get("layer_types")
         if types is None:
             types = [LAYER_TYPES[i % 2] for i in range(layers)]
@@ -323,13 +327,13 @@ class _Reader:
         return tuple(types)
 
     def sliding_window(self, layer_types: Sequence[str]) -> int:
-        """The window; null is one that no layer has."""
+        """The window in tokens; null is accepted if no layer uses sliding attention."""
         if "sliding_attention" not in layer_types and self.fields.get("sliding_window", _ABSENT) is None:
             return ModelConfig.sliding_window
         return self.integer("sliding_window", 128)
 
     def rope(self, head_dim: int, longest: int) -> RopeConfig:
-        """The rotary settings, checked; `longest` are the positions that the model is made for."""
+        """The validated rotary settings; `longest` is `max_position_embeddings`."""
         name, settings = self.rope_settings()
         theta = self.number("rope_theta", self.number("rope_theta", 150000.0), settings)
         kind = settings.get("rope_type", settings.get("type", "default"))
@@ -338,36 +342,39 @@ class _Reader:
         unused = (_OTHER_ROPE_SETTINGS | _ROPE_SETTINGS["yarn"]) - _ROPE_SETTINGS[kind] - {"rope_type"}
         for key in sorted(unused & settings.keys()):
             if settings[key] is not None:
-                raise self.fail(f"{name}.{key}", f"nothing where rope_type is {kind!r}", settings[key])
+                raise self.fail(f"{name}.{key}", f"no value for rope_type {kind!r}", settings[key])
         for fields in (self.fields, settings):
-            self.same("partial_rotary_factor", 1, "the rotated part of a head", fields)
+            self.same("partial_rotary_factor", 1, "heads are rotated whole", fields)
         if kind == "default":
             return RopeConfig(theta=theta, rope_type="default", factor=1.0)
         return self.yarn(settings, theta, head_dim, longest)
 
     def rope_settings(self) -> tuple[str, Mapping[str, Any]]:
-        """The field that holds the settings, and these: `rope_scaling` precedes, as in transformers 5.24."""
+        """The name and value of the field with the rotary settings.
+
+        `rope_scaling` takes precedence over `rope_parameters`, as in transformers 5.24.
+        """
         for name in ("rope_scaling", "rope_parameters"):
             settings = self.fields.get(name)
             if settings is not None and not isinstance(settings, Mapping):
                 raise self.fail(name, "an object", settings)
-            # An empty `rope_parameters` is plain rotation there, an empty `rope_scaling` as good as none.
+            # In transformers an empty `rope_parameters` means plain rotation, an empty `rope_scaling` is ignored.
             if settings or (settings is not None and name == "rope_parameters"):
                 for key, value in settings.items():
                     if key in LAYER_TYPES or isinstance(value, Mapping):
-                        raise self.fail(f"{name}.{key}", "one setting for all layers", value)
+                        raise self.fail(f"{name}.{key}", "the same settings for all layers", value)
                 return name, settings
         return "rope_parameters", _YARN
 
     def yarn(self, settings: Mapping[str, Any], theta: float, head_dim: int, longest: int) -> RopeConfig:
         original = self.integer("original_max_position_embeddings", longest, fields=settings)
-        self.same("original_max_position_embeddings", original, "the one of the rotary settings")
+        self.same("original_max_position_embeddings", original, "the rotary settings' value")
         truncate = settings.get("truncate", True)
         if not isinstance(truncate, bool):
             raise self.fail("truncate", "true or false", truncate)
         given = {key: value for key, value in settings.items() if value is not None}
         absent = settings.keys() - given.keys()
-        # A factor of null is that of the positions, a factor that is not there an error in transformers, too.
+        # As in transformers, a null factor is derived from the context lengths, and an absent one is an error.
         factor = {"factor": longest / original} if "factor" in absent else given
         rope = RopeConfig(
             theta=theta,
@@ -381,7 +388,7 @@ class _Reader:
         return dataclasses.replace(rope, attention_factor=self.attention_factor(given, rope.factor))
 
     def attention_factor(self, given: Mapping[str, Any], factor: float) -> float | None:
-        """The factor on cos and sin; None for the one that follows from YaRN's `factor`."""
+        """The factor on cos and sin; None for YaRN's default, which depends on `factor`."""
         scale = {name: self.number(name, fields=given) for name in ("mscale", "mscale_all_dim") if name in given}
         if "attention_factor" in given:
             return self.number("attention_factor", fields=given)
@@ -391,7 +398,7 @@ class _Reader:
         return (growth * scale["mscale"] + 1) / (growth * scale["mscale_all_dim"] + 1)
 
     def check_ramp(self, rope: RopeConfig, head_dim: int) -> None:
-        """Refuse settings that leave no dimension between those that are slowed and those that are not."""
+        """Reject settings whose ramp between unscaled and scaled dimensions lies outside the head."""
         if rope.beta_fast < rope.beta_slow:
             raise self.fail("beta_fast", f"beta_slow {rope.beta_slow:g} or more", rope.beta_fast)
         if rope.theta <= 1:
@@ -407,12 +414,12 @@ class _Reader:
         if high < 0 or low > head_dim - 1:
             raise self.fail(
                 "original_max_position_embeddings",
-                "a context in which some dimension turns beta_slow to beta_fast times",
+                "a context length in which some dimension turns between beta_slow and beta_fast times",
                 rope.original_max_position_embeddings,
             )
 
     def eos(self, below: int | None = None) -> tuple[int, ...]:
-        """The ids that end a text, which may have to be below a vocabulary's size."""
+        """The end-of-sequence token ids. Raises CheckpointError for ids not below `below`, if given."""
         value = self.fields.get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31 for i in ids):

@@ -30,14 +30,15 @@ RESIDUAL = ("batch", None, "hidden")
 """Logical axes of the residual stream [B, T, D]."""
 
 TOKENS = ("batch", None, None)
-"""Those of the same stream as an op's argument, which needs each token whole."""
+"""Logical axes of the residual stream as an op's argument, which needs the whole hidden dimension."""
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]:
-    """Inverse frequencies float32 [head_dim / 2], and the factor on cos and sin.
+    """Frequencies float32 [head_dim / 2] in radians per position, and the factor on cos and sin.
 
-    YaRN (arXiv:2309.00071, sections 3.2-3.4): dimensions that turn more than `beta_fast` times within the
-    original context keep their frequency, those under `beta_slow` are slowed by `factor`, between is a ramp.
+    YaRN (arXiv:2309.00071, sections 3.2-3.4): dimensions that turn more than `beta_fast` times within the original
+    context keep their frequency, those that turn fewer than `beta_slow` times have it divided by `factor`, and
+    dimensions in between are interpolated linearly.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequency = 1.0 / rope.theta**exponent
@@ -61,7 +62,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]
 
 
 def norm_weight(config: ModelConfig, name: str, create: Creator) -> nnx.Param:
-    """The weight [D] of an RMSNorm, which the op that follows the norm applies."""
+    """The weight [D] of an RMSNorm; the norm itself is fused into the op that follows it."""
     return nnx.Param(create(WeightSpec(f"{name}.weight", (config.hidden_size,), ("hidden",), init="ones")))
 
 
@@ -84,7 +85,7 @@ def project_heads(
     eps: float,
     head_dim: int,
 ) -> tuple[jax.Array, ...]:
-    """The heads float32 [B, T, O / C, C] that each weight makes of the normed tokens."""
+    """RMSNorm, then one linear layer per weight: heads float32 [B, T, O / C, C] for each weight [O, D]."""
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     outs_NO = linear(x_ND, weights_OD, biases_O, norm_I=norm_D, eps=eps)
     return tuple(y_NO.reshape(*x_BTD.shape[:2], -1, head_dim) for y_NO in outs_NO)
@@ -98,7 +99,7 @@ def project_back(
     *,
     out_dtype: DTypeLike,
 ) -> jax.Array:
-    """What attention's heads add to the residual stream, added to it if it is given."""
+    """Attention's output projection [B, T, H, C] -> [B, T, D], with the residual added if given."""
     heads_NI = heads_BTHC.reshape(-1, weight_DI.shape[1])
     residual_ND = None if residual_BTD is None else residual_BTD.reshape(-1, len(weight_DI))
     (y_ND,) = linear(heads_NI, (weight_DI,), (bias_D,), residual_TO=residual_ND, out_dtype=out_dtype)
@@ -106,7 +107,7 @@ def project_back(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and a sink in every head, on the normed residual stream."""
+    """Grouped-query attention with rotary embedding and one attention sink per head, preceded by RMSNorm."""
 
     def __init__(self, config: ModelConfig, layer: int, create: Creator) -> None:
         self.config, self.layer = config, layer
@@ -122,7 +123,7 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(create(sinks))
 
     def __call__[KV: KeyValues](self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
-        """[B, T, D] -> [B, T, D] with this layer's attention added, and the keys and values with its own added."""
+        """[B, T, D] -> [B, T, D] with the attention output added, and `kv` with this call's keys and values."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_BTHC, k_BTKC, v_BTKC = on_shards(
             partial(project_heads, eps=self.config.rms_norm_eps, head_dim=self.config.head_dim),
@@ -158,10 +159,7 @@ class Attention(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """A router that picks k experts a token, and the experts: clamped SwiGLU MLPs in packed MXFP4.
-
-    Both work on the normed residual stream.
-    """
+    """Mixture of experts, preceded by RMSNorm: a top-k router and clamped SwiGLU experts in packed MXFP4."""
 
     def __init__(self, config: ModelConfig, layer: int, create: Creator) -> None:
         self.config = config
@@ -190,7 +188,7 @@ class MoE(nnx.Module):
         self.down_proj_bias = parameter("down_proj_bias", (experts, hidden), ("experts", "hidden"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D] with what the experts say added."""
+        """[B, T, D] -> [B, T, D] with the experts' weighted output added."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         rows = ("batch", None)
         normed_ND, ids_Nk, weights_Nk = on_shards(
@@ -219,24 +217,24 @@ class MoE(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and experts, each added to the residual stream."""
+    """A transformer layer: attention, then the experts, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, create: Creator) -> None:
         self.self_attn = Attention(config, layer, create)
         self.mlp = MoE(config, layer, create)
 
     def __call__[KV: KeyValues](self, x_BTD: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
-        """[B, T, D] -> [B, T, D], and the keys and values with this layer's added."""
+        """[B, T, D] -> [B, T, D], and `kv` with this layer's keys and values."""
         x_BTD, kv = self.self_attn(x_BTD, positions_BT, kv)
         x_BTD = constrain(x_BTD, RESIDUAL)
         return constrain(self.mlp(x_BTD), RESIDUAL), kv
 
 
 class GptOss(nnx.Module):
-    """The whole model.
+    """The gpt-oss language model.
 
-    `create` makes each weight from its definition: see `gptoss_jax.model.weights`. `partition` is the mesh that the
-    weights lie on; None is one device.
+    `create` makes each weight from its `WeightSpec` (see `gptoss_jax.model.weights`). `partition` holds the mesh and
+    the sharding rules; None runs on one device.
     """
 
     def __init__(self, config: ModelConfig, create: Creator, partition: Partition | None = None) -> None:
@@ -249,16 +247,16 @@ class GptOss(nnx.Module):
         self.lm_head = nnx.Param(create(WeightSpec("lm_head.weight", table, ("vocab", "hidden"))))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Tokens int32 [B, T] -> logits float32 [B, T, V], positions from 0.
+        """Tokens int32 [B, T] -> logits float32 [B, T, V]; positions start at 0.
 
-        Each shape compiles once, for all models of the same config and mesh; inside a caller's own transformation the
-        model is part of what that compiles. The call is pure: state that a module changes on the way is not kept.
+        Each shape compiles once for all models of the same config and mesh. Inside a caller's transformation, the call
+        is traced as part of it. The call is pure: changes to a module's state during the call are discarded.
         """
         options = in_order(self.partition.mesh) if may_have_options() else None
         return _compiled(tuple((options or {}).items()))(self, tokens_BT, dispatch_settings())
 
     def hidden[KV: KeyValues](self, tokens_BT: jax.Array, positions_BT: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
-        """The last hidden state [B, T, D] of tokens at given positions, and the keys and values after."""
+        """The last hidden state [B, T, D] of tokens int32 [B, T] at these positions, and the updated `kv`."""
         with self.partition.active():
             x_BTD = self.embed(tokens_BT)
             for layer in self.layers:
@@ -271,7 +269,7 @@ class GptOss(nnx.Module):
             return constrain(lookup(self.embed_tokens[...], tokens_BT), RESIDUAL)
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """Hidden states [B, ..., D] -> logits float32 [B, ..., V], after the final norm."""
+        """Final norm and output projection: hidden states [B, ..., D] -> logits float32 [B, ..., V]."""
         inner = (None,) * (x.ndim - 2)
 
         def logits(x: jax.Array, norm_D: jax.Array, weight_VD: jax.Array) -> jax.Array:
@@ -296,10 +294,10 @@ class GptOss(nnx.Module):
 def _compiled(
     options: tuple[tuple[str, str | bool], ...],
 ) -> Callable[[GptOss, jax.Array, tuple[str, str | None]], jax.Array]:
-    """The program of `GptOss.__call__` under these options of XLA.
+    """The jitted function behind `GptOss.__call__`, with these XLA options.
 
-    The weights are its arguments, so it sees their current values and keeps none of them. What `use_backend` and
-    `platform` have set decides what is traced, and is therefore static.
+    The weights are arguments, so each call uses their current values and the program keeps no copy. The settings of
+    `use_backend` and `platform` change what is traced, so they are a static argument.
     """
 
     @partial(jax.jit, static_argnames="settings", compiler_options=dict(options) or None)
@@ -312,7 +310,7 @@ def _compiled(
 
 
 def weight_specs(config: ModelConfig) -> list[WeightSpec]:
-    """The definition of every weight of a model, in the order in which it asks for them."""
+    """The specs of all weights of a model, in creation order."""
     specs: list[WeightSpec] = []
 
     def record(spec: WeightSpec) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Keys and values between steps: full layers in pages, sliding layers in a ring of the window.
+"""The key/value cache: pages for full-attention layers, ring buffers of the window for sliding layers.
 
-Everything that a layer holds has a leading dimension that is split over the mesh's batch axes: each part of the
-batch has pages, rings and indices of its own, so that no step moves keys between devices.
+Every array has a leading dimension that is sharded over the mesh's batch axes. Each data-parallel rank has its own
+pages, rings and indices, so no step moves keys between ranks.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ STORE = ("batch", None, "kv_heads", None)
 
 
 class Rotation(NamedTuple):
-    """The rotary embedding: float32 [D / 2], radians a position, and the factor on cos and sin."""
+    """The rotary embedding: frequencies float32 [D / 2] in radians per position, and the factor on cos and sin."""
 
     frequencies_F: jax.Array
     concentration: float
 
 
 class KeyValues(Protocol):
-    """Where a layer's keys and values go and what its queries see: all that the model knows of a cache."""
+    """The model's interface to a cache: stores a layer's keys and values and computes its attention."""
 
     def attend(
         self,
@@ -49,15 +49,16 @@ class KeyValues(Protocol):
         window: int | None,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, Self]:
-        """Attention [B, T, H, D] over what is held and the new keys, and the state that holds them too.
+        """Attention [B, T, H, D] over the cached and the new keys, and the state with the new keys and values.
 
-        Queries and keys come unrotated; attention is computed, and its result is, in `dtype`.
+        The queries [B, T, H, D] and keys [B, T, K, D] are not rotated yet. Attention is computed and returned in
+        `dtype`.
         """
         ...
 
 
 class WholeSequence:
-    """Nothing is kept: each query sees the keys of its own call."""
+    """Attention without a cache: queries see only the keys of the same call."""
 
     def attend(
         self,
@@ -108,11 +109,14 @@ def _attend_whole(
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """How much a cache holds in each part of the batch.
+    """The capacity of a cache on each data-parallel rank.
 
-    `pages` pages of `page_size` tokens for the full layers; `rings` rings for the sliding ones, of which the first
-    `slots` belong to running sequences and the rest keep the rings of cached prefixes. A ring has `ring_slack` rows
-    beyond the window: as many tokens may be written and then taken back.
+    Args:
+      pages: pages of the full-attention layers.
+      page_size: tokens per page.
+      slots: running sequences, each with one ring of the sliding layers.
+      snapshots: further rings, which hold the sliding layers' keys of cached prefixes.
+      ring_slack: rows of a ring beyond the window, so that this many rejected drafts can be written and undone.
     """
 
     pages: int
@@ -123,17 +127,17 @@ class CacheShape:
 
     @property
     def rings(self) -> int:
-        """All rings."""
+        """Rings of each sliding layer: one per slot, then one per snapshot."""
         return self.slots + self.snapshots
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: DTypeLike, kv_heads: int | None = None) -> int:
-    """Bytes of one page over all full layers."""
+    """Bytes of one page, summed over all full-attention layers."""
     return config.layer_types.count("full_attention") * page_size * _row_bytes(config, dtype, kv_heads)
 
 
 def ring_bytes(config: ModelConfig, rows: int, dtype: DTypeLike, kv_heads: int | None = None) -> int:
-    """Bytes of one ring of `rows` keys over all sliding layers."""
+    """Bytes of one ring of `rows` keys, summed over all sliding layers."""
     return config.layer_types.count("sliding_attention") * rows * _row_bytes(config, dtype, kv_heads)
 
 
@@ -144,9 +148,9 @@ def _row_bytes(config: ModelConfig, dtype: DTypeLike, kv_heads: int | None) -> i
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The stores of all layers: [pages, page_size, K, 2 D] of full layers, [rings, rows, K, 2 D] of sliding ones.
+    """One array per layer: [pages, page_size, K, 2 D] for full attention, [rings, rows, K, 2 D] for sliding.
 
-    A ring keeps the key at position p in its row p % rows.
+    Each row holds a key beside its value. A ring holds position p in row p % rows.
     """
 
     stores: tuple[jax.Array, ...]
@@ -155,7 +159,7 @@ class KVCache:
     def empty(
         cls, config: ModelConfig, shape: CacheShape, dtype: DTypeLike, partition: Partition | None = None
     ) -> KVCache:
-        """A cache with nothing in it, laid out on the partition's mesh."""
+        """A cache of zeros, sharded over the partition's mesh."""
         partition = partition or partition_for(config)
         parts, heads = partition.degree("batch"), len(partition.heads.kv_sources)
 
@@ -172,7 +176,7 @@ class KVCache:
         return jax.jit(make, out_shardings=partition.sharding(STORE))()
 
     def copy_rings(self, config: ModelConfig, sources: jax.Array, targets: jax.Array) -> KVCache:
-        """Copy rings within each part: int32 [B, N] of both; a target past the last ring is not written."""
+        """Copy rings within each rank: `sources` and `targets` are int32 [B, N]; targets past the last are dropped."""
 
         def copy(store: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
             return store.at[targets[0]].set(store[sources[0]], mode="drop")
@@ -189,14 +193,14 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Which sequences the tokens of a step belong to: for each part of the batch, N sequences of T tokens.
+    """The sequences of a step's tokens: for each of B data-parallel ranks, N sequences of T tokens each.
 
     Args:
       slots: int32 [B, N], each sequence's ring.
-      tables: int32 [B, N, M], each sequence's pages: position p lies in page `tables[..., p // page_size]`.
-      snapshots: int32 [B, N, C], rings that get a copy of the sequence's as it is before a position; past the last
-        ring for none.
-      snapshot_positions: int32 [B, N, C], these positions, within this step's tokens or just after them.
+      tables: int32 [B, N, M], each sequence's page table: position p is in page `tables[..., p // page_size]`.
+      snapshots: int32 [B, N, C], rings that receive a copy of the sequence's ring as it is before a position; an index
+        past the last ring copies nothing.
+      snapshot_positions: int32 [B, N, C], the positions of these copies, within this step's tokens or right after them.
     """
 
     slots: jax.Array
@@ -211,9 +215,9 @@ SEGMENT_AXES = Segments(ROWS, ("batch", None, None), ("batch", None, None), ("ba
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepCache:
-    """The cache during a step whose tokens [B, T] are those of several groups of segments, one after the other.
+    """The cache during a step whose tokens [B, T] are the concatenation of several groups of segments.
 
-    `lengths` gives the tokens of a segment in each group, so that T is the sum of N times length.
+    `lengths` gives the tokens per segment of each group: T is the sum of N * length over the groups.
     """
 
     cache: KVCache
@@ -232,7 +236,7 @@ class StepCache:
         window: int | None,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, StepCache]:
-        """See KeyValues; tokens of padding have position -1 and are not kept."""
+        """See KeyValues; padding tokens have position -1 and are not stored."""
         out, store = on_shards(
             partial(
                 _attend_groups,
@@ -260,7 +264,7 @@ class StepCache:
 
 @dataclasses.dataclass(frozen=True)
 class _NewTokens:
-    """A group's queries, keys and values [N, T, heads, D] before rotation, and where they are: int32 [N, T]."""
+    """A group's unrotated queries, keys and values [N, T, heads, D], and their positions int32 [N, T]."""
 
     q: jax.Array
     k: jax.Array
@@ -270,14 +274,14 @@ class _NewTokens:
     dtype: DTypeLike
 
     def rotated(self) -> tuple[jax.Array, jax.Array]:
-        """Rotated queries in `dtype`, and rotated keys beside values in float32."""
+        """Rotated queries in `dtype`, and rotated keys concatenated with values in float32."""
         q, k = (rotate(x, self.positions, *self.rotation) for x in (self.q, self.k))
         return q.astype(self.dtype), jnp.concatenate([k, self.v.astype(jnp.float32)], axis=-1)
 
     def rotate_and_store(
         self, store: jax.Array, pages: jax.Array, slots: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Rotated queries, and the store with the keys and values at these places."""
+        """Rotated queries, and the store with the rotated keys and the values written at `pages` and `slots`."""
         frequencies_F, concentration = self.rotation
         return rotate_and_store(
             self.q,
@@ -308,7 +312,7 @@ def _attend_groups(
     window: int | None,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """One part of the batch (B is 1 here): each group in turn as [N, length], on pages or on rings."""
+    """Attention on one data-parallel rank (B is 1), group by group as [N, length], on pages or on rings."""
     start, outs = 0, []
     rotation = Rotation(frequencies_F, concentration)
     for group, length in zip(groups, lengths, strict=True):
@@ -346,11 +350,12 @@ def _on_rings(
     stays = (positions >= 0) & (positions > jnp.max(positions, axis=1, keepdims=True) - rows)
     ring = jnp.where(stays, group.slots[:, None], rings)
     if positions.shape[1] == 1 and rows == window:
-        # After its own key is in, the ring holds just what the query sees: a page, whatever its order.
+        # With the new key written, the ring holds exactly the query's window. Attention ignores the order of keys,
+        # so the ring serves as a page.
         q, written = new.rotate_and_store(store, ring, positions % rows)
         filled = jnp.minimum(positions, window - 1)
         return paged_attention(q, written, group.slots[:, None], sinks_H, filled, sm_scale=sm_scale), written
-    # A chunk overwrites keys that its first queries still see, so they read the ring as it was.
+    # A chunk overwrites keys that its first queries still see, so attention reads the ring as it was before.
     q, kv = new.rotated()
     kv = to_cache_dtype(kv, store.dtype)
     written = store.at[ring, positions % rows].set(kv, mode="drop")
@@ -367,5 +372,5 @@ def _on_rings(
 
 
 def _ring_positions(end: jax.Array, rows: int) -> jax.Array:
-    """The position int32 [N, rows] in each row of a ring that has seen all before `end` [N, 1]; -1 if none."""
+    """The position int32 [N, rows] held by each row of a ring after all positions before `end` [N, 1]; -1 for none."""
     return jnp.maximum(end - 1 - (end - 1 - jnp.arange(rows)) % rows, -1)

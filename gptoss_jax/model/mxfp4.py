@@ -1,4 +1,4 @@
-"""The packed tensor, made and unpacked: see `pallas_kernels.mxfp4_matmul.format` for what the bytes mean."""
+"""Quantizes tensors to MXFP4; `pallas_kernels.mxfp4_matmul.format` describes the format."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ __all__ = ["E2M1_VALUES", "GROUP", "MXFP4Tensor", "dequantize", "quantize"]
 
 
 def quantize(values: jax.Array) -> MXFP4Tensor:
-    """Pack a float tensor [..., K] (K a multiple of 32), rounding to the nearest value, ties to even.
+    """Quantize a float tensor [..., K] to MXFP4, rounding to nearest, ties to even.
 
-    The scale of a group is the OCP specification's: the largest power of two not above its largest magnitude,
-    divided by that of the largest e2m1 value (4); what then lies above 6 saturates.
+    A group's scale follows the OCP specification: the largest power of two not above the group's largest magnitude,
+    divided by 4, the largest power of two in e2m1. Scaled values above 6 saturate. Raises ValueError if K is not a
+    multiple of 32.
     """
     if values.shape[-1] % GROUP:
         raise ValueError(f"last dimension must be a multiple of {GROUP}, found shape {values.shape}")

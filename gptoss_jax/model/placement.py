@@ -1,4 +1,4 @@
-"""A model on a mesh: its partition, and each weight's layout there."""
+"""A model's partition over a mesh, and the layout of each weight on it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from sharding import Partition, ShardingRules, make_mesh, on_shards, put
 _logger = logging.getLogger(__name__)
 
 GRANULARITY = (("experts", 1), ("expert_gate_up", 2 * GROUP), ("expert_intermediate", GROUP))
-"""Axes that may be padded with zeros: an expert never chosen, and rows and columns that meet only zeros.
+"""Axes that may be padded with zeros without changing results, and the smallest unit of each.
 
-The intermediate dimension is packed in groups, which are never cut; its rows of gate and up come in pairs.
+A padding expert is never chosen, and padding rows and columns only multiply zeros. The intermediate dimension is
+packed in groups of 32, which are never split; the gate and up rows are interleaved in pairs.
 """
 
 
@@ -35,9 +36,9 @@ def partition_for(
     rules: ShardingRules | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Partition:
-    """The partition of a model over a mesh (see `sharding.make_mesh`), or of one device.
+    """A model's partition over a mesh (see `sharding.make_mesh`), or on one device if `mesh` is None.
 
-    Raises ShardingError, and UsageError for what is no mesh and no rules.
+    Raises ShardingError, and UsageError for arguments of another type.
     """
     expect(isinstance(mesh, str | jax.sharding.Mesh | None), "mesh", "text or a jax.sharding.Mesh", mesh)
     expect(isinstance(rules, ShardingRules | None), "rules", "ShardingRules", rules)
@@ -51,9 +52,9 @@ def partition_for(
 
 
 def place(spec: WeightSpec, partition: Partition) -> WeightSpec:
-    """A weight as it lies on the mesh: padded where that makes it divide, its heads in the mesh's order.
+    """A weight's spec on the mesh: padded where needed to divide evenly, its heads in the mesh's order.
 
-    Raises ShardingError for a weight that cannot be split as the rules say.
+    Raises ShardingError for a weight that cannot be split by the rules.
     """
     partition.rules.spec(spec.axes, spec.name)
     heads = {"heads": partition.heads.q_sources, "kv_heads": partition.heads.kv_sources}
@@ -73,9 +74,9 @@ def place(spec: WeightSpec, partition: Partition) -> WeightSpec:
 
 
 def place_heads(weight: jax.Array, spec: WeightSpec, partition: Partition) -> jax.Array:
-    """Put a weight that is whole in memory on the mesh, its heads as the `sources` of `spec`, from `place`, say.
+    """Shard a whole weight over the mesh, with its heads arranged by the `sources` of `spec` (see `place`).
 
-    By the host: the first device would hold it twice, and pass it on to the others.
+    The host arranges the heads: on a device, the weight would be held twice and copied on to the others.
     """
     host = np.asarray(weight)
     for dim, sources in enumerate(spec.sources):
@@ -87,10 +88,10 @@ def place_heads(weight: jax.Array, spec: WeightSpec, partition: Partition) -> ja
 
 
 def preparer(partition: Partition) -> Callable[[Weight, WeightSpec], Weight]:
-    """What puts packed experts in the layout that the kernels of the partition's devices read; others stay as they are.
+    """A function that converts packed experts to the layout of the devices' kernels, and returns other weights as is.
 
-    It keeps every bit. Each device prepares its own shard, one expert at a time. Abstract weights give abstract ones.
-    Drop it when all are prepared: its programs hold memory of the device as long as they live.
+    The conversion is bit-exact. Each device converts its own shard, one expert at a time. Abstract weights give
+    abstract weights. Drop the function after use: its compiled programs hold device memory while they live.
     """
     program = functools.cache(functools.partial(_preparation, partition))
 
@@ -118,7 +119,7 @@ def preparer(partition: Partition) -> Callable[[Weight, WeightSpec], Weight]:
 def _preparation(
     partition: Partition, layout: Layout, parts: int, axes: tuple[str | None, ...]
 ) -> Callable[[MXFP4Tensor], tuple[PackedExperts, jax.Array]]:
-    """A program that prepares a weight with these axes, and finds its largest scale byte."""
+    """A jitted function that converts a weight with these axes, and returns its largest scale byte."""
 
     def one(expert: MXFP4Tensor) -> PackedExperts:
         prepared = layout.prepare(jax.tree.map(lambda x: x[None], expert), parts)
@@ -139,7 +140,7 @@ def _preparation(
 
 
 def _placed(weight: Any, spec: WeightSpec, partition: Partition) -> Any:
-    """Abstract arrays with the place that the spec's axes give them."""
+    """Abstract arrays with the shardings of the spec's axes."""
 
     def place(x: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=partition.sharding(axes, spec.name))

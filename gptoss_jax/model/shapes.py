@@ -1,4 +1,4 @@
-"""The shapes of models: a config.json, or a released model by its name."""
+"""Model shapes without weights: a config.json, or a released model's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "c
 
 
 def shape_file(model: str | Path) -> Path | None:
-    """The config.json that `model` means, where it is one or the name of a released shape; None for a checkpoint."""
+    """The config.json for `model`, if it is a .json path or a released model's name; None for a checkpoint."""
     if str(model).endswith(".json"):
         return Path(model)
     released = RELEASED.get(str(model))

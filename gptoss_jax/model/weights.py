@@ -1,7 +1,7 @@
-"""One definition a weight: name, shape, logical axes and initialiser stand together, once.
+"""Weight definitions: each weight's name, shape, logical axes and initialiser in one `WeightSpec`.
 
-The model asks a `Creator` for each of its weights. What the creator does with the definition makes the
-difference between a random model, an abstract one for ahead-of-time compiles, and one read from a checkpoint.
+The model asks a `Creator` for each of its weights. Different creators give a random model, an abstract one for
+ahead-of-time compilation, or one read from a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ from sharding import put
 Weight = jax.Array | PackedExperts
 
 LARGE = 1 << 24
-"""Elements from which a random weight is always drawn in one program, which holds no copies in between."""
+"""The number of elements from which a random weight is always drawn by a jitted program, without temporary copies."""
 
 Sharding = Callable[["WeightSpec"], jax.sharding.Sharding | None]
-"""Tells where a weight goes: of packed ones, blocks and scales alike; None is the default device."""
+"""Maps a weight to its sharding, which a packed weight's blocks and scales share; None is the default device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
-    """A weight as the model declares it.
+    """The definition of a weight.
 
-    `name` is its Hugging Face name (of packed experts, without `_blocks` and `_scales`) and `shape` its unpacked
-    shape, the contracting dimension last. `axes` names a logical axis for each dimension, which sharding rules
-    map to a mesh. `packed` tells whether it is MXFP4 along the last dimension, and `parts` of how many matrices the
-    rows alternate (gate and up).
-
-    A weight on a mesh may differ from what a checkpoint stores, whose shape `stored_shape` then is (None: the same).
-    Where a dimension has `sources`, its i-th equal part is the stored part `sources[i]`, or zeros for -1; else what
-    is beyond the stored size is zeros at the end.
+    Args:
+      name: its Hugging Face name; packed experts omit `_blocks` and `_scales`.
+      shape: its unpacked shape, the contracting dimension last.
+      axes: a logical axis for each dimension, which sharding rules map to mesh axes.
+      init: the initialiser of a random weight.
+      packed: whether it is MXFP4 along the last dimension.
+      parts: the number of matrices whose rows are interleaved (2 for gate and up).
+      stored_shape: the shape in a checkpoint, where it differs on a mesh; None if it is the same.
+      sources: for each dimension, the stored block that each of its equal blocks is copied from, or -1 for zeros.
+        None copies the dimension in order and pads it with zeros at the end.
     """
 
     name: str
@@ -66,12 +68,12 @@ class WeightSpec:
 
     @property
     def groups_shape(self) -> tuple[int, ...]:
-        """Shape of the scales of a packed weight; its blocks have a further dimension of 16."""
+        """The shape of a packed weight's scales; its blocks have a further dimension of 16 bytes."""
         return (*self.shape[:-1], self.shape[-1] // GROUP)
 
     @property
     def stored(self) -> WeightSpec:
-        """The weight as a checkpoint holds it, without padding."""
+        """The weight's spec in a checkpoint, without padding."""
         if self.stored_shape is None:
             return self
         return dataclasses.replace(self, shape=self.stored_shape, stored_shape=None, sources=())
@@ -81,7 +83,7 @@ Creator = Callable[[WeightSpec], Weight]
 
 
 def abstract_creator(dtype: DTypeLike = jnp.bfloat16, sharding: Sharding | None = None) -> Creator:
-    """Weights that are only shapes, dtypes and shardings, for compiling without memory."""
+    """A creator of abstract weights (shape, dtype and sharding), for compiling without allocating memory."""
 
     def create(spec: WeightSpec) -> Weight:
         place = sharding(spec) if sharding else None
@@ -95,20 +97,19 @@ def abstract_creator(dtype: DTypeLike = jnp.bfloat16, sharding: Sharding | None 
 
 
 def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sharding | None = None) -> Creator:
-    """Random weights of sensible size, packed ones drawn packed, so that no float copy of them ever exists.
+    """A creator of random weights of realistic magnitude; packed weights are drawn packed, without a float copy.
 
-    A weight's numbers depend on `key` and its name alone: not on which others are made or in what order, not on
-    `sharding`, and not on padding, which is zero. With `sharding`, threefry keys draw each shard where it lives;
-    other generators' numbers would depend on the sharding, so every device draws the whole weight and keeps its
-    shard.
+    A weight's values depend only on `key` and its name, not on other weights, `sharding` or padding, which is zero.
+    With `sharding` and a threefry key, each device draws its own shard. Other generators' values depend on the
+    sharding, so every device draws the whole weight and keeps its shard.
     """
-    # One program for all layers: their weights differ in the name only.
+    # All layers share a program: their weights differ only in the name.
     programs: dict[tuple[WeightSpec, jax.sharding.Sharding | None], Callable[[jax.Array, np.uint32], Weight]] = {}
     anywhere = not _is_hardware(key)
 
     @functools.cache
-    def everywhere(place: jax.sharding.Sharding | None) -> jax.Array:
-        """The key on every device of a mesh, put there by the host, so that drawing copies nothing between devices."""
+    def replicated_key(place: jax.sharding.Sharding | None) -> jax.Array:
+        """The key, copied from the host to every device of the mesh, so that drawing needs no device-to-device copy."""
         if place is None:
             return key
         data = put(np.asarray(jax.random.key_data(key)), place)
@@ -117,17 +118,17 @@ def random_creator(key: jax.Array, dtype: DTypeLike = jnp.bfloat16, sharding: Sh
     def create(spec: WeightSpec) -> Weight:
         place, name_hash = sharding(spec) if sharding else None, np.uint32(_stable_hash(spec.name))
         options = in_order(place.mesh if isinstance(place, jax.sharding.NamedSharding) else None)
-        # Without a program of its own, if that needs no options.
+        # Small weights on the default device need no jitted program, unless it takes compiler options.
         if place is None and options is None and math.prod(spec.shape) < LARGE:
             return _padded(_random(jax.random.fold_in(key, name_hash), spec.stored, dtype), spec)
-        kind, whole = (dataclasses.replace(spec, name=""), place), _replicated(place)
-        if kind not in programs:
-            programs[kind] = jax.jit(
+        program_key, whole = (dataclasses.replace(spec, name=""), place), _replicated(place)
+        if program_key not in programs:
+            programs[program_key] = jax.jit(
                 functools.partial(_draw, spec=spec, dtype=dtype, whole=None if anywhere else whole),
                 out_shardings=place,
                 compiler_options=options,
             )
-        return programs[kind](everywhere(whole), name_hash)
+        return programs[program_key](replicated_key(whole), name_hash)
 
     return create
 
@@ -142,7 +143,7 @@ def _draw(
 
 
 def _replicated(place: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
-    """On all devices of the place, whole."""
+    """The replicated sharding over the same devices."""
     if isinstance(place, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
     return place
@@ -152,13 +153,13 @@ def _random(key: jax.Array, spec: WeightSpec, dtype: DTypeLike) -> Weight:
     if spec.packed:
         return _random_packed(key, spec)
     if spec.init == "normal":
-        # Keeps the sum over the contracting dimension near the size of one term's partner.
+        # Keeps a product's outputs at the magnitude of its inputs.
         scale = 1 / math.sqrt(spec.shape[-1]) if len(spec.shape) > 1 else 0.1
 
         def some(key: jax.Array, rows: int) -> jax.Array:
             return (jax.random.normal(key, (rows, *spec.shape[1:]), jnp.float32) * scale).astype(dtype)
 
-        # Piece by piece: float32 and bits of a released model's vocabulary would be four times its size.
+        # Piece by piece: the random bits and float32 values of a whole embedding table would take four times its size.
         pieces = math.gcd(spec.shape[0], 64) if math.prod(spec.shape) > LARGE and _is_hardware(key) else 1
         if pieces == 1:
             return some(key, spec.shape[0])
@@ -168,12 +169,12 @@ def _random(key: jax.Array, spec: WeightSpec, dtype: DTypeLike) -> Weight:
 
 
 def _is_hardware(key: jax.Array) -> bool:
-    """Whether a key's generator draws an array as a whole, so that its numbers depend on the array's sharding."""
+    """Whether the key's generator is the hardware's, whose values depend on the sharding of the array drawn."""
     return "threefry" not in str(jax.random.key_impl(key))
 
 
 def _padded(weight: Weight, spec: WeightSpec) -> Weight:
-    """Zero blocks under zero scales are zero as plain values are."""
+    """The weight padded with zeros to its shape on the mesh; MXFP4 blocks and scales of zero bytes decode to zero."""
     if spec.stored_shape is None:
         return weight
     shape = spec.groups_shape if spec.packed else spec.shape
@@ -186,10 +187,10 @@ def _padded(weight: Weight, spec: WeightSpec) -> Weight:
 
 
 def _random_packed(key: jax.Array, spec: WeightSpec) -> MXFP4Tensor:
-    """Uniform nibbles (root mean square 2.92) under scales that bring a row's norm to 1 or 2."""
+    """Uniform nibbles (root mean square 2.92) with scales that give rows a norm of about 1 or 2."""
     blocks_key, scales_key = jax.random.split(key)
     centre = 127 - round(math.log2(2.92 * math.sqrt(spec.shape[-1])))
-    # Bytes drawn one by one would take four times their size while they are made.
+    # Drawing single bytes would need four times their size in temporaries.
     words = jax.random.bits(blocks_key, (*spec.groups_shape, GROUP // 8), jnp.uint32)
     blocks = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*spec.groups_shape, GROUP // 2)
     scales = jax.random.bits(scales_key, spec.groups_shape, jnp.uint8) & 1
@@ -197,5 +198,5 @@ def _random_packed(key: jax.Array, spec: WeightSpec) -> MXFP4Tensor:
 
 
 def _stable_hash(name: str) -> int:
-    """31 bits that do not change between processes, unlike hash()."""
+    """A 31-bit hash that, unlike hash(), is the same in every process."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF

@@ -48,7 +48,9 @@ def decode_step(
 ) -> Step:
     """One decode step of `batch` sequences of up to `context` tokens, with sampling. Raises ShardingError."""
     cache = cache_shape(partition, batch, context)
-    shape = StepShape(decodes=cache.slots, prefills=0, chunk=1, pages=cache.pages // cache.slots, sampling="draw")
+    shape = StepShape(
+        decodes=cache.slots, prefills=0, chunk=1, pages=cache.pages // cache.slots, sampling="random"
+    )
     return _step(config, partition, cache, shape, dtype, batch, 1)
 
 
@@ -65,7 +67,7 @@ def prefill_step(
     Raises ShardingError.
     """
     cache = cache_shape(partition, batch, context)
-    shape = StepShape(decodes=0, prefills=1, chunk=chunk, pages=cache.pages // cache.slots, sampling="draw")
+    shape = StepShape(decodes=0, prefills=1, chunk=chunk, pages=cache.pages // cache.slots, sampling="random")
     return _step(config, partition, cache, shape, dtype, partition.degree("batch"), chunk)
 
 

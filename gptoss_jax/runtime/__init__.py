@@ -1,1 +1,1 @@
-"""How programs are compiled: the compile cache and XLA options."""
+"""Compilation settings: the persistent compile cache and XLA options."""

@@ -1,4 +1,4 @@
-"""Compiled programs kept between runs, so that a second start does not compile again."""
+"""The persistent compile cache, which lets later runs start without compiling."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def enable_compile_cache() -> None:
-    """Keep compiled programs in the user's cache directory; JAX_COMPILATION_CACHE_DIR has precedence.
+    """Keep compiled programs in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR names another.
 
-    Not over several processes, whose hosts' directories may differ: programs must be compiled by all or by none.
+    With several processes nothing is cached by default: their hosts' directories may differ, and a program must be
+    compiled by all processes or by none.
     """
     import jax
 

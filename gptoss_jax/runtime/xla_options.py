@@ -1,4 +1,4 @@
-"""What XLA is told of programs for NVIDIA GPUs, whatever they do."""
+"""XLA options for all programs on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pallas_kernels import current_platform
 
 
 def in_order(mesh: Mesh | AbstractMesh | None) -> dict[str, str | bool] | None:
-    """Options for NVIDIA GPUs with which no kernel starts before the one before it has ended; None for others.
+    """XLA options that disable programmatic dependent launch on NVIDIA GPUs; None for other platforms.
 
-    Without a mesh they are those of the mesh in context, else of the default device.
+    If `mesh` is None, the platform is that of the mesh in context, else of the default device.
 
-    XLA lets kernels start early and wait before they read (programmatic dependent launch). But ptxas moves reads of
-    what it takes to be constant, as XLA says all arguments are, to before the wait: kernels then read what was there
-    before. Seen as random weights that were wrong on some of four GPUs which several processes shared
+    With programmatic dependent launch, a kernel starts before its predecessor has finished and waits before it reads.
+    XLA declares all kernel arguments constant, so ptxas may move reads of them ahead of that wait, and the kernel
+    reads stale data. This was observed as wrong random weights on some of four GPUs shared by several processes
     (benchmarks/RESULTS.md).
     """
     return {"xla_gpu_enable_pdl": False} if current_platform(mesh) == "cuda" else None
 
 
 def may_have_options() -> bool:
-    """Whether a program called here may have compiler options: not while something is traced or differentiated.
+    """Whether a function jitted here may have compiler options: not while JAX traces or differentiates.
 
-    JAX refuses them in a program that is part of another.
+    JAX rejects compiler options in a nested jit.
     """
     with jax.core.eval_context():
         untraced = get_opaque_trace_state()

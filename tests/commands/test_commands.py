@@ -96,7 +96,7 @@ def test_a_tool_is_called(command, tmp_path: Path) -> None:
     assert command(generate.main, *arguments)[1].startswith("get_weather({")
 
 
-def test_an_answer_keeps_to_its_form(command, tmp_path: Path) -> None:
+def test_the_answer_matches_the_grammar(command, tmp_path: Path) -> None:
     (tmp_path / "answer.gbnf").write_text('root ::= "It is " [0-9]+ "!"')
     code, out, _ = command(generate.main, SUM, "--grammar", tmp_path / "answer.gbnf")
     assert code == 0
@@ -104,16 +104,16 @@ def test_an_answer_keeps_to_its_form(command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_guessed_tokens_are_counted(command) -> None:
+def test_accepted_drafts_are_counted(command) -> None:
     arguments = ("--model", P1, "--prompt-tokens", "1,2,3,1,2,3,1,2", "--json", "--max-new-tokens", 40)
     code, out, err = command(generate.main, *arguments, "--num-speculative-tokens", 2)
     usage = json.loads(out)["usage"]
     assert code == 0
     assert usage["drafted_tokens"] >= usage["accepted_tokens"]
-    assert f"{usage['accepted_tokens']} of {usage['drafted_tokens']} guessed tokens stood" in err
+    assert f"{usage['accepted_tokens']} of {usage['drafted_tokens']} drafts accepted" in err
 
 
-def test_kernels_are_chosen_and_missing_ones_told_once(command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_selected_and_missing_ones_reported_once(command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_warned", set())
     arguments = ("--prompt-tokens", "1,2", "--model", P1, "--json", "--max-new-tokens", 2)
     with pallas_kernels.platform("rocm"):
@@ -135,7 +135,7 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
     assert command(generate.main, "--batch", requests, "--output", results)[0] == 0
     whole = {line["id"]: line["text"] for line in map(json.loads, results.read_text().splitlines())}
     assert whole == {f"q{i}": f"{i} + 2 = {i + 2}" for i in range(4)} | {"m": "3 - 5 = -2"}
-    # As if interrupted in the middle of writing the fourth result.
+    # The file ends as if the command had been interrupted while writing the fourth result.
     kept = results.read_text().splitlines(keepends=True)
     results.write_text("".join(kept[:3]) + kept[3][:20])
     code, _, err = command(generate.main, "--batch", requests, "--output", results)
@@ -150,7 +150,7 @@ def test_batch_resumes(command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"a": "precious line without end"}', '{"id": "a", "prompt": "hi"}\n'])
-def test_what_is_no_file_of_results_is_left_as_it_is(command, tmp_path: Path, text: str) -> None:
+def test_output_files_without_results_are_not_modified(command, tmp_path: Path, text: str) -> None:
     requests, other = tmp_path / "in.jsonl", tmp_path / "other"
     requests.write_text('{"id": "a", "prompt": "hi"}')
     other.write_text(text)
@@ -218,10 +218,10 @@ def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) 
         ('{"prompt_tokens": [1.5]}', "prompt_tokens"),
         ('{"messages": []}', "messages"),
         ('{"messages": "hi"}', "messages: expected a list, found 'hi'"),
-        ('{"prompt": ""}', "prompt: expected text that is not empty"),
-        ('{"prompt": " ", "raw": true}', "prompt: expected text that is not empty"),
+        ('{"prompt": ""}', "prompt: expected non-empty text"),
+        ('{"prompt": " ", "raw": true}', "prompt: expected non-empty text"),
         ('{"prompt": 5}', "prompt"),
-        ('{"prompt_tokens": []}', "prompt_tokens: expected a list of integers that is not empty"),
+        ('{"prompt_tokens": []}', "prompt_tokens: expected a non-empty list of integers"),
         ('{"prompt_tokens": [1, 5000]}', "token 5000 is outside the vocabulary"),
         ('{"prompt_tokens": [1], "max_tokens": 5000}', "exceed the model's context of 4096"),
         ('{"prompt_tokens": [1], "tools": []}', "tools: only with the chat format"),
@@ -274,7 +274,7 @@ def test_a_batch_without_requests_is_refused(command, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n")
     code, _, err = command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert code == 2
-    assert "expected a request a line, found none" in err
+    assert "expected one request per line, found none" in err
 
 
 def test_a_full_disk_ends_a_batch_in_one_line(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +305,7 @@ def test_a_batch_needs_no_standard_error(tmp_path: Path, broken: str) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_garbage_collection_is_not_lost(number: signal.Signals, code: int) -> None:
-    # Whatever starts the tests may have SIGINT ignored, as a shell does in the background.
+    # The tests' parent process may ignore SIGINT, as a shell does for background processes.
     program = f"""
 import gc, os, signal, time
 from gptoss_jax.commands.running import run_command
@@ -331,9 +331,7 @@ run_command(main)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_command_that_is_told_to_end_leaves_nothing_half_written(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_sigterm_leaves_no_partial_files(tmp_path: Path, number: signal.Signals, code: int) -> None:
     program = f"""
 import signal, time
 from gptoss_jax.commands.running import run_command
@@ -363,7 +361,7 @@ INTERRUPTIBLE = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "runpy.run_module('gptoss_jax.generate', run_name='__main__', alter_sys=True)",
 )
-"""`python -m gptoss_jax.generate`, whatever starts the tests: a shell has SIGINT ignored in the background."""
+"""`python -m gptoss_jax.generate` with SIGINT enabled, which a shell ignores in background processes."""
 
 MOMENTS = (0.3, 1.0, 2.5, 5.0)
 """Seconds after the start: while modules are imported, weights loaded, steps compiled, tokens generated."""
@@ -390,8 +388,8 @@ def test_a_signal_at_any_moment_ends_a_command(number: int, code: int, seconds: 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_does_not_wait_for_what_still_computes(tmp_path: Path, number: int, code: int) -> None:
-    """XLA's threads abort the process if they are still at work when the interpreter ends."""
+def test_a_signal_does_not_wait_for_running_computations(tmp_path: Path, number: int, code: int) -> None:
+    """XLA's threads abort the process if they are still running at interpreter exit."""
     lines = "".join(f'{{"prompt": "What is {i} + {i}?", "ignore_eos": true}}\n' for i in range(8))
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi", "max_tokens": 1}\n' + lines)
     results = tmp_path / "out.jsonl"
@@ -415,7 +413,7 @@ def test_a_signal_does_not_wait_for_what_still_computes(tmp_path: Path, number: 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_that_a_library_drops_is_sent_again(number: int, code: int) -> None:
-    """As jaxlib drops what is raised in Python functions that it calls, without a word."""
+    """In some places jaxlib silently drops exceptions raised by the Python functions that it calls."""
     program = f"""
 import os, signal, time
 from gptoss_jax.commands.running import run_command
@@ -442,7 +440,7 @@ run_command(main)
     assert "Traceback" not in ended.stderr
 
 
-def test_an_interruption_that_a_command_answers_itself_is_over() -> None:
+def test_a_handled_interrupt_is_not_raised_again() -> None:
     program = """
 import os, signal, time
 from gptoss_jax.commands.running import run_command
@@ -466,7 +464,7 @@ run_command(main)
 
 
 @pytest.mark.parametrize("raised", ["KeyboardInterrupt", "Terminated(143)"])
-def test_a_signal_that_a_library_makes_its_own_error_of_is_still_one(raised: str) -> None:
+def test_a_signal_wrapped_in_a_library_error_sets_the_exit_code(raised: str) -> None:
     program = f"""
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.commands.signals import Terminated
@@ -486,7 +484,7 @@ run_command(main)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("module", ["numpy._globals", "jax._src.config", "jax.numpy"])
 def test_a_signal_while_jax_is_imported_leaves_no_traceback(number: int, code: int, module: str) -> None:
-    """jaxlib imports numpy from C, prints a traceback of what this raises, and fails with an ImportError instead."""
+    """jaxlib imports numpy from C; it prints a traceback of an exception raised there, and raises ImportError."""
     program = f"""
 import os, signal, sys
 from gptoss_jax.commands.running import run_command
@@ -530,8 +528,8 @@ run_command(main)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8", "utf-16-le"])
-def test_what_an_encoding_lacks_is_escaped(encoding: str) -> None:
-    """Neither a character nor the command is lost, and JSON says the same in any encoding."""
+def test_unencodable_characters_are_escaped(encoding: str) -> None:
+    """Unencodable characters do not end the command, and JSON output decodes to the same text in any encoding."""
     text = "a\u65e5\xe9\U0001f600\ud800b"
     program = f"""
 import json, sys
@@ -574,7 +572,7 @@ run_command(main)
         assert ended.stderr == (b"error: standard input: not UTF-8 text\n" if code else b"")
 
 
-def test_help_that_cannot_be_written_is_no_success() -> None:
+def test_unwritable_help_is_an_error() -> None:
     with open("/dev/full", "wb") as full:
         line = [sys.executable, "-m", "gptoss_jax.generate", "--help"]
         ended = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
@@ -594,7 +592,7 @@ def test_a_bad_tool_is_named_with_its_file(command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", [">&-", ">/dev/full"])
-def test_an_answer_that_cannot_be_written_is_no_success(broken: str) -> None:
+def test_an_unwritable_answer_is_an_error(broken: str) -> None:
     line = f"{sys.executable} -m gptoss_jax.generate --prompt-tokens 1,2 --json --max-new-tokens 1 {broken}"
     ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert ended.returncode == 2
@@ -602,7 +600,7 @@ def test_an_answer_that_cannot_be_written_is_no_success(broken: str) -> None:
 
 
 @pytest.mark.long
-def test_a_byte_order_mark_is_no_part_of_a_file(command, tmp_path: Path) -> None:
+def test_byte_order_marks_are_ignored(command, tmp_path: Path) -> None:
     requests, results, schema = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "schema.json"
     requests.write_text(json.dumps({"prompt": SUM}), encoding="utf-8-sig")
     schema.write_text('{"type": "boolean"}', encoding="utf-8-sig")
@@ -616,7 +614,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(command, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_batch_writes_all_that_was_asked_for(command, tmp_path: Path) -> None:
+def test_batch_results_have_all_requested_fields(command, tmp_path: Path) -> None:
     line = {"prompt": "hi", "n": 2, "prompt_logprobs": 2, "max_tokens": 3, "stop": None, "logit_bias": {"5": 1}}
     (tmp_path / "in.jsonl").write_text(json.dumps(line))
     assert command(generate.main, "--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")[0] == 0
@@ -646,7 +644,7 @@ def test_chat_keeps_history_until_reset(command) -> None:
 
 
 class Scripted(LLM):
-    """An LLM whose engine gives the tokens of these completions, one a request, and keeps the prompts."""
+    """An LLM whose engine returns the tokens of these completions, one per request, and records the prompts."""
 
     def __init__(self, *completions: str) -> None:
         self.tokenizer = Tokenizer.from_dir(EMBEDDED)
@@ -656,13 +654,13 @@ class Scripted(LLM):
         self._events: list[TokenEvent] = []
 
     def check(self, *request: object) -> None:
-        """Any request can run."""
+        """Accepts every request."""
 
     def add(self, request_id: str, prompt: list[int], *settings: object) -> None:
         self.prompts.append(self.tokenizer.decode(prompt))
         tokens = self._left.pop(0)
         self._events += [TokenEvent(request_id, 0, token) for token in tokens]
-        # A completion that no <|return|> or <|call|> ends has been cut.
+        # A completion without <|return|> or <|call|> at its end was truncated.
         stops = self.tokenizer.decode(tokens[-1:]) in ("<|return|>", "<|call|>")
         self._events[-1].finish_reason = "stop" if stops else "length"
 
@@ -761,7 +759,7 @@ def test_a_chat_goes_on_after_an_empty_turn(command, monkeypatch: pytest.MonkeyP
     code, out, err = command(chat.main, "--hide-analysis", stdin="one\ntwo\nthree\n")
     assert (code, out.replace("\n", "")) == (0, "okok")
     assert "error" not in err
-    assert "(cut short" in err or "(no answer)" in err
+    assert "(truncated" in err or "(no answer)" in err
     assert len(llm.prompts) == 3
     assert "one" in llm.prompts[2]
 
@@ -779,7 +777,7 @@ def test_help_answers_at_once() -> None:
     for module in ("generate", "chat", "harmony", "bench"):
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", f"gptoss_jax.{module}", "--help"], check=True, capture_output=True)
-        # Far above what parsing flags takes, far under what importing jax takes on a busy machine.
+        # Far above the time to parse flags, and far below the time to import jax on a busy machine.
         assert time.perf_counter() - started < 2
 
 

@@ -1,4 +1,4 @@
-"""Random arrivals and cancels for an engine; `python -m tests.engine.schedules` plays one in several processes."""
+"""Random arrivals and cancellations for an engine; `python -m tests.engine.schedules` runs one in several processes."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ TINY = ModelConfig(
 OPTIONS = EngineOptions(
     max_num_seqs=4, page_size=8, long_prefill_token_threshold=16, max_num_batched_tokens=32, kv_cache_memory=36_000
 )
-"""12 pages of TINY, all of which one request may need, so that sequences are pre-empted."""
+"""A cache of 12 pages of TINY, all of which one request may need, so that sequences are preempted."""
 
 # Few kinds of step are compiled: each has one sequence's prompt, and tables are of one size.
 SOAK = dataclasses.replace(
     OPTIONS, page_size=24, max_num_batched_tokens=16, num_speculative_tokens=3, kv_cache_memory=52_500
 )
-"""Six pages, of which a request may need four; and guesses, whose rings need more memory."""
+"""A cache of six pages, of which a request may need four, and speculative decoding, whose rings need more memory."""
 
 ALONE = EngineOptions(max_num_seqs=1, page_size=32, long_prefill_token_threshold=128, max_num_batched_tokens=128)
-"""One sequence at a time, its prompt in one piece."""
+"""One sequence at a time, with its prompt in one chunk."""
 
 Requests = Mapping[str, tuple[list[int], SamplingParams]]
 Tokens = dict[str, dict[int, list[int]]]
-"""Of each request's completions."""
+"""The tokens of each completion of each request."""
 
 
 @cache
@@ -62,7 +62,7 @@ def tiny() -> GptOss:
 
 
 def in_each_part(options: EngineOptions, model: GptOss) -> EngineOptions:
-    """As many slots and pages as `options` give one device in each part of the batch on the model's mesh."""
+    """Options that give each data-parallel rank of the model's mesh the slots and pages of `options` on one device."""
     parts, shares = model.partition.degree("batch"), model.partition.degree("kv_heads")
     memory = options.kv_cache_memory
     assert memory is not None
@@ -72,7 +72,7 @@ def in_each_part(options: EngineOptions, model: GptOss) -> EngineOptions:
 
 
 def prompts(seed: int, count: int, vocab: int = 96) -> list[list[int]]:
-    """Prompts of mixed lengths, half of which begin alike."""
+    """Prompts of mixed lengths, half of which share a prefix."""
     rng = random.Random(seed)
     shared = [rng.randrange(vocab) for _ in range(40)]
     return [
@@ -83,7 +83,7 @@ def prompts(seed: int, count: int, vocab: int = 96) -> list[list[int]]:
 
 
 def greedy_requests(seed: int, count: int, vocab: int = 96) -> Requests:
-    """Requests for up to 20 of the likeliest tokens."""
+    """Requests for up to 20 greedily sampled tokens."""
     rng = random.Random(seed)
     return {
         str(i): (prompt, SamplingParams(max_tokens=rng.randint(1, 20), temperature=0))
@@ -94,7 +94,7 @@ def greedy_requests(seed: int, count: int, vocab: int = 96) -> Requests:
 def soak_requests(seed: int, count: int) -> Requests:
     """Requests of several kinds, for up to 12 tokens.
 
-    What is asked for besides tokens is asked for together: each combination is a kind of step to compile.
+    Requests with further options ask for all of them together, since each combination is a step shape to compile.
     """
     rng = random.Random(seed)
     kinds: tuple[dict[str, Any], ...] = (
@@ -120,7 +120,7 @@ def soak_requests(seed: int, count: int) -> Requests:
 def play(
     engine: Engine | LeadingEngine, requests: Requests, rng: random.Random, cancels: float = 0.05
 ) -> tuple[Tokens, set[str]]:
-    """The tokens of each request's completions, and who was cancelled; arrivals and cancels are at random moments."""
+    """The tokens of each completion, and the cancelled requests; arrivals and cancellations are random."""
     out: Tokens = {name: {} for name in requests}
     waiting, cancelled = list(requests), set()
     added: list[str] = []
@@ -142,7 +142,7 @@ def play(
 
 
 def assert_as_alone(engine: Engine, requests: Requests, out: Tokens, cancelled: set[str]) -> None:
-    """Each completion is exactly what a request by itself gives on this engine; of a cancelled one the beginning."""
+    """Each completion equals that of the request run alone on this engine; a cancelled one equals its beginning."""
     for name, request in requests.items():
         forget(engine)
         own, _ = play(engine, {name: request}, random.Random(0), cancels=0)
@@ -152,14 +152,14 @@ def assert_as_alone(engine: Engine, requests: Requests, out: Tokens, cancelled: 
 
 
 def forget(engine: Engine) -> None:
-    """Let an engine that has nothing to do know no prompts, as if none had been there."""
+    """Empty the prefix cache of an idle engine."""
     for part in engine._scheduler.parts:
         assert not part.running
         part.prefixes = Prefixes(part.limits.pages, part.limits.snapshots, part.limits.slots)
 
 
 def assert_empty(engine: Engine) -> None:
-    """Nothing is left of any request: every page, ring and slot counts as free."""
+    """No request holds anything: all pages, rings and slots are free."""
     assert engine.unfinished == engine.load.waiting == engine.load.running == 0
     for part in engine._scheduler.parts:
         for pool in (part.prefixes.pages, part.prefixes.rings):
@@ -173,7 +173,7 @@ def assert_empty(engine: Engine) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """One of several processes, that play one schedule over a mesh of all their devices."""
+    """One of several processes that run one schedule over a mesh of all their devices."""
     from sharding.processes import start
     from sharding.processes.membership import membership
 

@@ -1,4 +1,4 @@
-"""What XLA is told for GPUs, where no test can run; what Python's collector does meanwhile."""
+"""XLA options for GPUs, which no test can run on, and Python's garbage collector during compilation."""
 
 import dataclasses
 import gc
@@ -70,15 +70,15 @@ def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:
 
 
 @pytest.mark.parametrize("mesh", [None, "tensor=2"])
-def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
-    """Draws without cuts have programs of their own only where these differ by more than the cuts."""
+def test_step_shapes_compiled_ahead_of_time(mesh: str | None) -> None:
+    """Random sampling has programs apart from truncated sampling only if they differ in more than the sampling."""
     engine = Engine(random_model(TINY, mesh, dtype="float32"), EngineOptions(max_num_seqs=4, page_size=4))
     with platform("cuda"):
         decodes = [kind for kind in engine._runner.kinds() if not kind.prefills]
-        draws = {kind for kind in decodes if kind.sampling == "draw"}
+        draws = {kind for kind in decodes if kind.sampling == "random"}
         in_graphs = {kind for kind in decodes if engine._runner._graphs_collectives(kind)}
     assert bool(draws) == (mesh is not None)
-    usual = {kind for kind in decodes if kind.sampling != "cut"}
+    usual = {kind for kind in decodes if kind.sampling != "truncated"}
     assert in_graphs == (usual if mesh else set())
     chunk = StepShape(decodes=1, prefills=1, chunk=16, pages=4, sampling="greedy")
     with platform("cuda"):
@@ -86,21 +86,21 @@ def test_kinds_that_are_compiled_ahead(mesh: str | None) -> None:
 
 
 @pytest.fixture
-def nvidia_mesh(told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What XLA is told as if the devices of meshes were NVIDIA GPUs; of outputs, too."""
+def nvidia_mesh(jit_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`jit_options` as if the devices of meshes were NVIDIA GPUs, also for the programs that fetch outputs."""
 
     def send(tree: Any, options: Any) -> Any:
-        told["outputs"] = options
+        jit_options["outputs"] = options
         return tree
 
     monkeypatch.setattr(runner, "replicate", send)
     for module in (xla_options, compiling):
         monkeypatch.setattr(module, "current_platform", lambda mesh=None: "cuda" if mesh else "cpu")
-    return told
+    return jit_options
 
 
 def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[str, Any]) -> None:
-    told = nvidia_mesh
+    jit_options = nvidia_mesh
     mesh, order = make_mesh("tensor=2"), {"xla_gpu_enable_pdl": False}
     engine = Engine(
         random_model(TINY, mesh), EngineOptions(max_num_seqs=2, kv_cache_memory=1 << 22, num_decode_steps=1)
@@ -108,21 +108,21 @@ def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[s
     engine.add("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
     while engine.unfinished:
         engine.step()
-    in_order = {name for name, options in told.items() if options == order}
+    in_order = {name for name, options in jit_options.items() if options == order}
     assert in_order == {"_draw", "_copy_rings", "_set_counts", "outputs"}
-    assert told["traced"] == compiling.compiler_options(mesh, collectives=True)
-    assert told["traced"] != compiling.compiler_options(None, collectives=True)
+    assert jit_options["traced"] == compiling.compiler_options(mesh, collectives=True)
+    assert jit_options["traced"] != compiling.compiler_options(None, collectives=True)
     with platform("cuda"):
         layout = current_layout()
     assert layout is not None
     _preparation(engine._runner._partition, layout, 2, ("experts", "hidden", "expert_intermediate"))
-    assert told["run"] == order
+    assert jit_options["run"] == order
     arrays._replicate(mesh, tuple(order.items()))
-    assert told["<lambda>"] == order
+    assert jit_options["<lambda>"] == order
 
 
-def test_engines_share_programs_while_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the same model, mesh and options; a program goes with the last of them."""
+def test_engines_share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines with the same model config, mesh and options do; a program is freed with the last of them."""
     monkeypatch.setattr(runner, "_PROGRAMS", weakref.WeakValueDictionary())
     traced: list[StepShape] = []
 
@@ -149,7 +149,7 @@ def test_engines_share_programs_while_there_are_any(monkeypatch: pytest.MonkeyPa
     assert not runner._PROGRAMS
 
 
-def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_compile_for_the_platform_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(_: object) -> None:
         seen.append((current_platform(), forced_backend(), jax.config.jax_default_device))
 
@@ -163,7 +163,7 @@ def test_threads_compile_for_the_platform_of_who_asks(monkeypatch: pytest.Monkey
 
 
 class Cycle:
-    """Garbage that only the collector finds."""
+    """A reference cycle, which only the collector frees."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -171,7 +171,7 @@ class Cycle:
 
 def test_garbage_is_collected_once_all_is_compiled() -> None:
     cycle = Cycle()
-    # Only a walk of all objects finds what has outlived one.
+    # An object that has survived one full collection is freed only by another full one.
     gc.collect()
     with collected_once():
         left = weakref.ref(cycle)

@@ -1,4 +1,4 @@
-"""Constrained sequences: each token is the likeliest of those allowed, and the device does not wait for masks."""
+"""Constrained sequences: each token is the most likely allowed token, and the device does not wait for masks."""
 
 import dataclasses
 import random
@@ -24,11 +24,11 @@ OPTIONS = EngineOptions(
     max_num_batched_tokens=16,
     kv_cache_memory=90_000,
 )
-"""Few pages, so that sequences are pre-empted, and few sizes, so that few kinds of step are compiled."""
+"""Few pages, so that sequences are preempted, and few bucket sizes, so that few step shapes are compiled."""
 
 
 class Third:
-    """Allows a third of the tokens: which one depends on all tokens before. Tells `log` of what it is asked."""
+    """Allows a third of the tokens, which depends on all previous tokens; appends its calls to `log`."""
 
     def __init__(self, seed: int, log: list[str] | None = None) -> None:
         self._state, self._log = seed, [] if log is None else log
@@ -68,7 +68,7 @@ def constrained(seed: int, **more: object) -> SamplingParams:
 
 
 def requests(seed: int, count: int) -> Requests:
-    """Constrained ones, some of which end early, among free ones."""
+    """Constrained requests, some of which end early, among unconstrained ones."""
     rng = random.Random(seed)
     kinds = (
         constrained(seed, n=2),
@@ -82,7 +82,7 @@ def requests(seed: int, count: int) -> Requests:
 
 
 def assert_right(prompt: list[int], params: SamplingParams, tokens: list[int], whole: bool = True) -> None:
-    """Each token is the likeliest of those that may follow those before it, up to a near-tie."""
+    """Each token is the most likely of those allowed after its predecessors, up to near-ties."""
     constraint = third(params.structured_outputs, "text") if params.structured_outputs else None
     generated = np.zeros(TINY.vocab_size, bool)
     for row, token in zip(logits_before(tiny(), prompt, tokens), tokens, strict=True):
@@ -133,7 +133,7 @@ def test_a_schedule_over_a_mesh(mesh: str) -> None:
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_the_next_pass_is_started_before_masks_are_asked_for(
+def test_the_next_forward_pass_is_launched_before_masks_are_requested(
     stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[str] = []
@@ -148,13 +148,13 @@ def test_the_next_pass_is_started_before_masks_are_asked_for(
     monkeypatch.setattr(engine(), "_constrain", partial(third, log=log))
     asked = constrained(1, max_tokens=4, stop_token_ids=list(range(96)) if stopped else [])
     play(engine(), {"a": ([1, 2, 3], asked)}, random.Random(0), cancels=0)
-    # A pass that a stop token makes void has no mask.
+    # A forward pass made void by a stop token has no mask.
     rest = ["pass", "accept"] if stopped else ["pass", "accept", "fill"] * 3 + ["accept"]
     assert log == ["pass", "fill", *rest]
 
 
-def test_between_steps_all_has_been_started() -> None:
-    """So that anything may be cancelled then, and the last step measured."""
+def test_everything_is_launched_between_steps() -> None:
+    """Requests can thus be cancelled between steps, and the last step can be measured."""
     for name in "ab":
         engine().add(name, [1, 2, 3], constrained(1, max_tokens=30))
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Whatever the engine does with a request, its tokens are those of the model run on it alone."""
+"""The engine gives each request the tokens of the model run on that request alone."""
 
 import dataclasses
 import random
@@ -55,14 +55,14 @@ def forward():
 
 
 def logits_before(model: GptOss, prompt: list[int], tokens: list[int], size: int = 128) -> np.ndarray:
-    """Of the model alone, [tokens, V]: those that each token is chosen from."""
+    """The model's logits [tokens, V] from which each token is sampled, computed without the engine."""
     padded = np.zeros((1, size), np.int32)
     padded[0, : len(prompt) + len(tokens)] = prompt + tokens
     return np.asarray(forward()(model, padded)[0, len(prompt) - 1 : len(prompt) + len(tokens) - 1])
 
 
 def assert_greedy(model: GptOss, prompt: list[int], tokens: list[int]) -> None:
-    """Each token is the likeliest after those before it, up to a near-tie."""
+    """Each token is the most likely one after its predecessors, up to near-ties."""
     for row, token in zip(logits_before(model, prompt, tokens), tokens, strict=True):
         assert row[token] >= row.max() - 2e-4
 
@@ -101,7 +101,7 @@ def test_any_shape_decodes_as_a_full_forward_does(config: ModelConfig, seed: int
 
 
 def test_any_schedule_gives_the_tokens_of_the_request_alone() -> None:
-    """Arrivals and cancels at random moments, shared prefixes, few pages, so that sequences are pre-empted."""
+    """Random arrivals and cancellations, shared prefixes, and few pages, so that sequences are preempted."""
     shared = Engine(tiny(), schedules.OPTIONS)
     preemptions = []
 
@@ -122,7 +122,7 @@ def test_any_schedule_gives_the_tokens_of_the_request_alone() -> None:
     assert sum(map(bool, preemptions)) > len(preemptions) / 2
 
 
-def test_prefixes_are_taken_up() -> None:
+def test_prefix_cache_hits() -> None:
     large = engine()
     prompt = prompts(1, 1)[0] * 3
     first = run(large, {"a": (prompt, greedy(5))})["a"]
@@ -142,8 +142,8 @@ def test_a_mesh_gives_the_same_tokens(mesh: str) -> None:
 
 
 @pytest.mark.parametrize("mesh", ["tensor=4", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)])
-def test_devices_exchange_nothing_but_in_programs(mesh: str) -> None:
-    """Neither to make weights (`tensor=4` has an order of heads of its own) nor to serve does one feed the others."""
+def test_devices_exchange_data_only_in_compiled_programs(mesh: str) -> None:
+    """Neither making weights (`tensor=4` reorders the heads) nor serving copies data from one device to others."""
     params = SamplingParams(max_tokens=3, temperature=1.0, repetition_penalty=1.2, logprobs=2, seed=1)
     with jax.transfer_guard_device_to_device("disallow_explicit"):
         served = Engine(random_model(TINY, mesh, dtype="float32"), OPTIONS)
@@ -151,7 +151,7 @@ def test_devices_exchange_nothing_but_in_programs(mesh: str) -> None:
     assert [len(tokens) for tokens in found.values()] == [3, 3]
 
 
-def test_a_seed_repeats_whatever_else_runs() -> None:
+def test_a_seed_gives_the_same_tokens_beside_other_requests() -> None:
     [prompt, *others] = prompts(2, 5)
     params = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=11)
     alone = run(engine(), {"a": (prompt, params)})["a"]
@@ -160,13 +160,13 @@ def test_a_seed_repeats_whatever_else_runs() -> None:
 
 
 @pytest.mark.slow
-def test_guessed_tokens_change_nothing() -> None:
-    guessing = engine(dataclasses.replace(OPTIONS, num_speculative_tokens=3))
+def test_speculative_decoding_gives_the_same_tokens() -> None:
+    speculative = engine(dataclasses.replace(OPTIONS, num_speculative_tokens=3))
     requests = {str(i): ((p * 3)[:60], greedy(30)) for i, p in enumerate(prompts(9, 4))}
     requests["s"] = (requests["0"][0], SamplingParams(max_tokens=30, temperature=0.3, seed=5))
-    assert run(guessing, requests) == run(engine(), requests)
-    assert guessing.load.drafted > 0
-    assert guessing.load.accepted > 0
+    assert run(speculative, requests) == run(engine(), requests)
+    assert speculative.load.drafted > 0
+    assert speculative.load.accepted > 0
 
 
 def test_multi_step_decode_gives_the_likeliest_tokens() -> None:
@@ -192,21 +192,21 @@ def test_multi_step_decode_gives_the_likeliest_tokens() -> None:
 
 
 @pytest.mark.slow
-def test_rounds_of_decode_steps_change_nothing() -> None:
-    in_rounds = engine(dataclasses.replace(OPTIONS, num_decode_steps=4))
+def test_multi_step_decode_gives_the_same_tokens() -> None:
+    multi_step = engine(dataclasses.replace(OPTIONS, num_decode_steps=4))
     requests = {str(i): (p, greedy(5 + 6 * i)) for i, p in enumerate(prompts(8, 5))}
     requests["s"] = (requests["0"][0], SamplingParams(max_tokens=18, temperature=0.7, top_p=0.9, seed=5))
     requests["l"] = (requests["1"][0], SamplingParams(max_tokens=7, temperature=0, logprobs=1))
     penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {7: 2.0}}
     requests["p"] = (requests["2"][0], SamplingParams(max_tokens=25, temperature=0, **penalties))
     alone = run(engine(), requests)
-    before = in_rounds.load.steps
-    assert run(in_rounds, requests) == alone
-    assert in_rounds.load.steps > before
+    before = multi_step.load.steps
+    assert run(multi_step, requests) == alone
+    assert multi_step.load.steps > before
     ends = SamplingParams(max_tokens=30, temperature=0, stop_token_ids=[alone["4"][9]])
-    stopped = run(in_rounds, {"e": (requests["4"][0], ends), "4": requests["4"]})
+    stopped = run(multi_step, {"e": (requests["4"][0], ends), "4": requests["4"]})
     assert stopped == {"e": alone["4"][: alone["4"].index(alone["4"][9]) + 1], "4": alone["4"]}
-    assert in_rounds.load.pages_used == 0
+    assert multi_step.load.pages_used == 0
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_rounds_of_decode_steps_change_nothing() -> None:
         ),
     ],
 )
-def test_what_is_asked_of_each_token_holds_in_rounds(asked: dict[str, object]) -> None:
-    """A launch makes four steps, and what comes of it is the same."""
+def test_sampling_options_apply_in_multi_step_decode(asked: dict[str, object]) -> None:
+    """A launch of four steps gives the same results as four launches."""
     prompt = prompts(8, 1)[0]
     often = run(engine(), {"a": (prompt, greedy(24))})["a"][6]
     params = greedy(24, stop_token_ids=[often], **asked)
@@ -234,10 +234,10 @@ def test_what_is_asked_of_each_token_holds_in_rounds(asked: dict[str, object]) -
             calls += 1
         return events, calls
 
-    (alone, calls), (in_rounds, fewer_calls) = events(1), events(4)
-    assert [event.token_id for event in in_rounds] == [event.token_id for event in alone]
+    (alone, calls), (multi_step, fewer_calls) = events(1), events(4)
+    assert [event.token_id for event in multi_step] == [event.token_id for event in alone]
     assert fewer_calls < calls
-    for got, want in zip(in_rounds, alone, strict=True):
+    for got, want in zip(multi_step, alone, strict=True):
         assert (got.logprobs is None) == (want.logprobs is None)
         if got.logprobs and want.logprobs:
             assert got.logprobs.top == pytest.approx(want.logprobs.top, abs=1e-5)
@@ -255,7 +255,7 @@ def test_several_completions_share_the_prompt() -> None:
             out.setdefault(event.index, []).append(event.token_id)
             cached[event.index] = event.cached_tokens
         most = max(most, engine().load.pages_used)
-    # The last token of a prompt is computed for each, so that the block with it is.
+    # The last token of a prompt is computed for each completion, and with it the page that contains it.
     shared, each = (len(prompt) - 1) // OPTIONS.page_size, -(-(len(prompt) + 6) // OPTIONS.page_size)
     assert cached[1] == cached[2] == shared * OPTIONS.page_size > 0
     assert most <= shared + 3 * (each - shared)
@@ -305,11 +305,11 @@ def test_log_probabilities_are_those_of_a_full_forward() -> None:
 SMALL = dataclasses.replace(
     OPTIONS, page_size=4, kv_cache_memory=60_000, long_prefill_token_threshold=8, max_num_batched_tokens=8
 )
-"""A cache of 44 pages, which is 176 tokens."""
+"""A cache of 44 pages, that is, 176 tokens."""
 
 
 def events_of(requests: list[tuple[list[int], SamplingParams]]) -> list[TokenEvent]:
-    """What comes of requests that together do not fit."""
+    """The results of requests that do not fit in the cache together."""
     small = Engine(tiny(), SMALL)
     for name, (prompt, params) in enumerate(requests):
         small.add(str(name), prompt, params)
@@ -322,7 +322,7 @@ def events_of(requests: list[tuple[list[int], SamplingParams]]) -> list[TokenEve
 
 @pytest.mark.slow
 def test_a_prompt_is_scored_once_though_its_prefill_is_interrupted() -> None:
-    """The first request's pages run out while the second one's prompt takes up all but three."""
+    """The first request runs out of pages while the second one's prompt holds all but three."""
     prompt = [random.Random(1).randrange(96) for _ in range(155)]
     events = events_of([([1, 2, 3, 4], greedy(140)), (prompt, greedy(5, prompt_logprobs=1))])
     [scored] = [event.prompt_logprobs for event in events if event.prompt_logprobs]
@@ -330,7 +330,7 @@ def test_a_prompt_is_scored_once_though_its_prefill_is_interrupted() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_sequence_takes_up_again_is_not_counted_as_cached() -> None:
+def test_prefix_hits_after_preemption_do_not_count_as_cached() -> None:
     rng = random.Random(9)
     events = events_of([([i, *(rng.randrange(96) for _ in range(40))], greedy(40)) for i in range(12)])
     assert {event.cached_tokens for event in events} == {0}
@@ -338,7 +338,7 @@ def test_what_a_sequence_takes_up_again_is_not_counted_as_cached() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
 def test_smaller_caches_stay_close(dtype: str) -> None:
-    """Where a coarser cache leads to another token, the two were close."""
+    """Where a less precise cache gives another token, both tokens had similar logits."""
     prompt = prompts(8, 1)[0]
     tokens = run(Engine(tiny(), dataclasses.replace(OPTIONS, kv_cache_dtype=dtype)), {"a": (prompt, greedy(1))})[
         "a"
@@ -354,7 +354,7 @@ def test_keys_past_the_range_of_float8_stay_numbers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
+def test_nothing_compiles_after_warm_up(guesses: int) -> None:
     options = dataclasses.replace(
         OPTIONS,
         max_num_seqs=1,
@@ -365,18 +365,18 @@ def test_what_is_warmed_up_compiles_no_more(guesses: int) -> None:
     )
     warm = Engine(tiny(), options)
     count = warm.warm_up(progress=False)
-    assert warm.load.compiled == count
+    assert warm.load.programs_compiled == count
     params = SamplingParams(max_tokens=4, temperature=0.5, seed=1)
     requests = {"a": (prompts(1, 1)[0], greedy(4)), "b": ([1, 2, 3], params), "c": ([5], greedy(3))}
     run(warm, requests)
     run(warm, {"repeats": ((prompts(9, 1)[0] * 3)[:60], greedy(30))})
     assert (warm.load.drafted > 0) == (guesses > 0)
-    assert warm.load.compiled == count
+    assert warm.load.programs_compiled == count
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_a_rehearsal_compiles_what_the_requests_take(guesses: int) -> None:
+def test_rehearsal_compiles_the_step_shapes_of_its_requests(guesses: int) -> None:
     options = dataclasses.replace(
         OPTIONS, long_prefill_token_threshold=32, num_speculative_tokens=guesses, num_decode_steps=4
     )
@@ -384,24 +384,24 @@ def test_a_rehearsal_compiles_what_the_requests_take(guesses: int) -> None:
     expected = run(Engine(tiny(), options), requests)
     rehearsed = Engine(tiny(), options)
     count = rehearsed.warm_up(progress=False, rehearse=lambda: run(rehearsed, requests))
-    assert 0 < rehearsed.load.compiled == count < len(list(rehearsed._runner.kinds()))
+    assert 0 < rehearsed.load.programs_compiled == count < len(list(rehearsed._runner.kinds()))
     assert rehearsed.unfinished == rehearsed.load.pages_used == 0
-    # Nothing is taken up of prompts that were not computed.
+    # The rehearsal's prompts were not computed, so they give no prefix-cache hits.
     assert run(rehearsed, requests) == expected
-    # Guesses depend on the tokens, which are all alike in a rehearsal.
-    assert guesses or rehearsed.load.compiled == count
+    # Drafts depend on the tokens, which are all 0 in a rehearsal.
+    assert guesses or rehearsed.load.programs_compiled == count
 
 
 @pytest.mark.parametrize(
     ("prompt", "params", "named"),
     [
-        ([], greedy(1), "no tokens"),
+        ([], greedy(1), "prompt: expected at least one token, found none"),
         ([96], greedy(1), "96"),
         ([1] * 500, greedy(20), "512"),
         ([1], greedy(1, stop_token_ids=[99]), "99"),
     ],
 )
-def test_what_can_never_run_is_refused(prompt: list[int], params: SamplingParams, named: str) -> None:
+def test_requests_that_can_never_run_are_rejected(prompt: list[int], params: SamplingParams, named: str) -> None:
     with pytest.raises(UsageError, match=named):
         engine().add("a", prompt, params)
     with pytest.raises(UsageError, match=named) as caught:
@@ -429,20 +429,20 @@ def test_what_can_never_run_is_refused(prompt: list[int], params: SamplingParams
         ("kernels", "triton"),
     ],
 )
-def test_options_of_other_types_are_refused_by_name(field: str, value: object) -> None:
+def test_options_of_wrong_types_are_rejected_by_name(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"^{field}: .*") as caught:
         EngineOptions(**{field: value})
     assert "found" in str(caught.value)
 
 
-def test_a_cache_too_small_is_refused_with_the_numbers() -> None:
+def test_a_too_small_cache_is_rejected_with_the_numbers() -> None:
     with pytest.raises(UsageError, match="kv_cache_memory: 1000 bytes"):
         Engine(tiny(), dataclasses.replace(OPTIONS, kv_cache_memory=1000))
 
 
 def test_max_model_len_bounds_prompt_and_output_together() -> None:
     short = Engine(tiny(), dataclasses.replace(OPTIONS, max_model_len=20))
-    with pytest.raises(UsageError, match="10 prompt tokens and 11 new ones exceed max_model_len of 20"):
+    with pytest.raises(UsageError, match="10 prompt tokens and 11 new tokens exceed max_model_len of 20"):
         short.add("a", [1] * 10, greedy(11))
     requests = {"a": ([1] * 10, SamplingParams(temperature=0, ignore_eos=True))}
     assert len(run(short, requests)["a"]) == 10
@@ -452,7 +452,7 @@ def test_max_model_len_bounds_prompt_and_output_together() -> None:
 
 @dataclasses.dataclass
 class Card:
-    """A device that reports its memory as jax's GPUs do."""
+    """A device that reports its memory like JAX's GPU devices."""
 
     platform = device_kind = "gpu"
     limit: int
@@ -462,14 +462,12 @@ class Card:
         return {"bytes_limit": self.limit, "bytes_in_use": self.used}
 
 
-def test_what_the_cache_may_take() -> None:
+def test_cache_budget() -> None:
     card, mib = Card(1000 << 20, 400 << 20), 1 << 20
     assert cache_budget(card, 123, None) == 123
     assert cache_budget(card, None, None) == 510 * mib  # 0.85 of the 600 MiB that are free
     assert cache_budget(card, None, 0.9) == 500 * mib
-    with pytest.raises(
-        UsageError, match=r"^gpu_memory_utilization: expected a share larger than what the weights"
-    ):
+    with pytest.raises(UsageError, match=r"^gpu_memory_utilization: expected a fraction larger than the weights"):
         cache_budget(card, None, 0.4)
     with pytest.raises(UsageError, match=r"^gpu_memory_utilization: expected a device that reports its memory"):
         cache_budget(jax.local_devices()[0], None, 0.9)

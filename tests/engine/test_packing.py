@@ -12,7 +12,7 @@ def arrays(seed: int, parts: int, shapes: list[tuple[int, ...]]) -> list[np.ndar
     rng = np.random.default_rng(seed)
     made = []
     for shape, dtype in zip(shapes, DTYPES * len(shapes), strict=False):
-        # Below the bits of floats that are no numbers.
+        # Smaller than the bit patterns of NaNs.
         bits = rng.integers(0, 0x7F000000, (parts, *shape), np.int32)
         made.append(bits % 2 == 1 if dtype is np.bool_ else bits.view(dtype))
     return made
@@ -23,7 +23,7 @@ def arrays(seed: int, parts: int, shapes: list[tuple[int, ...]]) -> list[np.ndar
     st.integers(1, 3),
     st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=9),
 )
-def test_what_is_packed_comes_back_bit_by_bit(seed: int, parts: int, shapes: list[tuple[int, ...]]) -> None:
+def test_unpacking_is_bit_exact(seed: int, parts: int, shapes: list[tuple[int, ...]]) -> None:
     tree = {"all": arrays(seed, parts, shapes), "none": None}
     packed = Packed.of(tree)
     assert packed.words.shape == (parts, sum(x[0].size for x in tree["all"]))
@@ -34,7 +34,7 @@ def test_what_is_packed_comes_back_bit_by_bit(seed: int, parts: int, shapes: lis
         np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
 
 
-def test_programs_are_shared_by_alike_trees_alone() -> None:
+def test_only_trees_of_the_same_layout_share_a_program() -> None:
     traced = []
 
     @jax.jit

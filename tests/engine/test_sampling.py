@@ -34,7 +34,7 @@ def settings(params: list[SamplingParams]) -> SamplingState:
 
 
 def draws(logits: np.ndarray, count: int = 4000, **params: object) -> np.ndarray:
-    """How often each token is drawn."""
+    """How often each token is sampled."""
     one = settings([SamplingParams(**params)])
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), one)
     state = dataclasses.replace(state, keys=keys(tuple(range(count))))
@@ -88,8 +88,8 @@ def test_temperature_zero_takes_the_likeliest_beside_requests_that_draw() -> Non
 
 
 @given(st.integers(0, 10**9))
-def test_only_what_the_cuts_keep_is_drawn(seed: int) -> None:
-    """By definition: what top-k, then top-p, then min-p keep, with ties, and tokens that a mask leaves out."""
+def test_only_tokens_kept_by_top_k_top_p_and_min_p_are_sampled(seed: int) -> None:
+    """Compares with the definition: top-k, then top-p, then min-p, including ties and masked tokens."""
     rng = np.random.default_rng(seed)
     logits = np.round(
         rng.standard_normal((4, MANY)).astype(np.float32) * rng.choice([0.1, 2, 6]), rng.choice([1, 5])
@@ -118,31 +118,33 @@ def test_only_what_the_cuts_keep_is_drawn(seed: int) -> None:
         assert probs[tokens[row]] >= p.min_p * (1 - 1e-5)
 
 
-@pytest.mark.parametrize("means", ["draw", "cut"])
-def test_tokens_that_are_alike_are_drawn_alike_at_any_temperature(means: str) -> None:
+@pytest.mark.parametrize("mode", ["random", "truncated"])
+def test_equal_logits_are_sampled_equally_at_any_temperature(mode: str) -> None:
     alike = [3, 9, 11, 18]
     logits = jnp.full((2000, MANY), -10.0).at[:, jnp.asarray(alike)].set(20.0)
     state = settings([SamplingParams(temperature=1e-6, seed=seed) for seed in range(2000)])
-    counts = np.bincount(draw(logits, state, jnp.zeros(2000, jnp.int32), means), minlength=MANY)[alike]
+    counts = np.bincount(draw(logits, state, jnp.zeros(2000, jnp.int32), mode), minlength=MANY)[alike]
     assert counts.sum() == 2000
-    # 500 each are expected, with a deviation of 19.
+    # The expected count is 500, with a standard deviation of 19.
     assert (abs(counts - 500) < 100).all()
 
 
-def test_logits_that_are_no_numbers_end() -> None:
+def test_nan_logits_terminate() -> None:
     state = settings([SamplingParams(top_p=0.9, top_k=3)] * 2)
     tokens = draw(jnp.asarray([[jnp.nan] * VOCAB, [-jnp.inf] * VOCAB]), state, jnp.zeros(2, jnp.int32))
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
 
 
-def test_draws_are_the_same_by_any_means_that_do() -> None:
+def test_sampling_modes_agree_where_they_apply() -> None:
     logits = jnp.asarray(np.random.default_rng(4).standard_normal((50, VOCAB)), jnp.float32)
     state = settings([SamplingParams(temperature=1.3, min_p=0.02, seed=seed) for seed in range(50)])
     positions = jnp.arange(50, dtype=jnp.int32)
-    np.testing.assert_array_equal(draw(logits, state, positions, "draw"), draw(logits, state, positions, "cut"))
+    np.testing.assert_array_equal(
+        draw(logits, state, positions, "random"), draw(logits, state, positions, "truncated")
+    )
     greedy = settings([SamplingParams(temperature=0)] * 50)
     np.testing.assert_array_equal(
-        draw(logits, greedy, positions, "greedy"), draw(logits, greedy, positions, "cut")
+        draw(logits, greedy, positions, "greedy"), draw(logits, greedy, positions, "truncated")
     )
 
 

@@ -47,7 +47,7 @@ def test_short_prompts_share_a_step_and_a_long_one_fills_it() -> None:
     ]
 
 
-def test_completions_that_wait_for_their_prompt_hold_up_no_other_request() -> None:
+def test_completions_waiting_for_their_prompt_block_no_other_request() -> None:
     scheduler = Scheduler(Limits(8, 400, 32, 0, 512, 512, enable_prefix_caching=True), 1)
 
     def add(name: str, index: int, length: int, leader: Sequence | None) -> Sequence:
@@ -73,7 +73,7 @@ def test_completions_that_wait_for_their_prompt_hold_up_no_other_request() -> No
     ]
 
 
-def test_a_ring_that_is_taken_up_outlives_others() -> None:
+def test_a_used_snapshot_ring_is_evicted_last() -> None:
     prefixes = Prefixes(pages=8, snapshots=2, first_snapshot=0)
 
     def remember(key: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Whatever is added and cancelled when, on whatever mesh: the tokens are a request's own, and nothing is left of it."""
+"""With random arrivals and cancellations on any mesh, requests get the tokens they get alone, and free all memory."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from tests.sharding.test_processes import Processes
 
 MESHES = ("data=2,expert=2,tensor=2", "data=4,tensor=2", "expert=4,tensor=2", "expert=8")
 TELLING = ("data=2,expert=2,tensor=2", "expert=8")
-"""Every axis at once, and the one on which tokens may travel."""
+"""A mesh with all three axes, and one with expert parallelism only, where the all-to-all may be used."""
 
 
 @cache
@@ -59,7 +59,7 @@ def test_a_schedule_over_a_mesh(mesh: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.long)])
 def test_a_schedule_of_the_embedded_model(mesh: str | None) -> None:
-    """12 pages, all of which a request may need."""
+    """Runs with 12 pages, all of which one request may need."""
     options = dataclasses.replace(OPTIONS, kv_cache_memory=1_330_000)
     model = load_model(mesh=mesh, dtype="float32")
     engine = Engine(model, in_each_part(options, model), eos_token_ids=())
@@ -71,7 +71,7 @@ def test_a_schedule_of_the_embedded_model(mesh: str | None) -> None:
 
 
 def over_two_processes(*arguments: str) -> tuple[Tokens, set[str], dict[str, Any]]:
-    """The tokens, who was cancelled and the load at the end of what is played by processes of four devices each."""
+    """The tokens, the cancelled requests and the final load of a schedule run by processes of four devices each."""
     ends = Processes(2, 4, "tests.engine.schedules", *arguments).outcomes(300)
     assert [end.code for end in ends] == [0, 0], ends
     found = json.loads(ends[0].out)
@@ -87,7 +87,7 @@ def test_a_schedule_over_two_processes() -> None:
 
 
 def assert_soaked(requests: Requests, out: Tokens, cancelled: set[str], load: dict[str, Any]) -> None:
-    """Much was cancelled, pre-empted and guessed, no page is held, and nothing spoilt what was played last."""
+    """Many requests were cancelled, preempted and drafted for, no page is held, and the last schedule is unaffected."""
     assert len(cancelled) > len(requests) / 20
     assert load["preemptions"] > 0
     assert load["drafted"] > 0
@@ -99,7 +99,7 @@ def assert_soaked(requests: Requests, out: Tokens, cancelled: set[str], load: di
 
 @pytest.mark.slow
 def test_a_soak_leaves_nothing_behind() -> None:
-    """2000 requests of several kinds, many of which are cancelled."""
+    """Runs 2000 requests of several kinds, many of which are cancelled."""
     requests = soak_requests(6, 2000)
     engine = Engine(tiny(), SOAK)
     out, cancelled = play(engine, requests, random.Random(6), cancels=0.2)

@@ -1,4 +1,4 @@
-"""Calls of the model as researchers make them: by themselves, and inside transformations and meshes of their own."""
+"""Direct calls of the model, alone and inside a caller's JAX transformations and meshes."""
 
 import gc
 import weakref
@@ -40,11 +40,11 @@ TINY = ModelConfig(
 DIFFERENTIATED = nnx.All(
     nnx.Param, nnx.Not(nnx.Any(nnx.PathContains("gate_up_proj"), nnx.PathContains("down_proj")))
 )
-"""All but the packed experts."""
+"""All parameters except the packed experts."""
 
 
 class Work(Counter[str]):
-    """How often JAX traced and compiled since this was last cleared."""
+    """Counts of JAX's traces and compilations since the last clear()."""
 
     EVENTS = {  # noqa: RUF012
         "/jax/core/compile/jaxpr_trace_duration": "traced",
@@ -52,7 +52,7 @@ class Work(Counter[str]):
     }
 
     def of(self, function: Callable[[], Any]) -> Self:
-        """Of a call; empty if it neither traced nor compiled."""
+        """The counts of one call; empty if it neither traced nor compiled."""
         self.clear()
         jax.block_until_ready(function())
         return self
@@ -73,7 +73,7 @@ def work() -> Iterator[Work]:
 
 @cache
 def model(mesh: str | None = None, seed: int = 0) -> GptOss:
-    """For tests that leave it as it is."""
+    """A shared model, which tests must not modify."""
     return random_model(TINY, mesh, "float32", seed=seed)
 
 
@@ -86,7 +86,7 @@ def gradient(model: GptOss) -> nnx.State:
 
 
 def moved(model: GptOss, direction: nnx.State) -> GptOss:
-    """A copy whose differentiated weights are moved."""
+    """A copy of the model with `direction` added to its differentiated weights."""
     graph, some, rest = nnx.split(model, DIFFERENTIATED, ...)
     return nnx.merge(graph, jax.tree.map(jnp.add, some, direction), rest)
 
@@ -117,7 +117,7 @@ def test_jit_of_a_caller_gives_the_same(mesh: str | None, work: Work) -> None:
     assert not work.of(lambda: lifted(own, TOKENS))
 
 
-def test_a_model_that_is_closed_over() -> None:
+def test_jit_of_a_closure_over_the_model() -> None:
     own = model()
     for program in (jax.jit(lambda tokens: own(tokens)), jax.jit(lambda tokens: own(TOKENS))):
         np.testing.assert_allclose(program(TOKENS), own(TOKENS), rtol=0, atol=1e-5)
@@ -152,7 +152,7 @@ def test_changed_weights_are_seen(mesh: str | None, work: Work) -> None:
     np.testing.assert_array_equal(own(TOKENS), before)
 
 
-def test_a_model_that_is_gone_leaves_no_weights() -> None:
+def test_a_deleted_model_leaves_no_weights() -> None:
     own = random_model(TINY, dtype="float32")
     own(TOKENS)
     gradient(own)
@@ -162,7 +162,7 @@ def test_a_model_that_is_gone_leaves_no_weights() -> None:
     assert not any(weight() is not None for weight in weights)
 
 
-def test_the_gradient_is_the_slope() -> None:
+def test_gradient_equals_finite_difference() -> None:
     found = gradient(model())
     for part in ("embed_tokens", "norm", "router", "sinks", "q_proj", "o_proj", "lm_head"):
         of_part = jax.tree.map_with_path(
@@ -176,7 +176,7 @@ def test_the_gradient_is_the_slope() -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_gradients_compile_once_and_are_one_devices(mesh: str | None, work: Work) -> None:
+def test_gradients_compile_once_and_equal_those_of_one_device(mesh: str | None, work: Work) -> None:
     found, expected = gradient(model(mesh)), gradient(model())
     assert not work.of(lambda: gradient(model(mesh)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), found, expected)
@@ -204,14 +204,14 @@ def test_a_mesh_in_context_of_a_callers_jit() -> None:
         np.testing.assert_array_equal(nnx.jit(lambda model: model(TOKENS))(model(MESHES[1])), expected)
 
 
-def test_calls_run_in_order(told: dict[str, Any]) -> None:
+def test_calls_run_in_order(jit_options: dict[str, Any]) -> None:
     with platform("cuda"), use_backend("reference"):
         model()(TOKENS[:, :4])
-    assert told["gpt_oss"] == {"xla_gpu_enable_pdl": False}
+    assert jit_options["gpt_oss"] == {"xla_gpu_enable_pdl": False}
 
 
 def test_calls_inside_transformations_have_no_options() -> None:
-    """With options of XLA for another platform, which this one ignores: JAX would refuse them."""
+    """JAX would reject the XLA options of the platform in force here, so the calls must pass none."""
     expected, slope = model()(TOKENS), gradient(model())
     with platform("cuda"), use_backend("reference"):
         np.testing.assert_array_equal(model()(TOKENS), expected)

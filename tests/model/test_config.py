@@ -1,7 +1,7 @@
-"""config.json and generation_config.json, read as transformers reads them or refused by name.
+"""config.json and generation_config.json are read as transformers reads them, or rejected by name.
 
-The values were printed by `AutoConfig.from_pretrained` of transformers 5.24.0 on the same fields; what follows from
-mscale by the formula of its `_compute_yarn_parameters`.
+The expected values were printed by `AutoConfig.from_pretrained` of transformers 5.24.0 on the same fields. Those
+derived from mscale follow the formula of its `_compute_yarn_parameters`.
 """
 
 import json
@@ -51,7 +51,7 @@ def read(**fields: Any) -> ModelConfig:
     return ModelConfig.from_dict(BARE | fields, "config.json")
 
 
-def test_what_is_absent_is_as_in_transformers() -> None:
+def test_absent_fields_have_the_defaults_of_transformers() -> None:
     config = read()
     assert config.head_dim == 64
     assert config.sliding_window == 128
@@ -80,7 +80,7 @@ def test_what_is_absent_is_as_in_transformers() -> None:
         ({"rope_scaling": {"rope_type": "default"}}, PLAIN),
         ({"rope_scaling": {"rope_theta": 5.0}}, RopeConfig(5.0, "default", 1.0)),
         ({"rope_parameters": {}, "rope_theta": 7.0}, RopeConfig(7.0, "default", 1.0)),
-        # The settings' own theta precedes, and rope_scaling precedes rope_parameters with all that is in it.
+        # The settings' own rope_theta takes precedence, as does rope_scaling over rope_parameters as a whole.
         ({"rope_theta": 10.0, "rope_scaling": {**YARN, "rope_theta": 500.0}}, RopeConfig(500.0)),
         (
             {"rope_scaling": {**YARN, "factor": 16.0}, "rope_parameters": {**YARN, "rope_theta": 7.0}},
@@ -88,7 +88,7 @@ def test_what_is_absent_is_as_in_transformers() -> None:
         ),
         ({"rope_scaling": {}, "rope_parameters": {**YARN, "rope_theta": 500.0}}, RopeConfig(500.0)),
         ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {**YARN, "rope_theta": 7.0}}, PLAIN),
-        # An original context that is not there is max_position_embeddings, and truncate then is true.
+        # The original context length defaults to max_position_embeddings, and truncate to true.
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 32.0}, "initial_context_length": 512},
             RopeConfig(original_max_position_embeddings=131072, truncate=True),
@@ -163,7 +163,7 @@ def test_rotary_settings_are_read_as_in_transformers(fields: dict[str, Any], exp
             for name in ("original_max_position_embeddings",)
             for value in (None, 0, 4096.0, "4096", 4)
         ),
-        # Frequencies would be computed with this one, as soon as they are.
+        # transformers would compute the frequencies with this value.
         ("original_max_position_embeddings", {"rope_scaling": YARN, "original_max_position_embeddings": 1024}),
         ("rope_theta", {"rope_theta": None}),
         ("rope_theta", {"rope_theta": 1}),
@@ -172,7 +172,7 @@ def test_rotary_settings_are_read_as_in_transformers(fields: dict[str, Any], exp
         ("partial_rotary_factor", {"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}),
     ],
 )
-def test_rotary_settings_that_gpt_oss_has_not_are_refused(named: str, fields: dict[str, Any]) -> None:
+def test_unsupported_rotary_settings_are_rejected(named: str, fields: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=rf"^config\.json: {named}: expected .*, found .*$"):
         read(**fields)
 
@@ -212,13 +212,13 @@ def test_rotary_settings_that_gpt_oss_has_not_are_refused(named: str, fields: di
         *((name, {name: value}) for name in BARE if name != "model_type" for value in (None, 0, 8.0, "8", True)),
     ],
 )
-def test_what_this_model_cannot_do_is_refused(named: str, fields: dict[str, Any]) -> None:
+def test_unsupported_values_are_rejected(named: str, fields: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=rf"^config\.json: {named}: expected .*, found .*$"):
         read(**fields)
 
 
 @pytest.mark.parametrize("name", [name for name in BARE if name != "model_type"])
-def test_sizes_must_be_given(name: str) -> None:
+def test_dimensions_are_required(name: str) -> None:
     fields = {key: value for key, value in BARE.items() if key != name}
     with pytest.raises(
         CheckpointError, match=f"^config.json: {name}: expected a positive integer, found nothing$"
@@ -226,7 +226,7 @@ def test_sizes_must_be_given(name: str) -> None:
         ModelConfig.from_dict(fields, "config.json")
 
 
-def test_second_names_and_a_window_that_no_layer_has() -> None:
+def test_aliases_and_a_null_sliding_window() -> None:
     fields = {key: value for key, value in BARE.items() if not key.startswith(("num_local", "num_experts"))}
     config = ModelConfig.from_dict(fields | {"num_experts": 8, "experts_per_token": 2})
     assert (config.num_local_experts, config.num_experts_per_tok) == (8, 2)
@@ -251,7 +251,7 @@ def test_second_names_and_a_window_that_no_layer_has() -> None:
 )
 @example({"rope_scaling": {**YARN, "beta_fast": 1e38, "beta_slow": 1e-38}})
 @example({"rope_scaling": {**YARN, "rope_theta": 1.0000001, "truncate": True}})
-def test_any_fields_are_read_or_refused_in_one_line(fields: dict[str, Any]) -> None:
+def test_any_fields_are_read_or_rejected_in_one_line(fields: dict[str, Any]) -> None:
     openai = OPENAI_FIELDS | fields
     for given_ in (BARE | fields, openai):
         config, refused = None, ""
@@ -283,8 +283,8 @@ def ends(directory: Path, text: str | None) -> tuple[int, ...]:
     return ModelConfig.from_file(directory).with_generation_file(directory).eos_token_id
 
 
-def test_generation_config_says_what_ends_a_text(checkpoint: Path) -> None:
-    """As in transformers its end tokens replace those of config.json, which hold where it has none."""
+def test_generation_config_replaces_the_eos_tokens(checkpoint: Path) -> None:
+    """Its eos_token_id replaces that of config.json, as in transformers; without one, config.json's applies."""
     assert ends(checkpoint, '{"eos_token_id": [1017, 1016, 1023]}') == (1017, 1016, 1023)
     assert ends(checkpoint, '{"eos_token_id": 5}') == (5,)
     assert ends(checkpoint, '\ufeff{"eos_token_id": 5}') == (5,)
@@ -318,7 +318,7 @@ def test_a_generation_config_that_cannot_be_read_is_one_line(checkpoint: Path) -
         load_model(checkpoint)
 
 
-def test_end_tokens_beyond_the_vocabulary_are_refused(checkpoint: Path) -> None:
+def test_eos_tokens_outside_the_vocabulary_are_rejected(checkpoint: Path) -> None:
     fields = json.loads((EMBEDDED / "config.json").read_text()) | {"eos_token_id": [5, 200002]}
     (checkpoint / "config.json").unlink()
     (checkpoint / "config.json").write_text(json.dumps(fields))
@@ -327,14 +327,14 @@ def test_end_tokens_beyond_the_vocabulary_are_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
-def test_end_tokens_go_along_into_every_layout(checkpoint: Path, tmp_path: Path, layout: Layout) -> None:
+def test_every_layout_keeps_the_eos_tokens(checkpoint: Path, tmp_path: Path, layout: Layout) -> None:
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [1017, END]}))
     convert(checkpoint, tmp_path / "converted", layout)
     with open_checkpoint(tmp_path / "converted") as converted:
         assert converted.config.eos_token_id == (1017, END)
 
 
-def test_end_tokens_end_generation(checkpoint: Path) -> None:
+def test_eos_tokens_end_generation(checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [1017, END, 7]}))
     llm = LLM(checkpoint, engine=EngineOptions(max_num_seqs=1))
     tokenizer = llm.tokenizer
@@ -346,10 +346,10 @@ def test_end_tokens_end_generation(checkpoint: Path) -> None:
         return len(output.token_ids), output.finish_reason, output.text
 
     assert generated(END) == (1, "stop", "")
-    # An ordinary token that ends a text is no part of it.
+    # An ordinary token that is an EOS token is not part of the text.
     assert generated(7) == generated(8, stop_token_ids=[8]) == (1, "stop", "")
     assert generated(7, ignore_eos=True) == (2, "length", tokenizer.decode([7, 7]))
-    # Harmony's own stay, though the file does not name this one.
+    # Harmony's stop tokens still apply, although the file does not list this one.
     assert generated(1023) == (1, "stop", "")
 
 

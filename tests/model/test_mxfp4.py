@@ -9,7 +9,7 @@ from gptoss_jax.model.mxfp4 import GROUP, MXFP4Tensor, dequantize, quantize
 
 
 def independent_dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """By ml_dtypes' own float4 and float64 powers."""
+    """Decoded with ml_dtypes' float4 and float64 powers of two."""
     nibbles = np.stack([blocks & 0xF, blocks >> 4], axis=-1).reshape(*scales.shape, GROUP)
     values = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     return (values * 2.0 ** (scales.astype(np.float64) - 127)[..., None]).reshape(*scales.shape[:-1], -1)
@@ -50,7 +50,7 @@ def test_packed_values_survive_packing(seed: int) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(-60, 60))
-def test_quantize_takes_the_nearest_value_under_its_scale(seed: int, size: float) -> None:
+def test_quantize_rounds_to_the_nearest_value(seed: int, size: float) -> None:
     values = np.random.default_rng(seed).standard_normal((4, 64)).astype(np.float32) * np.float32(2.0**size)
     packed = quantize(jnp.asarray(values))
     scale = 2.0 ** (np.asarray(packed.scales, np.float64) - 127)[..., None]
@@ -69,6 +69,6 @@ def test_quantize_of_zeros_is_zero() -> None:
     assert not np.asarray(dequantize(quantize(jnp.zeros((2, 32))))).any()
 
 
-def test_quantize_refuses_half_groups() -> None:
+def test_quantize_rejects_incomplete_groups() -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
         quantize(jnp.zeros((2, 48)))

@@ -1,4 +1,4 @@
-"""Experts in the kernels' layout: the same bits on any mesh, and the whole model through interpreted kernels."""
+"""Experts in the kernels' layout: bit-exact on any mesh, and the whole model run with interpreted kernels."""
 
 import collections
 import dataclasses
@@ -32,7 +32,7 @@ AXES = {
 @pytest.mark.parametrize("mesh", [None, "data=2,expert=2,tensor=2", "tensor=8", "expert=4,tensor=2"])
 @pytest.mark.parametrize("name", AXES)
 def test_prepared_experts_hold_the_released_bits(mesh: str | None, name: str) -> None:
-    """And abstract ones have the shapes and places of real ones."""
+    """Abstract weights must have the same shapes and shardings as real ones."""
     partition = partition_for(CONFIG, mesh)
     [declared] = (s for s in weight_specs(CONFIG) if s.name.endswith(f"layers.1.mlp.experts.{name}"))
     spec = place(declared, partition) if mesh else declared
@@ -51,7 +51,7 @@ def test_prepared_experts_hold_the_released_bits(mesh: str | None, name: str) ->
     jax.tree.map(np.testing.assert_array_equal, back, weight)
 
 
-def test_scales_that_the_kernels_lack_stay_as_released(caplog: pytest.LogCaptureFixture) -> None:
+def test_experts_with_scales_too_large_for_the_kernels_stay_unprepared(caplog: pytest.LogCaptureFixture) -> None:
     large = MXFP4Tensor(jnp.zeros((1, 2, 1, 16), jnp.uint8), jnp.full((1, 2, 1), 129, jnp.uint8))
     spec = WeightSpec("w", large.shape, AXES["down_proj"], packed=True)
     with use_backend("triton"):
@@ -62,7 +62,7 @@ def test_scales_that_the_kernels_lack_stay_as_released(caplog: pytest.LogCapture
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, pytest.param("expert=2,tensor=2", marks=pytest.mark.long)])
 def test_the_whole_model_through_the_kernels(mesh: str | None) -> None:
-    """Logits of a prompt, and tokens that the engine decodes over pages and rings; the collectives stay the same."""
+    """A prompt's logits, and tokens that the engine decodes with its cache; the collectives stay the same."""
     tokens = np.random.default_rng(0).integers(0, 96, (1, 9), dtype=np.int32)
     params = SamplingParams(max_tokens=10, temperature=0)
     options = EngineOptions(

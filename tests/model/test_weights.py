@@ -1,4 +1,4 @@
-"""Specs of weights, and the creators that need no checkpoint. Run as a script, it is the process of one test."""
+"""Weight specs, and the creators that need no checkpoint. One test runs this file as a script."""
 
 import os
 import re
@@ -20,14 +20,14 @@ from pallas_kernels.mxfp4_matmul import current_layout
 from tests.checkpoints.files import CONFIG, assert_padded, padded, sharding_of
 
 
-def test_padding_must_hold_what_is_stored() -> None:
+def test_the_stored_shape_must_fit_the_padded_shape() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         WeightSpec("w", (4, 4), (None, None), stored_shape=(4, 5))
 
 
 @pytest.mark.parametrize("implementation", [pytest.param("threefry2x32", marks=pytest.mark.long), "rbg"])
 def test_random_weights_depend_on_neither_sharding_nor_padding(implementation: str) -> None:
-    """In a process of its own, with eight devices."""
+    """Runs in a separate process with eight devices."""
     result = subprocess.run(
         [sys.executable, __file__, implementation],
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
@@ -48,7 +48,7 @@ def random_weights(implementation: str) -> None:
         sharded, abstract = random_creator(key, sharding=place), abstract_creator(sharding=place)
         for spec in [spec for spec in weight_specs(CONFIG) if re.search(r"layers\.0\.mlp|embed", spec.name)]:
             for wanted in {spec, padded(spec)}:
-                # One device's key would have to be copied to the others for each weight.
+                # A key on one device would be copied to the others for each weight.
                 with jax.transfer_guard_device_to_device("disallow_explicit"):
                     found = sharded(wanted)
                 assert_padded(found, whole(spec))
@@ -61,18 +61,18 @@ def random_weights(implementation: str) -> None:
     print("same")
 
 
-def test_programs_that_make_weights_run_in_order(told: dict[str, Any]) -> None:
-    """Of small weights, too, and of one device."""
+def test_programs_that_make_weights_run_in_order(jit_options: dict[str, Any]) -> None:
+    """This includes small weights and single-device weights."""
     partition = partition_for(ModelConfig())
     with platform("cuda"):
         layout = current_layout()
         assert layout is not None
         creator = random_creator(jax.random.key(0, impl="rbg"))
-        told.clear()
+        jit_options.clear()
         creator(WeightSpec("w", (8, 4), (None, None)))
         _preparation(partition, layout, 1, ("experts", "hidden", "expert_intermediate"))
     order = {"xla_gpu_enable_pdl": False}
-    assert told == {"_draw": order, "run": order}
+    assert jit_options == {"_draw": order, "run": order}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Any mesh of 8 virtual devices gives the single device's logits, with the collectives that a layer needs."""
+"""Every mesh of 8 virtual devices gives a single device's logits, with no more collectives than needed."""
 
 import collections
 import dataclasses
@@ -48,7 +48,7 @@ SOME_MESHES = [
     for mesh in MESHES
     for quick, several in ((mesh == SEVERAL_MESHES[0], mesh in SEVERAL_MESHES),)
 ]
-"""All of them, of which the default run takes one, and the slow one several."""
+"""All meshes; the default test run takes one of them, and the slow run several."""
 EACH_AXIS = {"data=8,expert=1,tensor=1", "data=1,expert=8,tensor=1", "data=1,expert=1,tensor=8"}
 QUICK_MESHES = [
     pytest.param(
@@ -56,7 +56,7 @@ QUICK_MESHES = [
     )
     for mesh in MESHES
 ]
-"""All of them, of which the default run takes each axis alone, two, and three at once."""
+"""All meshes; the default test run takes each axis alone, one pair and one mesh of all three."""
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 
 
@@ -72,8 +72,8 @@ def expected(path: Path, batch: int = 8) -> np.ndarray:
 
 @cache
 def allowed(path: Path) -> np.ndarray:
-    """How far from one device's the logits of each token [B, T, 1] may be: 1e-4, or three times as far as one device's
-    move when its weights are rounded once more, which for an ill-conditioned token is more."""
+    """The tolerance of each token's logits [B, T, 1]: 1e-4 or, for ill-conditioned tokens, three times the change of
+    one device's logits when its weights are perturbed by one rounding."""
     rng = np.random.default_rng(5)
 
     def rounded(x: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ def compiled(model: GptOss, batch: int = 8):
     graph, state = nnx.split(model)
     step = jax.jit(lambda s, t: nnx.merge(graph, s)(t))
     inputs = tokens(model.config.vocab_size, batch)
-    # As a user's programs are compiled, whatever the tests' own setting.
+    # The tests' default disables optimizations; this compiles with XLA's own default.
     program = step.lower(state, inputs).compile(compiler_options={"xla_backend_optimization_level": 3})
     return program.as_text(), np.asarray(program(state, inputs))
 
@@ -103,7 +103,7 @@ def test_every_factorisation_gives_the_same_logits_and_no_more_collectives(mesh:
     assert (np.abs(logits - expected(P1)) <= allowed(P1)).all()
     counts = collections.Counter(re.findall(COLLECTIVES, text))
     sizes, layers = parse_mesh(mesh), model.config.num_hidden_layers
-    # One reduction a layer for attention's output, one for the experts', and one for the embedding.
+    # One all-reduce per layer for attention's output and one for the experts', and one for the embedding.
     attention = layers if sizes["tensor"] > 1 else 0
     experts = layers if sizes["tensor"] * sizes["expert"] > 1 else 0
     embedding = 1 if sizes["tensor"] * sizes["expert"] > 1 else 0
@@ -111,12 +111,12 @@ def test_every_factorisation_gives_the_same_logits_and_no_more_collectives(mesh:
 
 
 @pytest.mark.parametrize("mesh", [m for m in QUICK_MESHES if "expert=1" not in str(m.values[0])])
-def test_tokens_that_travel_give_the_same_logits(mesh: str) -> None:
+def test_all_to_all_gives_the_same_logits(mesh: str) -> None:
     model = load_model(P1, mesh, "float32", rules=BATCH_OVER_EXPERTS)
     text, logits = compiled(model)
     assert (np.abs(logits - expected(P1)) <= allowed(P1)).all()
     counts = collections.Counter(re.findall(COLLECTIVES, text))
-    # Rows, their ids, and the results; and the last hidden states for the vocabulary.
+    # Per layer, all-to-alls of ids, rows and results; one all-gather of the last hidden states for the logits.
     assert counts["all-to-all"] == 3 * model.config.num_hidden_layers
     assert counts["all-gather"] <= 1
 
@@ -136,24 +136,24 @@ def test_the_embedded_model(mesh: str) -> None:
     model = load_model(EMBEDDED, mesh, "float32")
     _, logits = compiled(model, batch=3)
     np.testing.assert_allclose(logits, expected(EMBEDDED, 3), rtol=0, atol=1e-4)
-    assert_decodes_alike(decoded(model), decoded_alone(EMBEDDED))
+    assert_same_tokens_and_logprobs(decoded(model), decoded_on_one_device(EMBEDDED))
 
 
 @pytest.mark.parametrize("mesh", SOME_MESHES)
 def test_decoding_the_golden_tokens(mesh: str) -> None:
     ours = decoded(load_model(P1, mesh, "float32"))
-    assert_decodes_alike(ours, decoded_alone(P1))
+    assert_same_tokens_and_logprobs(ours, decoded_on_one_device(P1))
     with np.load(P1 / "golden.npz") as golden:
         assert [event.token_id for event in ours["golden"]] == golden["greedy1_tokens"].tolist()
 
 
 @cache
-def decoded_alone(path: Path) -> dict[str, list[TokenEvent]]:
+def decoded_on_one_device(path: Path) -> dict[str, list[TokenEvent]]:
     return decoded(load_model(path, dtype="float32"))
 
 
 def decoded(model: GptOss) -> dict[str, list[TokenEvent]]:
-    """Three sequences of different lengths, which divide over no mesh, some steps beyond their prompts."""
+    """Greedy decoding of three sequences of different lengths, whose number divides over no mesh."""
     engine = Engine(model, EngineOptions(max_num_seqs=8, page_size=8))
     with np.load(P1 / "golden.npz") as golden:
         prompts = {"golden": golden["greedy1_prompt"], "a": [1], "b": golden["greedy1_prompt"][:5]}
@@ -168,14 +168,14 @@ def decoded(model: GptOss) -> dict[str, list[TokenEvent]]:
     return events
 
 
-def assert_decodes_alike(ours: dict[str, list[TokenEvent]], alone: dict[str, list[TokenEvent]]) -> None:
+def assert_same_tokens_and_logprobs(ours: dict[str, list[TokenEvent]], alone: dict[str, list[TokenEvent]]) -> None:
     for name, events in alone.items():
         assert [event.token_id for event in ours[name]] == [event.token_id for event in events]
         for event, wanted in zip(ours[name], events, strict=True):
             assert event.logprobs is not None
             assert wanted.logprobs is not None
             likeliest = event.logprobs.top.keys() & wanted.logprobs.top.keys()
-            # The last few may be as likely as ones that are not among the first 20.
+            # The last few of the top 20 may be tied with tokens outside it.
             assert len(likeliest) >= 18
             for token in likeliest:
                 assert event.logprobs.top[token] == pytest.approx(wanted.logprobs.top[token], abs=1e-4)
@@ -200,7 +200,7 @@ def random_experts(
 def test_no_token_is_dropped_whatever_the_routing(
     dispatch: str, few_rows: int, routing: str, experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exchanged in as many rounds as it takes, or few at once."""
+    """The exchange takes several rounds, or one with buffers for all rows."""
     monkeypatch.setattr(sharding.experts, "FEW_ROWS", few_rows)
     rng = np.random.default_rng(1)
     hidden, inner, count = 32, 64, 33
@@ -229,7 +229,7 @@ def test_no_token_is_dropped_whatever_the_routing(
         ("expert=4,tensor=2", ("data", "expert"), 2048, False),
     ],
 )
-def test_tokens_travel_unasked_where_many_are_split_over_many_devices(
+def test_auto_dispatch_chooses_all_to_all_for_many_tokens_and_devices(
     mesh: str, batch: tuple[str, ...], tokens: int, travels: bool
 ) -> None:
     arrays = random_experts(np.random.default_rng(0), 8, 32, 64, jnp.float32)
@@ -243,10 +243,10 @@ def test_tokens_travel_unasked_where_many_are_split_over_many_devices(
 @pytest.mark.parametrize(
     ("dispatch", "few_rows"), [("replicated", 0), ("all_to_all", 0), ("all_to_all", sharding.experts.FEW_ROWS)]
 )
-def test_bfloat16_loses_little_more_over_a_mesh(
+def test_bfloat16_error_on_a_mesh(
     mesh: str, dispatch: str, few_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that travel are rounded once more, but for parts of sums: up to 1.24 times one device's error, measured."""
+    """Exchanged rows are rounded once more, except partial sums: at most 1.24 times one device's error, measured."""
     monkeypatch.setattr(sharding.experts, "FEW_ROWS", few_rows)
     rng = np.random.default_rng(1)
     count, hidden, inner, experts, k = 64, 64, 128, 8, 4
@@ -272,7 +272,7 @@ def test_heads_divide_over_any_degree(num_kv: int, group: int, degree: int) -> N
         assert head == ZERO or kv[place_ // share] == head // group
 
 
-def test_collisions_and_indivisible_sizes_are_refused_by_name() -> None:
+def test_invalid_rules_and_indivisible_sizes_are_rejected_by_name() -> None:
     with pytest.raises(ShardingError, match=r"w: experts and expert_gate_up .* 'tensor'"):
         ShardingRules(experts=("tensor",)).spec(("experts", "expert_gate_up", "hidden"), "w")
     config = ModelConfig.from_file(P1)
@@ -296,12 +296,12 @@ def test_collisions_and_indivisible_sizes_are_refused_by_name() -> None:
         ("", "preset"),
     ],
 )
-def test_meshes_that_cannot_be_are_refused(text: str, named: str) -> None:
+def test_invalid_meshes_are_rejected(text: str, named: str) -> None:
     with pytest.raises(ShardingError, match=named):
         parse_mesh(text)
 
 
-def test_presets_and_meshes_are_taken() -> None:
+def test_presets_and_jax_meshes_are_accepted() -> None:
     assert parse_mesh("8-experts") == {"data": 1, "expert": 8, "tensor": 1}
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(4, 2), ("tensor", "data"))
     assert dict(make_mesh(mesh).shape) == {"data": 2, "expert": 1, "tensor": 4}
