@@ -111,14 +111,14 @@ def _check(options: argparse.Namespace) -> None:
         names = [name if name == "prompt" else f"--{name.replace('_', '-')}" for name in given]
         raise UsageError(f"expected one source of prompts, found {' and '.join(names)}")
     if options.logprobs is not None and not (options.json or options.batch):
-        raise UsageError("--logprobs: only with --json or --batch")
+        raise UsageError("only with --json or --batch", "--logprobs")
     if bool(options.batch) != bool(options.output):
         raise UsageError("--batch and --output: expected both or neither")
     if options.raw or options.prompt_tokens:
         for name in ("instructions", "tools", "builtin_tools"):
             if getattr(options, name):
                 raise UsageError(
-                    f"--{name.replace('_', '-')}: only with the chat format, not with --raw or tokens"
+                    "only with the chat format, not with --raw or tokens", f"--{name.replace('_', '-')}"
                 )
 
 
@@ -127,7 +127,7 @@ def _prompt(options: argparse.Namespace) -> str | list[int]:
         try:
             return [int(part) for part in options.prompt_tokens.split(",")]
         except ValueError:
-            raise UsageError(f"--prompt-tokens: expected 1,2,3, found {options.prompt_tokens!r:.60}") from None
+            raise UsageError(f"expected 1,2,3, found {options.prompt_tokens!r:.60}", "--prompt-tokens") from None
     if options.prompt is not None:
         text = options.prompt
     elif options.prompt_file is not None:

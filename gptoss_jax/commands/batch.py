@@ -50,7 +50,7 @@ def run_batch(options: argparse.Namespace, params: SamplingParams) -> int:
     lines = _read_requests(options, params)
     check_writable(options.output, "--output")
     if options.output.exists() and options.output.samefile(options.batch):
-        raise UsageError(f"--output: {options.output}: expected a different file from --batch")
+        raise UsageError(f"{options.output}: expected a different file from --batch", "--output")
     done = _finished_ids(options.output)
     todo = [line for line in lines if line.id not in done]
     if len(todo) < len(lines):
@@ -92,12 +92,12 @@ def _read_requests(options: argparse.Namespace, params: SamplingParams) -> list[
         with named(where):
             _check(fields, options.raw)
             if fields["id"] in seen:
-                raise UsageError(f"id: {fields['id']!r} is already used in line {seen[fields['id']]}")
+                raise UsageError(f"{fields['id']!r} is already used in line {seen[fields['id']]}", "id")
             own = dataclasses.replace(params, **{key: fields[key] for key in _SAMPLING if key in fields})
         seen[fields["id"]] = number
         lines.append(_Line(where, fields, own))
     if not lines:
-        raise UsageError(f"--batch: {options.batch}: expected one request per line, found none")
+        raise UsageError(f"{options.batch}: expected one request per line, found none", "--batch")
     return lines
 
 
@@ -106,7 +106,7 @@ def _check(fields: dict[str, Any], raw: bool) -> None:
     if sum(key in fields for key in _PROMPTS) != 1:
         raise UsageError(f"expected one of {', '.join(_PROMPTS)}")
     for name in sorted(fields.keys() - {"id", "raw", *_PROMPTS, *_CONVERSATION, *_SAMPLING}):
-        raise UsageError(f"{name}: unknown field of a request")
+        raise UsageError("unknown field of a request", name)
     name, prompt, tokens = fields["id"], fields.get("prompt", "any"), fields.get("prompt_tokens", [0])
     expect(type(name) in (str, int), "id", "a string or an integer", name)
     expect(not re.search(r"[\ud800-\udfff]", str(name)), "id", "Unicode text", name)
@@ -117,11 +117,11 @@ def _check(fields: dict[str, Any], raw: bool) -> None:
     expect(isinstance(messages, list), "messages", "a list", messages)
     expect(isinstance(fields.get("raw", raw), bool), "raw", "true or false", fields.get("raw"))
     if "raw" in fields and "messages" in fields:
-        raise UsageError("raw: only with a prompt, not with messages")
+        raise UsageError("only with a prompt, not with messages", "raw")
     if "prompt_tokens" in fields or ("prompt" in fields and fields.get("raw", raw)):
         for name in _CONVERSATION:
             if name in fields:
-                raise UsageError(f"{name}: only with the chat format, not with raw text or tokens")
+                raise UsageError("only with the chat format, not with raw text or tokens", name)
 
 
 def _request(llm: LLM, line: _Line, options: argparse.Namespace, conversation: dict[str, Any]) -> Request:
@@ -150,7 +150,7 @@ def _open_output(path: Path) -> BinaryIO:
         file.truncate(file.read().rfind(b"\n") + 1)
         return file
     except OSError as error:
-        raise UsageError(f"--output: {path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}", "--output") from None
 
 
 def _append(output: BinaryIO, path: Path, line: bytes) -> None:
@@ -161,7 +161,7 @@ def _append(output: BinaryIO, path: Path, line: bytes) -> None:
         # Closing drops the buffered data, which a later close would try to write again.
         with contextlib.suppress(OSError):
             output.close()
-        raise UsageError(f"--output: {path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}", "--output") from None
 
 
 def _finished_ids(path: Path) -> set[Any]:
@@ -172,7 +172,7 @@ def _finished_ids(path: Path) -> set[Any]:
     try:
         *lines, cut = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UsageError(f"--output: {path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}", "--output") from None
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
@@ -180,8 +180,8 @@ def _finished_ids(path: Path) -> set[Any]:
             line = None
         known = isinstance(line, dict) and "finish_reason" in line and isinstance(line.get("id"), str | int)
         if not known:
-            raise UsageError(f"--output: {path}: line {number}: expected a result of --batch")
+            raise UsageError(f"{path}: line {number}: expected a result of --batch", "--output")
         done.add(line["id"])
     if not _RESULT.startswith(cut[: len(_RESULT)]):
-        raise UsageError(f"--output: {path}: line {len(lines) + 1}: expected a result of --batch")
+        raise UsageError(f"{path}: line {len(lines) + 1}: expected a result of --batch", "--output")
     return done

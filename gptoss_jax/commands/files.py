@@ -26,9 +26,9 @@ def read_text(path: Path, flag: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UsageError(f"{flag}: {path}: not UTF-8 text") from None
+        raise UsageError(f"{path}: not UTF-8 text", flag) from None
     except OSError as error:
-        raise UsageError(f"{flag}: {path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}", flag) from None
 
 
 def check_writable(path: Path, flag: str) -> None:
@@ -36,11 +36,11 @@ def check_writable(path: Path, flag: str) -> None:
     try:
         there = path.exists()
         if there and not path.is_file():
-            raise UsageError(f"{flag}: {path}: expected a regular file")
+            raise UsageError(f"{path}: expected a regular file", flag)
         if not os.access(path if there else path.absolute().parent, os.W_OK):
-            raise UsageError(f"{flag}: {path}: expected a writable path")
+            raise UsageError(f"{path}: expected a writable path", flag)
     except OSError as error:
-        raise UsageError(f"{flag}: {path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}", flag) from None
 
 
 def parse_json(text: str, where: str, kind: type) -> Any:
@@ -48,9 +48,9 @@ def parse_json(text: str, where: str, kind: type) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not valid JSON: {error}") from None
+        raise UsageError(f"not valid JSON: {error}", where=where) from None
     if not isinstance(value, kind):
-        raise UsageError(f"{where}: expected {JSON_KINDS[kind]}, found {JSON_KINDS[type(value)]}")
+        raise UsageError(f"expected {JSON_KINDS[kind]}, found {JSON_KINDS[type(value)]}", where=where)
     return value
 
 

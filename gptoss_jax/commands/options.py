@@ -45,7 +45,7 @@ def structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams |
     try:
         check(constraint)
     except UsageError as error:
-        raise UsageError(f"{flag}: {str(error).partition(': ')[2]}") from None
+        raise UsageError(error.message, flag) from None
     return constraint
 
 
@@ -72,18 +72,29 @@ def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
 @contextlib.contextmanager
 def by_flag(options: argparse.Namespace) -> Iterator[None]:
     """Translate errors raised in the block: fields of the Python API become the flags that set them."""
-    given = vars(options)
     try:
         yield
-    except (UsageError, ShardingError) as error:
-        # With a single prompt the request's name adds nothing.
-        message = str(error).removeprefix("request prompt: ")
-        field, _, rest = message.partition(":")
-        name = {"max_tokens": "max_new_tokens"}.get(field, field)
-        if name == "prompt" and given.get("prompt_tokens") is not None:
-            name = "prompt_tokens"
-        if name in given and name != "prompt":
-            raise UsageError(f"--{name.replace('_', '-')}:{rest}") from None
-        if isinstance(error, ShardingError) and not isinstance(error, ClusterError) and given.get("mesh"):
-            raise UsageError(f"--mesh: {given['mesh']}: {message}") from None
-        raise type(error)(message) from None
+    except UsageError as error:
+        # With a single prompt the request's name adds nothing; a line of a file has fields and no flags.
+        if error.where in (None, "request prompt"):
+            raise UsageError(error.message, _flag_of(error.field, vars(options)) or error.field) from None
+        raise
+    except ClusterError:
+        raise
+    except ShardingError as error:
+        mesh = vars(options).get("mesh")
+        if mesh is None:
+            raise
+        message = str(error)
+        is_of_flag = message.startswith("mesh: ")
+        raise UsageError(
+            message.removeprefix("mesh: ") if is_of_flag else f"{mesh}: {message}", "--mesh"
+        ) from None
+
+
+def _flag_of(field: str | None, given: dict[str, Any]) -> str | None:
+    """The flag that sets a field of the Python API, if there is one."""
+    name = {"max_tokens": "max_new_tokens"}.get(str(field), field)
+    if name == "prompt":
+        name = "prompt_tokens" if given.get("prompt_tokens") is not None else None
+    return f"--{name.replace('_', '-')}" if name in given and name is not None else None

@@ -23,7 +23,7 @@ def check(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError("--plot: matplotlib is missing: pip install 'gptoss-jax[plot]'") from None
+        raise UsageError("matplotlib is missing: pip install 'gptoss-jax[plot]'", "--plot") from None
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -32,4 +32,4 @@ def save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, format=path.suffix[1:].lower(), dpi=130)
     except OSError as error:
-        raise UsageError(f"--plot: {path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}", "--plot") from None

@@ -50,7 +50,7 @@ class _Guarded:
             if self._needed and isinstance(error, BrokenPipeError):
                 raise
             if self._needed:
-                raise UsageError(f"{self._name}: {error.strerror or error}") from None
+                raise UsageError(f"{error.strerror or error}", self._name) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

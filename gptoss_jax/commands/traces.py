@@ -19,18 +19,18 @@ def read_trace(path: Path) -> list[Arrival]:
             where = f"--trace: {path}: line {number}"
             arrivals.append(_arrival(parse_json(text, where, dict), where))
     if not arrivals:
-        raise UsageError(f"--trace: {path}: expected one request per line, found none")
+        raise UsageError(f"{path}: expected one request per line, found none", "--trace")
     return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
 
 
 def _arrival(line: dict[str, Any], where: str) -> Arrival:
     names = [field.name for field in dataclasses.fields(Arrival)]
     if sorted(line) != sorted(names):
-        raise UsageError(f"{where}: expected {', '.join(names)}, found {', '.join(sorted(line)) or 'nothing'}")
+        raise UsageError(f"expected {', '.join(names)}, found {', '.join(sorted(line)) or 'nothing'}", where=where)
     seconds = line["arrival_s"]
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < 1e9:
-        raise UsageError(f"{where}: arrival_s: expected seconds from 0, found {seconds!r:.60}")
+        raise UsageError(f"expected seconds from 0, found {seconds!r:.60}", "arrival_s", where)
     for name in names[1:]:
         if type(line[name]) is not int or line[name] < 1:
-            raise UsageError(f"{where}: {name}: expected an integer from 1, found {line[name]!r:.60}")
+            raise UsageError(f"expected an integer from 1, found {line[name]!r:.60}", name, where)
     return Arrival(**line)

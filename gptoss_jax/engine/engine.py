@@ -103,7 +103,7 @@ class EngineOptions:
         platforms = backend_platforms(self.kernels)
         if platforms and (here := current_platform()) not in platforms:
             of = " and ".join(HARDWARE[platform] for platform in sorted(platforms))
-            raise UsageError(f"kernels: {self.kernels} is for {of}, found the platform {here}")
+            raise UsageError(f"{self.kernels} is for {of}, found the platform {here}", "kernels")
 
     def _check_memory(self) -> None:
         memory, share = self.kv_cache_memory, self.gpu_memory_utilization
@@ -111,7 +111,7 @@ class EngineOptions:
         fine = share is None or (is_number(share, 0, 1) and share > 0)
         expect(fine, "gpu_memory_utilization", "a number above 0, at most 1", share)
         if memory is not None and share is not None:
-            raise UsageError("gpu_memory_utilization: expected this or kv_cache_memory, found both")
+            raise UsageError("expected this or kv_cache_memory, found both", "gpu_memory_utilization")
         if self.kv_cache_dtype is not None:
             kv_dtype(self.kv_cache_dtype)
 
@@ -283,7 +283,7 @@ class Engine:
         Raises UsageError, with the numbers, for a request that can never run or whose id is in use.
         """
         if request_id in self._sequences:
-            raise UsageError(f"{request_id}: a request with this id is already running")
+            raise UsageError(f"{request_id!r} is already running", "request_id")
         with named(f"request {request_id}"):
             prompt, max_tokens, constraints = self._admit(prompt_token_ids, params, scope)
         seed = secrets.randbits(64) if params.seed is None else params.seed
@@ -311,12 +311,12 @@ class Engine:
     def _read_prompt(self, tokens: Iterable[int]) -> np.ndarray:
         tokens, vocab = list(tokens), self.config.vocab_size
         if not tokens:
-            raise UsageError("prompt: expected at least one token, found none")
+            raise UsageError("expected at least one token, found none", "prompt")
         for token in tokens:
             is_id = isinstance(token, numbers.Integral) and not isinstance(token, bool)
             expect(is_id, "prompt", "token ids", token)
             if not 0 <= int(token) < vocab:
-                raise UsageError(f"prompt: token {token!s:.30} is outside the vocabulary of {vocab}")
+                raise UsageError(f"token {token!s:.30} is outside the vocabulary of {vocab}", "prompt")
         return np.asarray(tokens, np.int64)
 
     def _room(self, prompt: np.ndarray, params: SamplingParams) -> int:
@@ -325,15 +325,15 @@ class Engine:
         for name, tokens in (("logit_bias", params.logit_bias or {}), ("stop_token_ids", params.stop_token_ids)):
             for token in tokens:
                 if token >= vocab:
-                    raise UsageError(f"{name}: token {token} is outside the vocabulary of {vocab}")
+                    raise UsageError(f"token {token} is outside the vocabulary of {vocab}", name)
         held = self.shape.pages * self.shape.page_size - self.options.num_speculative_tokens
         limit = "max_model_len" if self.options.max_model_len else "the model's context"
         for room, what in ((context, limit), (held, "the KV cache")):
             if prompt.size + (params.max_tokens or 1) > room:
                 name = "max_tokens" if prompt.size < room else "prompt"
                 raise UsageError(
-                    f"{name}: {prompt.size} prompt tokens and {params.max_tokens or 1} new tokens "
-                    f"exceed {what} of {room}"
+                    f"{prompt.size} prompt tokens and {params.max_tokens or 1} new tokens exceed {what} of {room}",
+                    name,
                 )
         return params.max_tokens or min(context, held) - prompt.size
 
@@ -342,7 +342,7 @@ class Engine:
         if params.structured_outputs is None:
             return []
         if self._constrain is None:
-            raise UsageError("structured_outputs: the checkpoint has no tokenizer.json")
+            raise UsageError("the checkpoint has no tokenizer.json", "structured_outputs")
         return [self._constrain(params.structured_outputs, scope) for _ in range(params.n)]
 
     def cancel(self, request_id: str) -> bool:

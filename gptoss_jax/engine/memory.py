@@ -45,8 +45,8 @@ def cache_budget(device: jax.Device, memory: int | None, utilization: float | No
         stats = None
     if utilization is not None and stats is None:
         raise UsageError(
-            f"gpu_memory_utilization: expected a device that reports its memory, found {device.device_kind}: "
-            f"set kv_cache_memory instead"
+            f"expected a device that reports its memory, found {device.device_kind}: set kv_cache_memory instead",
+            "gpu_memory_utilization",
         )
     budget = least(_free_bytes(stats, utilization) >> 20) << 20
     expect(budget > 0, "gpu_memory_utilization", "a fraction larger than the weights take", utilization)
@@ -91,8 +91,9 @@ def cache_shape(
     pages = min(most, left // page if page else most)
     if pages < 2:
         raise UsageError(
-            f"kv_cache_memory: {budget} bytes do not hold {slots + snapshots} rings of {ring} bytes, for {slots} "
+            f"{budget} bytes do not hold {slots + snapshots} rings of {ring} bytes, for {slots} "
             f"sequences and {snapshots} cached prefixes, and 2 pages of {page} bytes: "
-            f"expected at least {(slots + snapshots) * ring + 2 * page}"
+            f"expected at least {(slots + snapshots) * ring + 2 * page}",
+            "kv_cache_memory",
         )
     return CacheShape(pages, page_size, slots, snapshots, ring_slack)

@@ -537,7 +537,7 @@ def _computed_by[T](kernels: str, step: Callable[..., T]) -> Callable[..., T]:
             try:
                 return step(*(arg.unpack() if isinstance(arg, Packed) else arg for arg in args))
             except NotImplementedError as reason:
-                raise UsageError(f"kernels: {kernels}: {reason}") from None
+                raise UsageError(f"{kernels}: {reason}", "kernels") from None
 
     return traced
 
