@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tests.quick import QUICK
+
 # Set before jax is imported: tests run on the CPU even if the machine has accelerators.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests mostly compile small programs that run once or twice; XLA's optimizations take a quarter of that time.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {QUICK}")
 
 # Engines of the same shape compile the same programs, so workers share a compile cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="gptoss-jax-tests-"))

@@ -82,14 +82,13 @@ def by_flag(options: argparse.Namespace) -> Iterator[None]:
     except ClusterError:
         raise
     except ShardingError as error:
-        mesh = vars(options).get("mesh")
-        if mesh is None:
+        given = vars(options)
+        field, _, rest = str(error).partition(": ")
+        if flag := _flag_of(field, given):
+            raise UsageError(rest, flag) from None
+        if given.get("mesh") is None:
             raise
-        message = str(error)
-        is_of_flag = message.startswith("mesh: ")
-        raise UsageError(
-            message.removeprefix("mesh: ") if is_of_flag else f"{mesh}: {message}", "--mesh"
-        ) from None
+        raise UsageError(f"{given['mesh']}: {error}", "--mesh") from None
 
 
 def _flag_of(field: str | None, given: dict[str, Any]) -> str | None:

@@ -34,6 +34,7 @@ from gptoss_jax.errors import GptOssError, UsageError
 from sharding import ShardingError, make_mesh
 from sharding.compiled.program import Collectives, read_collectives
 from tests.engine.schedules import TINY
+from tests.quick import QUICK
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,7 +155,7 @@ def test_two_virtual_devices(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}",
         "XDG_CACHE_HOME": str(tmp_path),
     }
     command = [sys.executable, "-m", "benchmarks.several_gpus", "--model", "embedded", "--json", str(file)]

@@ -39,6 +39,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import weight_specs
 from gptoss_jax.model.weights import WeightSpec, random_creator
 from tests.checkpoints.files import CONFIG, PLAIN_CONFIG, write_openai
+from tests.quick import QUICK
 
 
 def write(directory: Path, config: ModelConfig) -> Path:
@@ -482,7 +483,7 @@ def test_processes_restore_their_own_shards(packed: dict[str, Path]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}", "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, address, str(i), str(packed["orbax"])],

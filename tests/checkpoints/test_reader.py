@@ -40,6 +40,7 @@ from gptoss_jax.model.gpt_oss import GptOss, weight_specs
 from gptoss_jax.model.mxfp4 import MXFP4Tensor, dequantize
 from gptoss_jax.model.weights import WeightSpec, random_creator
 from tests.checkpoints.files import CONFIG, PLAIN_CONFIG, assert_padded, padded, sharding_of, write_openai
+from tests.quick import QUICK
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "P1"
 LAYOUTS = ("single", "sharded", "plain", "openai", "openai_plain")
@@ -519,7 +520,7 @@ def test_each_process_reads_its_own_shards(checkpoints: dict[str, Path], layout:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}", "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, address, str(i), str(checkpoints[layout])],

@@ -368,7 +368,9 @@ MOMENTS = (0.3, 1.0, 2.5, 5.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [*MOMENTS, *(0.6 + 0.4 * i for i in range(16))])
+@pytest.mark.parametrize(
+    "seconds", [*MOMENTS, *(pytest.param(0.6 + 0.4 * i, marks=pytest.mark.long) for i in range(16))]
+)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_at_any_moment_ends_a_command(number: int, code: int, seconds: float, times: int) -> None:

@@ -18,6 +18,7 @@ from gptoss_jax.model.weights import WeightSpec, abstract_creator, random_creato
 from pallas_kernels import platform
 from pallas_kernels.mxfp4_matmul import current_layout
 from tests.checkpoints.files import CONFIG, assert_padded, padded, sharding_of
+from tests.quick import QUICK
 
 
 def test_the_stored_shape_must_fit_the_padded_shape() -> None:
@@ -30,7 +31,8 @@ def test_random_weights_depend_on_neither_sharding_nor_padding(implementation: s
     """Runs in a separate process with eight devices."""
     result = subprocess.run(
         [sys.executable, __file__, implementation],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,

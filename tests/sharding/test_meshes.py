@@ -35,6 +35,7 @@ from sharding import (
     run_experts,
 )
 from sharding.heads import ZERO, HeadLayout
+from tests.quick import OPTIMISED
 
 P1 = Path(__file__).parents[1] / "golden" / "P1"
 MESHES = [
@@ -92,7 +93,7 @@ def compiled(model: GptOss, batch: int = 8):
     step = jax.jit(lambda s, t: nnx.merge(graph, s)(t))
     inputs = tokens(model.config.vocab_size, batch)
     # The tests' default disables optimizations; this compiles with XLA's own default.
-    program = step.lower(state, inputs).compile(compiler_options={"xla_backend_optimization_level": 3})
+    program = step.lower(state, inputs).compile(compiler_options=OPTIMISED)
     return program.as_text(), np.asarray(program(state, inputs))
 
 

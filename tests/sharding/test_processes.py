@@ -16,14 +16,12 @@ import pytest
 from sharding import ClusterError
 from sharding.processes.leader import differences
 from sharding.processes.membership import Membership, membership
+from tests.quick import QUICK
 
 ROOT = Path(__file__).parents[2]
 P1 = ROOT / "tests" / "golden" / "P1"
 LIMIT = 30
 """Seconds within which the others must end after a process died."""
-
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
-"""Compilation takes most of the time of these tests."""
 
 
 class Outcome(NamedTuple):
@@ -59,7 +57,7 @@ class Processes:
                     env=os.environ
                     | {
                         "JAX_PLATFORMS": "cpu",
-                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}",
+                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
                         "JAX_COMPILATION_CACHE_DIR": os.environ["XDG_CACHE_HOME"],
                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
