@@ -34,22 +34,26 @@ class Terminated(SystemExit):
         _send_if_lost(self, signal.SIGTERM)
 
 
-def _interrupt(number: int, frame: object) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     _arrived.append(number)
-    _end_an_import(number, b"interrupted\n")
+    _end_before_jax_runs(number, frame, b"interrupted\n")
     raise _Interrupted
 
 
-def _terminate(number: int, frame: object) -> None:
+def _terminate(number: int, frame: FrameType | None) -> None:
     _arrived.append(number)
-    _end_an_import(number)
+    _end_before_jax_runs(number, frame)
     raise Terminated(128 + number)
 
 
-def _end_an_import(number: int, line: bytes = b"") -> None:
-    """End the process if it is importing jax, since jaxlib would print a traceback; nothing needs cleaning up yet."""
+def _end_before_jax_runs(number: int, frame: FrameType | None, line: bytes = b"") -> None:
+    """End the process while jax is imported or looks for plugins: jax would log a traceback, and nothing has begun."""
     spec = getattr(sys.modules.get("jax"), "__spec__", None)
-    if getattr(spec, "_initializing", False) and current() is None:
+    early = getattr(spec, "_initializing", False)
+    while frame is not None and not early:
+        early = frame.f_code.co_name == "discover_pjrt_plugins"
+        frame = frame.f_back
+    if early and current() is None:
         with contextlib.suppress(OSError):
             os.write(2, line)
         os._exit(128 + number)

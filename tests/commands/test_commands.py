@@ -786,3 +786,22 @@ def test_help_answers_at_once() -> None:
 def test_help_does_not_import_jax() -> None:
     code = "import sys, gptoss_jax.generate, gptoss_jax.chat, gptoss_jax.bench; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_signal_ends_the_search_for_plugins_at_once() -> None:
+    """jax logs a traceback for whatever is raised there, and goes on."""
+    script = (
+        "import os, signal\n"
+        "from gptoss_jax.commands.running import run_command\n"
+        "def discover_pjrt_plugins():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except BaseException:\n"
+        "        print('went on')\n"
+        "def main():\n"
+        "    discover_pjrt_plugins()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "run_command(main)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "interrupted\n")
