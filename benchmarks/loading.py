@@ -1,4 +1,4 @@
-"""Time and memory of loading a checkpoint in several processes, each of which holds a shard of the experts.
+"""Time and memory of loading a checkpoint in several processes that each hold a shard of the experts.
 
     python benchmarks/loading.py --layers 24 --processes 2
 
@@ -230,7 +230,7 @@ def main() -> None:
     flags.add_argument("--processes", type=int, default=2)
     flags.add_argument("--directory", type=Path, help="an existing checkpoint (default: a synthetic one)")
     flags.add_argument("--config", type=Path, default=ROOT / "configs" / "gpt_oss_20b.json")
-    flags.add_argument("--turns", type=int, default=3, help="number of loads, of which the fastest is reported")
+    flags.add_argument("--turns", type=int, default=3, help="number of loads; the fastest is reported")
     flags.add_argument("--address", help=argparse.SUPPRESS)
     flags.add_argument("--process", type=int, help=argparse.SUPPRESS)
     options = flags.parse_args()

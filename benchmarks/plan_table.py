@@ -1,4 +1,4 @@
-"""Table of which released model fits on which slice: python -m benchmarks.plan_table (extra: aot).
+"""Which released model fits on which slice, as a table: python -m benchmarks.plan_table (extra: aot).
 
 The table is in docs/planner.md; `--short` prints mesh and memory only.
 """

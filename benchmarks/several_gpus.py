@@ -38,7 +38,7 @@ from typing import Any
 
 from benchmarks.several_gpus_tables import tables
 from gptoss_jax.commands.files import check_writable, parse_json, read_text
-from gptoss_jax.commands.flags import sizes
+from gptoss_jax.commands.flags import flag_name, sizes
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import expect, named
 
@@ -192,7 +192,7 @@ def check(options: argparse.Namespace) -> None:
     minimum = {"prompt_tokens": 1, "output_tokens": 8, "repeats": 1, "context": 1, "concurrency": 1}
     for name, value in minimum.items():
         found = getattr(options, name)
-        expect(found >= value, f"--{name.replace('_', '-')}", f"a number from {value}", found)
+        expect(found >= value, flag_name(name), f"a number from {value}", found)
     expect(min(options.batch) >= 1, "--batch", "numbers from 1", min(options.batch))
     expect(options.limit > 0, "--limit", "seconds above 0", options.limit)
     expect(isinstance(options.compiler_options, dict), "--compiler-options", "an object", options.compiler_options)

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.commands import plotting
-from gptoss_jax.commands.flags import add_engine_flags, add_max_num_seqs, add_model_flags, command_parser, sizes
+from gptoss_jax.commands.flags import (
+    add_engine_flags,
+    add_max_num_seqs,
+    add_model_flags,
+    command_parser,
+    flag_name,
+    sizes,
+)
 from gptoss_jax.commands.options import by_flag, engine_options, sampling_params
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
@@ -120,7 +127,7 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and one < 1:
-                raise UsageError(f"expected 1 or more, found {one}", f"--{name.replace('_', '-')}")
+                raise UsageError(f"expected 1 or more, found {one}", flag_name(name))
     if options.command == "latency" and options.output_len < 8:
         raise UsageError(f"expected 8 or more steps to measure, found {options.output_len}", "--output-len")
     if options.command == "throughput":
@@ -128,7 +135,7 @@ def _check(options: argparse.Namespace) -> None:
             if getattr(options, name) is None:
                 setattr(options, name, default)
             elif options.trace:
-                raise UsageError("not with --trace, which defines the requests", f"--{name.replace('_', '-')}")
+                raise UsageError("not with --trace, which defines the requests", flag_name(name))
 
 
 def _prepare(options: argparse.Namespace) -> tuple[EngineOptions, SamplingParams]:

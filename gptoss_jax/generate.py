@@ -20,6 +20,7 @@ from gptoss_jax.commands.flags import (
     add_sampling_flags,
     add_structure_flags,
     command_parser,
+    flag_name,
 )
 from gptoss_jax.commands.options import by_flag, conversation_options, sampling_params, structured_outputs
 from gptoss_jax.commands.printing import dimmed
@@ -108,7 +109,7 @@ def _check(options: argparse.Namespace) -> None:
         name for name in ("prompt", "prompt_file", "prompt_tokens", "batch") if getattr(options, name) is not None
     ]
     if len(given) > 1:
-        names = [name if name == "prompt" else f"--{name.replace('_', '-')}" for name in given]
+        names = [name if name == "prompt" else flag_name(name) for name in given]
         raise UsageError(f"expected one source of prompts, found {' and '.join(names)}")
     if options.logprobs is not None and not (options.json or options.batch):
         raise UsageError("only with --json or --batch", "--logprobs")
@@ -117,9 +118,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.raw or options.prompt_tokens:
         for name in ("instructions", "tools", "builtin_tools"):
             if getattr(options, name):
-                raise UsageError(
-                    "only with the chat format, not with --raw or tokens", f"--{name.replace('_', '-')}"
-                )
+                raise UsageError("only with the chat format, not with --raw or tokens", flag_name(name))
 
 
 def _prompt(options: argparse.Namespace) -> str | list[int]:

@@ -23,7 +23,7 @@ class StructuredOutputsParams:
     Args:
       json: a JSON schema, as an object or as its text.
       regex: a regular expression that the whole answer must match.
-      choice: strings, one of which the answer must be.
+      choice: the allowed answers.
       grammar: a context-free grammar, in Lark's or llama.cpp's (GBNF) notation.
       json_object: True requires a JSON object of any schema.
     """

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def put(x: jax.typing.ArrayLike, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Shard a host array, of which every process holds a whole copy, over the devices of all processes."""
+    """Shard a host array that every process holds whole over the devices of all processes."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     # jax.device_put would first send the whole array between processes to compare the copies.

@@ -56,7 +56,7 @@ def _fresh_process(state: str, cache: str, arguments: Sequence[str]) -> Start:
 
 
 class Stopwatch:
-    """Times consecutive phases, the first of which begins at `started_at`, a `time.time()`."""
+    """Times consecutive phases. The first one begins at `started_at`, a `time.time()`."""
 
     def __init__(self, started_at: float) -> None:
         self._started = self._last = started_at

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_jax.checkpoints.hub import resolve
+from gptoss_jax.commands.flags import flag_name
 from gptoss_jax.errors import CheckpointError
 from sharding.processes import Cluster
 
@@ -82,7 +83,7 @@ def _source_digest() -> str:
 def flags_of(command: str, options: argparse.Namespace) -> dict[str, Any]:
     """The command and its flags, except those that may differ between processes."""
     facts = {
-        f"--{name.replace('_', '-')}": value if value is None or isinstance(value, int | list) else str(value)
+        flag_name(name): value if value is None or isinstance(value, int | list) else str(value)
         for name, value in vars(options).items()
         if name not in OWN
     }

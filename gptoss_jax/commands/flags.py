@@ -48,6 +48,11 @@ def _not_empty(text: str) -> str:
     return text
 
 
+def flag_name(name: str) -> str:
+    """The flag that sets `options.<name>`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     """An argument parser for `python -m gptoss_jax.<command>`."""
     return Parser(prog=f"python -m gptoss_jax.{command}", description=description)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.commands.files import read_text, read_tools
+from gptoss_jax.commands.flags import flag_name
 from gptoss_jax.errors import UsageError
 from sharding.errors import ClusterError, ShardingError
 
@@ -96,4 +97,4 @@ def _flag_of(field: str | None, given: dict[str, Any]) -> str | None:
     name = {"max_tokens": "max_new_tokens"}.get(str(field), field)
     if name == "prompt":
         name = "prompt_tokens" if given.get("prompt_tokens") is not None else None
-    return f"--{name.replace('_', '-')}" if name in given and name is not None else None
+    return flag_name(name) if name in given and name is not None else None

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.commands.options import engine_options
@@ -56,7 +57,7 @@ def _lead(cluster: Cluster, options: argparse.Namespace, more: dict[str, Any]) -
     from gptoss_jax.engine.leading import LeadingEngine
 
     cluster.broadcast({"load": more})
-    llm = _load(options, more, _default_mesh(options))
+    llm = _load_over_processes(options, more)
     llm.engine = LeadingEngine(llm.engine, cluster)  # type: ignore[assignment]
     return llm
 
@@ -66,19 +67,21 @@ def _follow(cluster: Cluster, options: argparse.Namespace) -> int:
     from gptoss_jax.engine import leading
 
     if (message := cluster.broadcast()) is not None:
-        leading.follow(_load(options, message["load"], _default_mesh(options), progress=False).engine, cluster)
+        leading.follow(_load_over_processes(options, message["load"], progress=False).engine, cluster)
     return cluster.exit_code
 
 
-def _default_mesh(options: argparse.Namespace) -> str:
+def _load_over_processes(options: argparse.Namespace, more: dict[str, Any], progress: bool | None = None) -> LLM:
+    """Load the model over the devices of all processes."""
     import jax
 
     from gptoss_jax.checkpoints.hub import resolve
     from gptoss_jax.checkpoints.loading import EMBEDDED
     from gptoss_jax.model.config import ModelConfig
 
-    config = ModelConfig.from_file(resolve(options.model or EMBEDDED) / "config.json")
-    return default_mesh(config, jax.device_count())
+    path = resolve(options.model or EMBEDDED)
+    mesh = options.mesh or default_mesh(ModelConfig.from_file(path / "config.json"), jax.device_count())
+    return _load(options, path, mesh, more, progress)
 
 
 def default_mesh(config: ModelConfig, devices: int) -> str:
@@ -88,22 +91,22 @@ def default_mesh(config: ModelConfig, devices: int) -> str:
 
 
 def _load(
-    options: argparse.Namespace, more: dict[str, Any], mesh: str | None = None, progress: bool | None = None
+    options: argparse.Namespace,
+    path: str | Path,
+    mesh: str | None,
+    more: dict[str, Any],
+    progress: bool | None = None,
 ) -> LLM:
-    from gptoss_jax.checkpoints.loading import EMBEDDED
     from gptoss_jax.serving.client import LLM
 
-    return LLM(
-        options.model or EMBEDDED,
-        options.mesh or mesh,
-        options.dtype,
-        engine=engine_options(options, **more),
-        warm_up=options.warm_up,
-        progress=progress,
-    )
+    engine = engine_options(options, **more)
+    return LLM(path, mesh, options.dtype, engine=engine, warm_up=options.warm_up, progress=progress)
 
 
 def load_llm(options: argparse.Namespace, **more: Any) -> LLM:
     """Load the model that the flags describe, in all processes of the command."""
-    cluster = current()
-    return _lead(cluster, options, more) if cluster else _load(options, more)
+    from gptoss_jax.checkpoints.loading import EMBEDDED
+
+    if cluster := current():
+        return _lead(cluster, options, more)
+    return _load(options, options.model or EMBEDDED, options.mesh, more)

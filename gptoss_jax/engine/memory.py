@@ -49,7 +49,8 @@ def cache_budget(device: jax.Device, memory: int | None, utilization: float | No
             "gpu_memory_utilization",
         )
     budget = least(_free_bytes(stats, utilization) >> 20) << 20
-    expect(budget > 0, "gpu_memory_utilization", "a fraction larger than the weights take", utilization)
+    fits = utilization is None or budget > 0
+    expect(fits, "gpu_memory_utilization", "a fraction larger than the weights take", utilization)
     return budget
 
 

@@ -56,6 +56,19 @@ class RopeConfig:
     truncate: bool = False
     attention_factor: float | None = None
 
+    def correction_range(self, head_dim: int) -> tuple[float, float]:
+        """YaRN's range of dimensions to interpolate: those that turn `beta_fast` to `beta_slow` times in the context.
+
+        It may reach beyond the head's dimensions. `theta` must be above 1.
+        """
+
+        def dimension_that_turns(times: float) -> float:
+            wavelengths = self.original_max_position_embeddings / (times * 2 * math.pi)
+            return head_dim * math.log(wavelengths) / (2 * math.log(self.theta))
+
+        low, high = dimension_that_turns(self.beta_fast), dimension_that_turns(self.beta_slow)
+        return (math.floor(low), math.ceil(high)) if self.truncate else (low, high)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -404,13 +417,7 @@ class _Reader:
         if rope.theta <= 1:
             raise self.fail("rope_theta", "a number above 1", rope.theta)
 
-        def dimension_that_turns(times: float) -> float:
-            turns = rope.original_max_position_embeddings / (2 * math.pi * times)
-            return head_dim * math.log(turns) / (2 * math.log(rope.theta))
-
-        low, high = dimension_that_turns(rope.beta_fast), dimension_that_turns(rope.beta_slow)
-        if rope.truncate:
-            low, high = math.floor(low), math.ceil(high)
+        low, high = rope.correction_range(head_dim)
         if high < 0 or low > head_dim - 1:
             raise self.fail(
                 "original_max_position_embeddings",

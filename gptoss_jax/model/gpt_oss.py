@@ -45,13 +45,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]
     if rope.rope_type == "default":
         return frequency, 1.0
 
-    def dimension_that_turns(times: float) -> float:
-        wavelengths = rope.original_max_position_embeddings / (times * 2 * math.pi)
-        return head_dim * math.log(wavelengths) / (2 * math.log(rope.theta))
-
-    low, high = dimension_that_turns(rope.beta_fast), dimension_that_turns(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
+    low, high = rope.correction_range(head_dim)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001)
     slowed = jnp.clip(ramp, 0, 1)

@@ -392,7 +392,7 @@ def _contract(ring: _Ring, number: jax.Array, contracting: int, interpret: bool,
         plgpu.barrier_arrive(ring.freed.at[ring.slot(number + b)])
 
     def multiply_blocks(first: jax.Array | int, count: int, packed: Any, following: bool) -> Any:
-        """Multiply `count` blocks, the first of which is `packed`; returns the block after them, if `following`."""
+        """Multiply `count` blocks, beginning with `packed`; returns the block after them, if `following`."""
         for b in range(count):
             more = following or b < count - 1
             multiply(packed, first + b, 0)
