@@ -66,6 +66,7 @@ def test_every_sampling_mode_is_measured(command, config: Path) -> None:
     assert all(seconds > 0 for seconds in row["sampling"].values())
 
 
+@pytest.mark.slow
 def test_throughput_follows_a_trace(command, config: Path, tmp_path: Path) -> None:
     lines = [{"arrival_s": 0.3 - i / 10, "prompt_tokens": 5 + 9 * i, "output_tokens": 3 + i} for i in range(3)]
     trace = tmp_path / "trace.jsonl"

@@ -363,7 +363,7 @@ def test_a_bad_tool_is_named_with_its_file(command, tmp_path: Path) -> None:
     assert err.startswith(f"error: /tools: {named}")
 
 
-@pytest.mark.parametrize("broken", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("broken", [pytest.param(">&-", marks=pytest.mark.slow), ">/dev/full"])
 def test_an_unwritable_answer_is_an_error(broken: str) -> None:
     line = f"{sys.executable} -m gptoss_jax.generate --prompt-tokens 1,2 --json --max-new-tokens 1 {broken}"
     ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True)

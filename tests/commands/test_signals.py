@@ -97,7 +97,9 @@ def test_a_signal_at_any_moment_ends_a_command(number: int, code: int, seconds: 
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_does_not_wait_for_running_computations(tmp_path: Path, number: int, code: int) -> None:
     """XLA's threads abort the process if they are still running at interpreter exit."""
     lines = "".join(f'{{"prompt": "What is {i} + {i}?", "ignore_eos": true}}\n' for i in range(8))

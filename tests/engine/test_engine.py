@@ -151,6 +151,7 @@ def test_devices_exchange_data_only_in_compiled_programs(mesh: str) -> None:
     assert [len(tokens) for tokens in found.values()] == [3, 3]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_tokens_beside_other_requests() -> None:
     [prompt, *others] = prompts(2, 5)
     params = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=11)

@@ -61,12 +61,12 @@ def expected(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p
     "params",
     [
         {},
-        {"temperature": 0.5},
-        {"top_k": 3},
+        *(
+            pytest.param(params, marks=pytest.mark.slow)
+            for params in ({"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2})
+        ),
         {"top_k": 90},
-        {"top_p": 0.6},
         {"top_p": 0.1},
-        {"min_p": 0.2},
         {"temperature": 1.7, "top_k": 12, "top_p": 0.8, "min_p": 0.05},
         {"temperature": 3.0, "top_k": 200, "top_p": 0.7},
     ],

@@ -86,7 +86,9 @@ def test_hidden_states_after_every_layer_equal_transformers(case: str) -> None:
             np.testing.assert_allclose(out[0], expected, rtol=0, atol=1e-3, err_msg=f"layer {layer}")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "P1" else ()) for case in CASES]
+)
 def test_greedy_continuations_equal_transformers(case: str) -> None:
     numbers = golden(case)
     runs = [name.removesuffix("_prompt") for name in numbers if name.endswith("_prompt")]

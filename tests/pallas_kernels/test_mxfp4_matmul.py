@@ -226,10 +226,10 @@ def test_backends_equal_a_dense_computation(
 @pytest.mark.parametrize(
     ("backend", "tokens"),
     [
-        ("triton_vector", 3),
-        ("triton", 3),
+        pytest.param("triton_vector", 3, marks=pytest.mark.slow),
+        pytest.param("triton", 3, marks=pytest.mark.slow),
         ("triton", 40),
-        ("mosaic_tpu", 3),
+        pytest.param("mosaic_tpu", 3, marks=pytest.mark.slow),
         ("mosaic_tpu", 130),
         ("reference", 9),
     ],
@@ -315,7 +315,7 @@ def test_tpu_kernels_on_shards_that_devices_prepare() -> None:
     np.testing.assert_allclose(mapped(*arguments.values()), expected(arguments), rtol=1e-4, atol=5e-3)
 
 
-@pytest.mark.parametrize(("tokens", "cores"), [(3, 1), (3, 2), (70, 1)])
+@pytest.mark.parametrize(("tokens", "cores"), [pytest.param(3, 1, marks=pytest.mark.slow), (3, 2), (70, 1)])
 def test_tpu_kernels_do_not_race(tokens: int, cores: int) -> None:
     """Several blocks and chunks of both products, on the TPU interpreter, whose unwritten memory is NaN."""
     arguments = case(tokens, tokens, 3, 2, 96, 1088)
@@ -333,7 +333,8 @@ def test_tpu_kernels_do_not_race(tokens: int, cores: int) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "triton_vector", "mosaic_gpu", "mosaic_tpu"])
 @pytest.mark.parametrize(
-    ("tokens", "experts", "k", "hidden", "inner"), [(1, 5, 4, 96, 32), (2, 6, 3, 576, 64), (1, 3, 1, 64, 1952)]
+    ("tokens", "experts", "k", "hidden", "inner"),
+    [(1, 5, 4, 96, 32), pytest.param(2, 6, 3, 576, 64, marks=pytest.mark.slow), (1, 3, 1, 64, 1952)],
 )
 def test_bfloat16_is_no_worse_than_the_reference(
     backend: str, tokens: int, experts: int, k: int, hidden: int, inner: int

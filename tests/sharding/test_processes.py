@@ -222,7 +222,7 @@ def decoding(folder: Path) -> Processes:
 @pytest.mark.parametrize(
     ("victim", "number"),
     [
-        (0, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
         (1, signal.SIGKILL),
         pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),

@@ -241,6 +241,7 @@ BATCH = [
 ]
 
 
+@pytest.mark.slow
 def test_constraints_hold_through_preemption() -> None:
     together, load = run(BATCH, kv_cache_memory=30_000, enable_prefix_caching=False)
     for completion in together[0] + together[2]:
