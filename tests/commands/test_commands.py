@@ -273,6 +273,7 @@ def test_a_batch_without_requests_is_refused(command, tmp_path: Path) -> None:
     assert "expected one request per line, found none" in err
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_batch_in_one_line(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi", "max_tokens": 2}')
     with open("/dev/full", "ab") as full:

@@ -87,7 +87,7 @@ def test_hidden_states_after_every_layer_equal_transformers(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case == "P1" else ()) for case in CASES]
+    "case", [pytest.param(case, marks=() if case == "floats" else pytest.mark.slow) for case in CASES]
 )
 def test_greedy_continuations_equal_transformers(case: str) -> None:
     numbers = golden(case)

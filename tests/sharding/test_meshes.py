@@ -50,11 +50,8 @@ SOME_MESHES = [
     for quick, several in ((mesh == SEVERAL_MESHES[0], mesh in SEVERAL_MESHES),)
 ]
 """All meshes; the default test run takes one of them, and the slow run several."""
-QUICK_MESHES = [
-    pytest.param(mesh, marks=() if mesh in {SEVERAL_MESHES[0], "data=1,expert=2,tensor=4"} else pytest.mark.slow)
-    for mesh in MESHES
-]
-"""All meshes; the default test run takes one of two axes and one of all three."""
+QUICK_MESHES = [pytest.param(mesh, marks=() if mesh == SEVERAL_MESHES[0] else pytest.mark.slow) for mesh in MESHES]
+"""All meshes; the default test run takes the one of all three axes."""
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 
 
