@@ -23,8 +23,6 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-from gptoss_jax.commands.running import run_command
-from gptoss_jax.engine import runner
 
 settings.register_profile(
     "default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -38,15 +36,19 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="session")
 def kept_programs() -> None:
     """Keep the programs of earlier tests: otherwise they go with the last engine that uses them."""
+    from gptoss_jax.engine import runner
+
     runner._PROGRAMS = {}
 
 
 @pytest.fixture
 def jit_options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The compiler options of each function that a test jits, by function name; they are not passed on to XLA."""
+    from gptoss_jax.engine import runner
+
     jit_options: dict[str, Any] = {}
 
     def jit(function: Callable[..., Any], compiler_options: Any = None, **options: Any) -> Any:
@@ -63,6 +65,7 @@ def jit_options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Run a command's main as `python -m` does; returns (exit code, standard output, standard error)."""
+    from gptoss_jax.commands.running import run_command
 
     def run(main, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))

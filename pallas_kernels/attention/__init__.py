@@ -5,17 +5,18 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.attention import mosaic_tpu, reference, triton
+from pallas_kernels.attention.ragged import RaggedBatch
 from pallas_kernels.backend import Backend, dispatch
 
-__all__ = ["attention", "paged_attention"]
+__all__ = ["RaggedBatch", "attention", "ragged_paged_attention"]
 
 _BACKENDS = (
     Backend("triton", frozenset({"cuda"}), triton.attention),
     Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.attention),
 )
-_PAGED_BACKENDS = (
-    Backend("triton", frozenset({"cuda"}), triton.paged_attention),
-    Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.paged_attention),
+_RAGGED_BACKENDS = (
+    Backend("triton", frozenset({"cuda"}), triton.ragged_paged_attention),
+    Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.ragged_paged_attention),
 )
 
 
@@ -61,40 +62,43 @@ def attention(
     )
 
 
-def paged_attention(
-    q_BTHD: jax.Array,
+def ragged_paged_attention(
+    q_THD: jax.Array,
     kv_pages_PSKE: jax.Array,
-    page_table_BM: jax.Array,
+    batch: RaggedBatch,
     sinks_H: jax.Array,
-    q_positions_BT: jax.Array,
     *,
+    window: int | None,
     sm_scale: float,
+    max_queries: int | None = None,
     backend: str | None = None,
 ) -> jax.Array:
-    """Causal attention, without a window, over keys and values in pages.
+    """Causal attention of sequences with any number of queries each, over keys and values in pages.
 
     Args:
-      q_BTHD: queries, at consecutive positions along T, as in `attention`.
-      kv_pages_PSKE: P pages of S slots, each with a key and a value side by side as in `attention`.
-      page_table_BM: int32; position p of sequence b is in page `page_table[b, p // S]`, slot p % S. Entries past
-        the end of a sequence may be any page: no query attends to them.
-      sinks_H: as in `attention`.
-      q_positions_BT: int32, below M S; -1 for padding. A query at p attends to positions 0 ... p.
+      q_THD: the queries of all sequences; query head h uses key/value head h // (H / K).
+      kv_pages_PSKE: P pages of S slots, each with a key and a value side by side (E = 2 D, key first), of any float
+        dtype. The keys of the queries' own positions are among them.
+      batch: where the queries and keys of each sequence are.
+      sinks_H: one unscaled logit per query head, which is only added to the softmax's denominator.
+      window: number of keys that a query attends to, including its own; None for all. Keys before it are not read.
       sm_scale: factor of the scores.
-      backend: as in `attention`.
+      max_queries: the most queries of a sequence, if known when traced; a batch that only decodes has 1.
+      backend: name of a backend to force; see `pallas_kernels.use_backend`.
 
     Returns:
-      [B, T, H, D] of q's dtype.
+      [T, H, D] of q's dtype, 0 for queries of no sequence; scores, softmax and sums are float32.
     """
     return dispatch(
-        "paged_attention",
-        _PAGED_BACKENDS,
-        reference.paged_attention,
-        q_BTHD,
+        "ragged_paged_attention",
+        _RAGGED_BACKENDS,
+        reference.ragged_paged_attention,
+        q_THD,
         kv_pages_PSKE,
-        page_table_BM,
+        batch,
         sinks_H,
-        q_positions_BT,
+        window=window,
         sm_scale=sm_scale,
+        max_queries=max_queries,
         backend=backend,
     )

@@ -93,7 +93,7 @@ def attention(
     )
 
 
-def paged_attention(
+def ragged_paged_attention(
     q_BTHD: jax.Array,
     kv_pages_PSKE: jax.Array,
     page_table_BM: jax.Array,

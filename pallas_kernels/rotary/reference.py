@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-def rotate(
-    x_BTHD: jax.Array, positions_BT: jax.Array, frequencies_F: jax.Array, concentration: float
-) -> jax.Array:
-    """Rotary embedding on the two halves of D, in float32. Angles are computed, so positions have no limit."""
-    angle = positions_BT.astype(jnp.float32)[..., None, None] * frequencies_F
+def rotate(x_THD: jax.Array, positions_T: jax.Array, frequencies_F: jax.Array, concentration: float) -> jax.Array:
+    """Rotary embedding on the two halves of D, in float32, for positions [..., T] of x [..., T, H, D].
+
+    Angles are computed, so positions have no limit.
+    """
+    angle = positions_T.astype(jnp.float32)[..., None, None] * frequencies_F
     cos, sin = jnp.cos(angle) * concentration, jnp.sin(angle) * concentration
-    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_THD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -26,20 +27,20 @@ def to_cache_dtype(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def rotate_and_store(
-    q_BTHD: jax.Array,
-    k_BTKD: jax.Array,
-    v_BTKD: jax.Array,
-    positions_BT: jax.Array,
+    q_THD: jax.Array,
+    k_TKD: jax.Array,
+    v_TKD: jax.Array,
+    positions_T: jax.Array,
     frequencies_F: jax.Array,
     kv_pages_PSKE: jax.Array,
-    pages_BT: jax.Array,
-    slots_BT: jax.Array,
+    pages_T: jax.Array,
+    slots_T: jax.Array,
     *,
     concentration: float,
     out_dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Defines `pallas_kernels.rotary.rotate_and_store`; see there."""
     dtype = kv_pages_PSKE.dtype
-    q_BTHD, k_BTKD = (rotate(x, positions_BT, frequencies_F, concentration) for x in (q_BTHD, k_BTKD))
-    kv_BTKE = jnp.concatenate([to_cache_dtype(k_BTKD, dtype), to_cache_dtype(v_BTKD, dtype)], axis=-1)
-    return q_BTHD.astype(out_dtype), kv_pages_PSKE.at[pages_BT, slots_BT].set(kv_BTKE, mode="drop")
+    q_THD, k_TKD = (rotate(x, positions_T, frequencies_F, concentration) for x in (q_THD, k_TKD))
+    kv_TKE = jnp.concatenate([to_cache_dtype(k_TKD, dtype), to_cache_dtype(v_TKD, dtype)], axis=-1)
+    return q_THD.astype(out_dtype), kv_pages_PSKE.at[pages_T, slots_T].set(kv_TKE, mode="drop")

@@ -1,4 +1,4 @@
-"""The rotary op on NVIDIA GPUs for one new token per sequence: one small kernel instead of five."""
+"""The rotary op on NVIDIA GPUs as one small kernel instead of five."""
 
 from __future__ import annotations
 
@@ -12,62 +12,43 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu
-from pallas_kernels.rotary import reference
 from pallas_kernels.rotary.reference import to_cache_dtype
 
 
 def rotate_and_store(
-    q_BTHD: jax.Array,
-    k_BTKD: jax.Array,
-    v_BTKD: jax.Array,
-    positions_BT: jax.Array,
+    q_THD: jax.Array,
+    k_TKD: jax.Array,
+    v_TKD: jax.Array,
+    positions_T: jax.Array,
     frequencies_F: jax.Array,
     kv_pages_PSKE: jax.Array,
-    pages_BT: jax.Array,
-    slots_BT: jax.Array,
+    pages_T: jax.Array,
+    slots_T: jax.Array,
     *,
     concentration: float,
     out_dtype: DTypeLike,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.rotary.rotate_and_store`."""
-    batch, length, heads, head_dim = q_BTHD.shape
-    kv_heads = k_BTKD.shape[2]
-    if length != 1:
-        # With many tokens, XLA's fusion of the reference is as fast.
-        return reference.rotate_and_store(
-            q_BTHD,
-            k_BTKD,
-            v_BTKD,
-            positions_BT,
-            frequencies_F,
-            kv_pages_PSKE,
-            pages_BT,
-            slots_BT,
-            concentration=concentration,
-            out_dtype=out_dtype,
-        )
+    tokens, heads, head_dim = q_THD.shape
+    kv_heads = k_TKD.shape[1]
     if head_dim & (head_dim - 1):
         raise NotImplementedError(f"head_dim {head_dim} is not a power of two")
     if not interpret:
         gpu.check_converts(kv_pages_PSKE.dtype)
-    q_BHD, kv_pages = pl.pallas_call(
+    q_out_THD, kv_pages = pl.pallas_call(
         functools.partial(_kernel, group=heads // kv_heads, concentration=concentration),
-        grid=(kv_heads, batch),
+        grid=(kv_heads, tokens),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, head_dim), out_dtype),
+            jax.ShapeDtypeStruct((tokens, heads, head_dim), out_dtype),
             jax.ShapeDtypeStruct(kv_pages_PSKE.shape, kv_pages_PSKE.dtype),
         ],
         input_output_aliases={7: 1},
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="rotate_and_store",
-    )(
-        *(x[:, 0] for x in (q_BTHD, k_BTKD, v_BTKD, positions_BT, pages_BT, slots_BT)),
-        frequencies_F,
-        kv_pages_PSKE,
-    )
-    return q_BHD[:, None], kv_pages
+    )(q_THD, k_TKD, v_TKD, positions_T, pages_T, slots_T, frequencies_F, kv_pages_PSKE)
+    return q_out_THD, kv_pages
 
 
 def _kernel(
@@ -85,29 +66,29 @@ def _kernel(
     group: int,
     concentration: float,
 ) -> None:
-    kv_head, sequence = pl.program_id(0), pl.program_id(1)
+    kv_head, token = pl.program_id(0), pl.program_id(1)
     head_dim = q_ref.shape[-1]
     half = head_dim // 2
-    angle = positions_ref[sequence].astype(jnp.float32) * frequencies_ref[:]
+    angle = positions_ref[token].astype(jnp.float32) * frequencies_ref[:]
     cos, sin = jnp.cos(angle) * concentration, jnp.sin(angle) * concentration
     low, high = jnp.arange(half), half + jnp.arange(half)
     head = kv_head * group + jnp.arange(pl.next_power_of_2(group))
     here = jnp.broadcast_to((head < (kv_head + 1) * group)[:, None], (head.shape[0], half))
     # Padding heads get an index past the end: the interpreter drops out-of-bounds stores.
     head = jnp.where(head < (kv_head + 1) * group, head, q_ref.shape[1])[:, None]
-    first = plt.load(q_ref.at[sequence, head, low[None, :]], mask=here, other=0.0).astype(jnp.float32)
-    second = plt.load(q_ref.at[sequence, head, high[None, :]], mask=here, other=0.0).astype(jnp.float32)
+    first = plt.load(q_ref.at[token, head, low[None, :]], mask=here, other=0.0).astype(jnp.float32)
+    second = plt.load(q_ref.at[token, head, high[None, :]], mask=here, other=0.0).astype(jnp.float32)
     dtype = out_ref.dtype
-    plt.store(out_ref.at[sequence, head, low[None, :]], (first * cos - second * sin).astype(dtype), mask=here)
-    plt.store(out_ref.at[sequence, head, high[None, :]], (second * cos + first * sin).astype(dtype), mask=here)
+    plt.store(out_ref.at[token, head, low[None, :]], (first * cos - second * sin).astype(dtype), mask=here)
+    plt.store(out_ref.at[token, head, high[None, :]], (second * cos + first * sin).astype(dtype), mask=here)
 
-    page, slot = pages_ref[sequence], slots_ref[sequence]
+    page, slot = pages_ref[token], slots_ref[token]
 
     @pl.when(page < kv_ref.shape[0])
     def _() -> None:
-        first = k_ref[sequence, kv_head, pl.ds(0, half)].astype(jnp.float32)
-        second = k_ref[sequence, kv_head, pl.ds(half, half)].astype(jnp.float32)
+        first = k_ref[token, kv_head, pl.ds(0, half)].astype(jnp.float32)
+        second = k_ref[token, kv_head, pl.ds(half, half)].astype(jnp.float32)
         kv_ref[page, slot, kv_head, pl.ds(0, half)] = to_cache_dtype(first * cos - second * sin, kv_ref.dtype)
         kv_ref[page, slot, kv_head, pl.ds(half, half)] = to_cache_dtype(second * cos + first * sin, kv_ref.dtype)
-        value = v_ref[sequence, kv_head, pl.ds(0, head_dim)]
+        value = v_ref[token, kv_head, pl.ds(0, head_dim)]
         kv_ref[page, slot, kv_head, pl.ds(head_dim, head_dim)] = to_cache_dtype(value, kv_ref.dtype)
