@@ -13,7 +13,7 @@ from gptoss_jax.errors import UsageError, expect
 if TYPE_CHECKING:
     import numpy as np
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +236,11 @@ Scope = Literal["text", "final", "final or call"]
 
 class TokenConstraint(Protocol):
     """Restricts the next token of one sequence."""
+
+    @property
+    def unrestricted(self) -> bool:
+        """Whether any token may come next, so that no mask is needed."""
+        ...
 
     def fill(self, bitmask: np.ndarray) -> None:
         """Set the bits of `bitmask`, uint32 words that are all ones on entry, to the tokens allowed next."""

@@ -7,7 +7,8 @@ import numbers
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,12 +16,15 @@ import jax
 import numpy as np
 
 from gptoss_jax.engine.compiling import as_in_this_thread, collected_once
-from gptoss_jax.engine.drafts import Drafter, PromptLookup
+from gptoss_jax.engine.drafts import Drafter, DrafterFactory, PromptLookup
+from gptoss_jax.engine.inputs import SampledRow, needs_adjusting
+from gptoss_jax.engine.interrupts import uninterrupted
 from gptoss_jax.engine.memory import cache_budget, cache_shape, kv_dtype
 from gptoss_jax.engine.pace import Pace
-from gptoss_jax.engine.runner import Launched, Runner, needs_adjusting
-from gptoss_jax.engine.scheduler import Limits, NeedsDrain, Scheduler, Sequence
-from gptoss_jax.engine.step import Logprobs, StepShape
+from gptoss_jax.engine.runner import Launched, Runner
+from gptoss_jax.engine.scheduler import Limits, Scheduler, Work
+from gptoss_jax.engine.sequence import Sequence
+from gptoss_jax.engine.step import Logprobs, StepOutputs
 from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.types import (
@@ -118,10 +122,11 @@ class EngineOptions:
 
 @dataclasses.dataclass
 class TokenEvent:
-    """A new token of completion `index` of a request.
+    """A new token of completion `index` of a request, or the error that ended it.
 
     `prompt_logprobs` come with the first token, and `finish_reason` with the last. `cached_tokens` is the number of
-    prompt tokens found in the prefix cache. `drafted` and `accepted` count the sequence's drafts so far.
+    prompt tokens found in the prefix cache. `drafted` and `accepted` count the sequence's drafts so far. With an
+    `error` the finish reason is "error", and there is no token.
     """
 
     request_id: str
@@ -133,6 +138,7 @@ class TokenEvent:
     cached_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    error: Exception | None = None
 
 
 @dataclasses.dataclass
@@ -140,42 +146,53 @@ class Load:
     """The engine's current load and its counters since the start, summed over all data-parallel ranks.
 
     Args:
-      waiting: sequences that wait to be admitted.
-      running: sequences that are being computed.
-      pages_used: pages of the KV cache held by running sequences.
-      pages: all pages of the KV cache.
+      waiting, running: sequences that wait to be admitted, and that are being computed.
+      pages_used, pages: pages of the full-attention layers held by running sequences, and all of them.
+      sliding_pages_used, sliding_pages: those of the sliding layers.
+      hit_tokens: tokens found in the prefix cache when sequences were admitted.
+      tokens, padding: tokens computed by forward passes, and padding tokens beside them.
       preemptions: how often a running sequence was preempted.
+      failures: how often the device failed, so that the cache was made anew.
       steps: steps launched.
       launches: launches, each of one or more steps.
       idle_launches: launches that came after the device had finished the previous one, and so had waited for the host.
-      drafted: tokens drafted by speculative decoding.
-      accepted: drafts accepted.
-      programs_compiled: step programs compiled.
+      step_seconds: a moving average of the time between the ends of steps while launches follow each other.
+      drafted, accepted: tokens drafted by speculative decoding, and those of them that were accepted.
+      programs, compiled_after_warm_up: compiled programs, and those that were compiled since the last `warm_up`.
     """
 
-    waiting: int
-    running: int
-    pages_used: int
-    pages: int
-    preemptions: int
-    steps: int
-    launches: int
-    idle_launches: int
-    drafted: int
-    accepted: int
-    programs_compiled: int
+    waiting: int = 0
+    running: int = 0
+    pages_used: int = 0
+    pages: int = 0
+    sliding_pages_used: int = 0
+    sliding_pages: int = 0
+    hit_tokens: int = 0
+    tokens: int = 0
+    padding: int = 0
+    preemptions: int = 0
+    failures: int = 0
+    steps: int = 0
+    launches: int = 0
+    idle_launches: int = 0
+    step_seconds: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    programs: int = 0
+    compiled_after_warm_up: int = 0
 
 
 class Engine:
     """Generates tokens for requests: `add` them, call `step` until they have finished, `cancel` them at any time.
 
-    Not thread-safe.
+    A step is planned without changing anything, launched, and only then committed, so that one that fails or is
+    interrupted concerns its own requests alone. Not thread-safe.
 
     Args:
       model: the model.
       options: see EngineOptions.
       eos_token_ids: tokens that end a request; None for those of the model's config.
-      drafter: proposes the drafts of speculative decoding; None for prompt lookup.
+      drafter: makes the drafters of speculative decoding; None for prompt lookup.
       constrain: makes the constraints of structured output; without it such requests are rejected.
 
     Raises:
@@ -188,7 +205,7 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         eos_token_ids: Iterable[int] | None = None,
-        drafter: Drafter | None = None,
+        drafter: DrafterFactory | None = None,
         constrain: ConstraintFactory | None = None,
     ) -> None:
         options = options or EngineOptions()
@@ -198,55 +215,54 @@ class Engine:
         fits = self.max_model_len <= longest
         expect(fits, "max_model_len", f"at most the model's {longest}", self.max_model_len)
         self._eos = frozenset(model.config.eos_token_id if eos_token_ids is None else eos_token_ids)
-        parts = model.partition.degree("batch")
+        ranks = model.partition.degree("batch")
         dtype = kv_dtype(options.kv_cache_dtype or str(model.embed_tokens[...].dtype))
         device = model.partition.mesh.local_devices[0] if model.partition.mesh else jax.local_devices()[0]
+        slots, drafts = -(-options.max_num_seqs // ranks), options.num_speculative_tokens
         self.pace = Pace.of(
             device.platform,
             options.long_prefill_token_threshold,
             options.max_num_batched_tokens,
             options.num_decode_steps,
+            slots,
+            drafts,
+            ranks,
         )
         self.shape = cache_shape(
             model.config,
             model.partition,
             cache_budget(device, options.kv_cache_memory, options.gpu_memory_utilization),
-            slots=-(-options.max_num_seqs // parts),
+            slots=slots,
             max_model_len=self.max_model_len,
             page_size=options.page_size,
             dtype=dtype,
+            step_tokens=self.pace.token_sizes[-1],
+            ahead=max(self.pace.num_decode_steps, 1 + drafts),
             enable_prefix_caching=options.enable_prefix_caching,
-            ring_slack=options.num_speculative_tokens,
         )
-        max_num_batched_tokens = max(self.pace.max_num_batched_tokens // parts, 1)
-        self._limits = Limits(
-            self.shape.slots,
-            self.shape.pages,
-            options.page_size,
-            self.shape.snapshots,
-            max_num_batched_tokens,
-            min(self.pace.long_prefill_token_threshold, max_num_batched_tokens),
+        limits = Limits(
+            self.shape,
+            model.config.sliding_window,
+            self.pace.token_sizes[-1],
+            self.pace.token_sizes,
+            self.pace.long_prefill_token_threshold,
+            self.pace.row_sizes[-1],
+            self.pace.num_decode_steps,
+            max(self.pace.decode_sizes, default=0),
             options.enable_prefix_caching,
         )
-        self._scheduler = Scheduler(self._limits, parts)
-        self._runner = Runner(
-            model,
-            self.shape,
-            self._limits,
-            self.pace,
-            self.max_model_len,
-            dtype,
-            options.num_speculative_tokens,
-            self._eos,
-            options.kernels,
-        )
-        self._drafter = drafter or PromptLookup()
+        self._scheduler = Scheduler(limits, ranks)
+        self._runner = Runner(model, self.shape, self.pace, dtype, self._eos, options.kernels)
+        self._make_drafter: DrafterFactory = drafter or PromptLookup
         self._constrain = constrain
         self._sequences: dict[str, list[Sequence]] = {}
+        self._drafters: dict[Sequence, Drafter] = {}
         self._constraints: dict[Sequence, TokenConstraint] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
         self._in_flight: Launched | None = None
-        self._steps = self._launches = self._idle_launches = self._drafted = self._accepted = 0
+        self._load = Load()
+        self._compiled_before = 0
+        self._read_at = 0.0
 
     @property
     def unfinished(self) -> int:
@@ -256,19 +272,19 @@ class Engine:
     @property
     def load(self) -> Load:
         """The current load and counters."""
-        parts = self._scheduler.parts
-        return Load(
-            len(self._scheduler.waiting),
-            sum(len(part.running) for part in parts),
-            sum(part.prefixes.pages.held for part in parts),
-            sum(part.prefixes.pages.size for part in parts),
-            sum(part.preemptions for part in parts),
-            self._steps,
-            self._launches,
-            self._idle_launches,
-            self._drafted,
-            self._accepted,
-            self._runner.compiled,
+        scheduler, programs = self._scheduler, self._runner.programs
+        return dataclasses.replace(
+            self._load,
+            waiting=len(scheduler.waiting),
+            running=sum(len(rank.running) for rank in scheduler.ranks),
+            pages_used=sum(rank.pages.held for rank in scheduler.ranks),
+            pages=sum(rank.pages.size for rank in scheduler.ranks),
+            sliding_pages_used=sum(rank.sliding.held for rank in scheduler.ranks),
+            sliding_pages=sum(rank.sliding.size for rank in scheduler.ranks),
+            hit_tokens=scheduler.hit_tokens,
+            preemptions=scheduler.preemptions,
+            programs=programs,
+            compiled_after_warm_up=programs - self._compiled_before,
         )
 
     def add(
@@ -288,8 +304,7 @@ class Engine:
             prompt, max_tokens, constraints = self._admit(prompt_token_ids, params, scope)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
-            Sequence(request_id, i, prompt.astype(np.int32), params, max_tokens, (seed + i) % 2**64)
-            for i in range(params.n)
+            Sequence(request_id, i, prompt, params, max_tokens, (seed + i) % 2**64) for i in range(params.n)
         ]
         for sequence in sequences:
             sequence.leader = sequences[0] if sequence.index and self.options.enable_prefix_caching else None
@@ -309,15 +324,21 @@ class Engine:
         return prompt, self._room(prompt, params), self._constraints_of(params, scope)
 
     def _read_prompt(self, tokens: Iterable[int]) -> np.ndarray:
-        tokens, vocab = list(tokens), self.config.vocab_size
-        if not tokens:
+        """The prompt's tokens, int32."""
+        given = tokens if isinstance(tokens, np.ndarray) else list(tokens)
+        array = np.asarray(given) if len(given) else np.zeros(0, np.int64)
+        if not array.size:
             raise UsageError("expected at least one token, found none", "prompt")
-        for token in tokens:
-            is_id = isinstance(token, numbers.Integral) and not isinstance(token, bool)
-            expect(is_id, "prompt", "token ids", token)
-            if not 0 <= int(token) < vocab:
-                raise UsageError(f"token {token!s:.30} is outside the vocabulary of {vocab}", "prompt")
-        return np.asarray(tokens, np.int64)
+        if array.ndim != 1 or array.dtype.kind not in "iu" or any(type(token) is bool for token in given):
+            whole = (t for t in given if not isinstance(t, numbers.Integral) or isinstance(t, bool))
+            expect(False, "prompt", "token ids", next(whole, given[0]))
+        outside = (array < 0) | (array >= self.config.vocab_size)
+        if outside.any():
+            token = given[int(outside.argmax())]
+            raise UsageError(
+                f"token {token!s:.30} is outside the vocabulary of {self.config.vocab_size}", "prompt"
+            )
+        return array.astype(np.int32)
 
     def _room(self, prompt: np.ndarray, params: SamplingParams) -> int:
         """The most tokens that the request may generate."""
@@ -354,8 +375,8 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
-        self._constraints.pop(sequence, None)
-        self._prompt_logprobs.pop(sequence, None)
+        for kept in (self._constraints, self._prompt_logprobs, self._drafters):
+            kept.pop(sequence, None)
 
     def step(self) -> list[TokenEvent]:
         """Launch the next step, then read back the previous one, so that the device does not wait for the host.
@@ -363,82 +384,165 @@ class Engine:
         With constrained sequences, the forward pass is launched first; sampling follows once the previous step's
         tokens, and thus the masks, are known. On return the whole step has been launched.
 
-        Returns the tokens read back; none while the first step is in flight.
+        Returns the tokens read back; none while the first step is in flight. Requests that fail end with an event that
+        has the error. Raises only if the engine cannot go on.
         """
-        launched = self._launch()
-        events = self._read()
-        if launched:
-            self._runner.choose(launched, self._constraints)
-            self._in_flight = launched
-        return self._read() if launched and self._must_wait() else events
+        launched, events = self._launch()
+        events += self._read()
+        if launched is None:
+            return events
+        events += self._sample(launched)
+        return events + self._read() if self._must_wait() else events
+
+    def _sample(self, launched: Launched) -> list[TokenEvent]:
+        """Sample a launch that waited for its constraints, and put it in flight; the events of requests that failed."""
+        events: list[TokenEvent] = []
+        try:
+            try:
+                self._runner.sample(launched, self._constraints)
+            except Exception as error:
+                if not self._runner.intact:
+                    raise
+                # A constraint has failed, most likely; without the constrained requests nothing else is concerned.
+                events = self._fail([s for s in self._constraints if s.rank >= 0], error)
+                self._runner.sample(launched, {})
+        except Exception as error:
+            return events + self._recover([launched], error)
+        self._in_flight = launched
+        return events
 
     def _must_wait(self) -> bool:
-        """Whether the next step's pass depends on how many tokens the last one has sampled."""
+        """Whether the next step depends on how many tokens the last one has accepted."""
         return self.options.num_speculative_tokens > 0
 
-    def _launch(self) -> Launched | None:
+    def _launch(self) -> tuple[Launched | None, list[TokenEvent]]:
+        """Plan, launch and commit; the launch, if there is anything to do, and the events of requests that failed."""
         if self._in_flight and self._must_wait():
-            return None
+            return None, []
         if self._must_wait():
             self._draft()
+        plan = self._scheduler.plan(lambda sequence: sequence in self._constraints)
+        if not plan.work:
+            return None, []
+        waited = self._in_flight is not None and self._in_flight.done
         try:
-            plans = self._scheduler.plan(draining=self._in_flight is None)
-        except NeedsDrain:
-            return None
-        if not any(plan.decodes or plan.chunks for plan in plans):
-            return None
-        one = self._must_wait() or any(sequence.part >= 0 for sequence in self._constraints)
-        rounds = 1 if one else self._scheduler.rounds(plans, self.pace.num_decode_steps)
-        self._idle_launches += self._in_flight is not None and self._in_flight.done
-        self._launches += 1
-        launched = self._runner.launch(plans, self._constraints, rounds)
-        self._steps += launched.kind.rounds
-        for plan in plans:
-            for sequence in plan.decodes:
-                sequence.ahead += launched.kind.rounds
-            for chunk in plan.chunks:
-                chunk.sequence.ahead += chunk.finishing
-        return launched
+            launched = self._runner.prepare(plan, lambda sequence: sequence in self._constraints)
+            with uninterrupted():
+                self._runner.start(launched)
+                self._commit(launched, waited)
+        except Exception as error:
+            if self._runner.intact:
+                return None, self._fail([work.sequence for work in plan.work], error)
+            flying = [self._in_flight] if self._in_flight else []
+            self._in_flight = None
+            return None, self._recover(flying, error, [work.sequence for work in plan.work])
+        return launched, []
+
+    def _commit(self, launched: Launched, waited: bool) -> None:
+        plan, load = launched.plan, self._load
+        self._scheduler.commit(plan)
+        used = plan.steps * len(plan.work) if plan.steps > 1 else sum(work.tokens for work in plan.work)
+        load.tokens += used
+        load.padding += launched.shapes[0].tokens * plan.steps * len(plan.ranks) - used
+        load.launches += 1
+        load.idle_launches += waited
+        load.steps += plan.steps
+
+    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> list[TokenEvent]:
+        """End the requests of these sequences."""
+        events = []
+        for name in dict.fromkeys(sequence.request_id for sequence in sequences):
+            for sequence in self._sequences.pop(name, []):
+                self._forget(sequence)
+                events.append(TokenEvent(name, sequence.index, -1, finish_reason="error", error=error))
+        return events
+
+    def _recover(
+        self, launches: Iterable[Launched], error: Exception, planned: Iterable[Sequence] = ()
+    ) -> list[TokenEvent]:
+        """End the requests of launches that the device has lost, and compute all others again from their tokens."""
+        lost = [work.sequence for launched in launches for work in launched.plan.work]
+        events = self._fail([s for s in (*lost, *planned) if s in self._sequences.get(s.request_id, ())], error)
+        self._scheduler.reset()
+        self._runner.reset()
+        self._load.failures += 1
+        return events
 
     def _draft(self) -> None:
-        for part in self._scheduler.parts:
-            for sequence in part.running:
+        for rank in self._scheduler.ranks:
+            for sequence in rank.running:
                 most = min(self.options.num_speculative_tokens, sequence.max_tokens - sequence.generated - 1)
                 exact = not needs_adjusting(sequence) and sequence not in self._constraints
-                able = sequence.prefilled and exact and most > 0
-                sequence.drafts = self._drafter.propose(sequence.known, most) if able else []
+                if not (sequence.decoding and exact and most > 0):
+                    sequence.drafts = []
+                    continue
+                if sequence not in self._drafters:
+                    self._drafters[sequence] = self._make_drafter(sequence.prompt)
+                sequence.drafts = self._drafters[sequence].propose(sequence.tokens, most)
 
     def _read(self) -> list[TokenEvent]:
-        launched, self._in_flight = self._in_flight, None
+        """Read back the launch in flight, if there is one."""
+        launched = self._in_flight
         if launched is None:
             return []
-        outputs = jax.device_get(launched.outputs)
+        try:
+            outputs, prompt_logprobs = jax.device_get((launched.outputs, launched.prompt_logprobs))
+            if launched.outputs is None:
+                jax.block_until_ready(launched.hidden)
+        except Exception as error:
+            self._in_flight = None
+            return self._recover([launched], error)
+        with uninterrupted():
+            self._in_flight = None
+            self._measure(launched)
+            return self._advance(launched, outputs, prompt_logprobs)
+
+    def _measure(self, launched: Launched) -> None:
+        now, load = time.perf_counter(), self._load
+        seconds = (now - self._read_at) / launched.plan.steps
+        if load.launches > 1 and seconds < 1:
+            load.step_seconds += (seconds - load.step_seconds) / (16 if load.step_seconds else 1)
+        self._read_at = now
+
+    def _advance(self, launched: Launched, outputs: Any, prompt_logprobs: Logprobs | None) -> list[TokenEvent]:
+        """Advance the sequences by what a launch has computed."""
         events: list[TokenEvent] = []
-        for part, rows in enumerate(launched.decodes):
-            for row, (sequence, epoch) in enumerate(rows):
-                accepted = int(outputs.accepted[part, row])
-                if sequence.epoch == epoch:
-                    sequence.ahead -= launched.kind.rounds
-                    # Without guesses the row holds the tokens of several rounds.
-                    right = accepted if launched.kind.drafts else 0
-                    sequence.drafted += len(sequence.drafts)
-                    sequence.accepted += right
-                    self._drafted += len(sequence.drafts)
-                    self._accepted += right
-                for i, token in enumerate(outputs.decoded[part, row, : 1 + accepted].tolist()):
-                    if sequence.epoch == epoch:
-                        events.append(self._token(sequence, token, outputs.decode_logprobs, (part, row, i)))
-        for part, chunks in enumerate(launched.chunks):
-            for row, (sequence, epoch, start, stop, finishing) in enumerate(chunks):
-                if sequence.epoch != epoch:
-                    continue
-                if sequence.params.prompt_logprobs is not None and not sequence.tokens:
-                    assert outputs.prompt_logprobs is not None
-                    self._keep_prompt_logprobs(sequence, outputs.prompt_logprobs, part, row, start, stop)
-                if finishing:
-                    sequence.ahead -= 1
-                    token = int(outputs.first[part, row])
-                    events.append(self._token(sequence, token, outputs.first_logprobs, (part, row)))
+        sampled = {id(at.work): at for at in launched.sampled}
+        for rank, works in enumerate(launched.plan.by_rank):
+            token = 0
+            for work in works:
+                if work.sequence.epoch == work.epoch:
+                    if prompt_logprobs is not None and work.sequence.params.prompt_logprobs is not None:
+                        self._keep_prompt_logprobs(work, prompt_logprobs, rank, token)
+                    if at := sampled.get(id(work)):
+                        events += self._new_tokens(launched, at, outputs)
+                    else:
+                        self._scheduler.settle(work.sequence, work.start + work.count)
+                token += work.tokens
+        return events
+
+    def _new_tokens(self, launched: Launched, at: SampledRow, outputs: StepOutputs) -> list[TokenEvent]:
+        """A sequence's new tokens, up to the one that ends it."""
+        sequence, several = at.work.sequence, launched.plan.steps > 1
+        end = at.row if several else int(outputs.ends[at.rank, at.row])
+        own = outputs.tokens[at.rank, at.row] if several else outputs.tokens[at.rank, at.row : end + 1]
+        accepted = end - at.row
+        sequence.ahead -= launched.plan.steps
+        sequence.computed += accepted
+        sequence.drafted += len(at.work.drafts)
+        sequence.accepted += accepted
+        self._load.drafted += len(at.work.drafts)
+        self._load.accepted += accepted
+        events = []
+        for i, token in enumerate(own.tolist()):
+            place = (at.rank, at.row, i) if several else (at.rank, at.row + i)
+            try:
+                events.append(self._token(sequence, token, outputs.logprobs, place))
+            except Exception as error:
+                return events + self._fail([sequence], error)
+            if events[-1].finish_reason:
+                return events
+        self._scheduler.settle(sequence, sequence.known_length - 1)
         return events
 
     def _token(self, sequence: Sequence, token: int, logprobs: Logprobs | None, at: tuple[int, ...]) -> TokenEvent:
@@ -464,10 +568,12 @@ class Engine:
             sequence.accepted,
         )
         if finish:
+            self._scheduler.settle(sequence, sequence.known_length - 1)
             self._finish(sequence)
         return event
 
     def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.finished(sequence)
         self._forget(sequence)
         siblings = self._sequences[sequence.request_id]
         siblings.remove(sequence)
@@ -481,16 +587,18 @@ class Engine:
                 self._finish(sequence)
                 return
 
-    def _keep_prompt_logprobs(
-        self, sequence: Sequence, logprobs: Logprobs, part: int, row: int, start: int, stop: int
-    ) -> None:
+    def _keep_prompt_logprobs(self, work: Work, logprobs: Logprobs, rank: int, token: int) -> None:
+        """Keep the log-probabilities of a prompt's tokens, of which the work's first is the rank's `token`-th."""
+        sequence = work.sequence
+        if sequence.tokens:
+            return
         kept = self._prompt_logprobs.setdefault(sequence, [None])
         # A preempted sequence computes its prompt again.
-        del kept[start + 1 :]
-        for position in range(start, min(stop, len(sequence.prompt) - 1)):
-            token = int(sequence.prompt[position + 1])
-            at = (part, row, position - start)
-            kept.append(_token_logprobs(token, logprobs, at, sequence.params.prompt_logprobs))
+        del kept[work.start + 1 :]
+        for position in range(work.start, min(work.start + work.count, len(sequence.prompt) - 1)):
+            following = int(sequence.prompt[position + 1])
+            at = (rank, token + position - work.start)
+            kept.append(_token_logprobs(following, logprobs, at, sequence.params.prompt_logprobs))
 
     def replay(self, steps: int) -> float:
         """Seconds per step when the last launch is repeated for about `steps` steps, without other work on the host.
@@ -504,18 +612,15 @@ class Engine:
         """The compiled HLO text of the last launch, and the number of its decode steps."""
         return self._runner.program()
 
-    def warm_up(self, progress: bool | None = None, rehearse: Callable[[], object] | None = None) -> int:
-        """Compile all step shapes that plain requests can need; returns their number.
+    def warm_up(self, progress: bool | None = None) -> int:
+        """Compile all programs that requests can need; returns their number.
 
-        Plain requests ask for no log-probabilities, penalties, biases or constraints; step shapes with these compile
-        on first use. With `rehearse`, only the step shapes that it uses are compiled, including those with
-        log-probabilities of new tokens (it must not ask for prompt log-probabilities). `rehearse` adds requests and
-        calls `step` until they have finished; meanwhile nothing is computed, and all tokens are 0. `progress` shows
-        or hides the progress bar; None shows it. Raises UsageError if requests are unfinished before or after.
+        Programs with penalties and with prompt log-probabilities are left out: they compile on first use. `progress`
+        shows or hides the progress bar; None shows it.
         """
         from tqdm import tqdm
 
-        kinds = list(self._runner.kinds()) if rehearse is None else self._rehearsed(rehearse)
+        shapes = list(self._runner.shapes())
         # Without a terminal, the bar is printed as a line every 10 seconds.
         often = 0.1 if sys.stderr.isatty() else 10
         # Several processes must compile in the same order, since their compilers may wait for each other.
@@ -523,28 +628,18 @@ class Engine:
         with (
             collected_once(),
             tqdm(
-                total=len(kinds),
-                desc="Compiling step shapes",
+                total=len(shapes),
+                desc="Compiling programs",
                 file=sys.stderr,
                 mininterval=often,
                 disable=progress is False,
             ) as bar,
             ThreadPoolExecutor(workers) as pool,
         ):
-            for _ in pool.map(as_in_this_thread(self._runner.compile), kinds):
+            for _ in pool.map(as_in_this_thread(self._runner.compile), shapes):
                 bar.update()
-            if self.options.enable_prefix_caching:
-                self._runner.compile_restores()
-        return len(kinds)
-
-    def _rehearsed(self, rehearse: Callable[[], object]) -> list[StepShape]:
-        expect(not self.unfinished, "rehearse", "no unfinished requests before it", self.unfinished)
-        with self._runner.rehearsal() as kinds:
-            rehearse()
-        expect(not self.unfinished, "rehearse", "no unfinished requests after it", self.unfinished)
-        # The rehearsal's prompts were not computed, so they must not be in the prefix cache.
-        self._scheduler = Scheduler(self._limits, self._runner.parts)
-        return [kind for kind in kinds if not kind.adjusted]
+        self._compiled_before = self._runner.programs
+        return len(shapes)
 
 
 def _token_logprobs(token: int, logprobs: Any, at: tuple[int, ...], top: int | None) -> TokenLogprobs | None:

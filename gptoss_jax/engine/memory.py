@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from gptoss_jax.errors import UsageError, expect
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.kv_cache import CacheShape, page_bytes, ring_bytes
+from gptoss_jax.model.kv_cache import CacheShape, page_bytes
 from sharding import Partition, least
 
 SHARE_OF_FREE = 0.85
@@ -73,28 +73,37 @@ def cache_shape(
     max_model_len: int,
     page_size: int,
     dtype: DTypeLike,
+    step_tokens: int,
+    ahead: int = 1,
     enable_prefix_caching: bool = True,
-    ring_slack: int = 0,
 ) -> CacheShape:
     """The largest cache of each data-parallel rank that takes at most `budget` bytes on each device.
 
-    Raises UsageError, with the numbers, if the budget leaves fewer than two pages.
+    `step_tokens` is the number of tokens of a step, and `ahead` of those that a launch can decode of a sequence; two
+    launches are in flight. Raises UsageError, with the numbers, if the budget leaves fewer than two pages.
     """
     heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
-    page = page_bytes(config, page_size, dtype, heads)
-    ring = ring_bytes(config, config.sliding_window + ring_slack, dtype, heads)
-    snapshots = 0
+    page, sliding_page = (
+        page_bytes(config, layers, page_size, dtype, heads) for layers in ("full_attention", "sliding_attention")
+    )
+    table = -(-max_model_len // page_size)
+    # A sequence keeps the window before its last whole page, that page's successor, and what is in flight.
+    window = (config.sliding_window + page_size - 2) // page_size + 2
+    own = min(window + -(-2 * ahead // page_size), table)
+    in_flight = min(2 * -(-step_tokens // page_size), slots * (table - own))
+    sliding_pages = slots * own + in_flight
     if enable_prefix_caching:
-        snapshots = max(2, min(8 * slots, budget // 8 // ring if ring else 64))
-    left = budget - (slots + snapshots) * ring
+        # As many windows of cached prefixes as a few per slot, within an eighth of the budget.
+        affordable = budget // 8 // sliding_page if sliding_page else 8 * slots * own
+        sliding_pages += max(2 * own, min(8 * slots * own, affordable))
+    least = sliding_pages * sliding_page + 2 * page
     # Twice what all slots can use, which leaves pages for cached prefixes besides running sequences.
-    most = 2 * slots * (-(-max_model_len // page_size) + 1)
-    pages = min(most, left // page if page else most)
+    most = 2 * slots * (table + 1)
+    pages = min(most, (budget - sliding_pages * sliding_page) // page if page else most)
     if pages < 2:
         raise UsageError(
-            f"{budget} bytes do not hold {slots + snapshots} rings of {ring} bytes, for {slots} "
-            f"sequences and {snapshots} cached prefixes, and 2 pages of {page} bytes: "
-            f"expected at least {(slots + snapshots) * ring + 2 * page}",
+            f"{budget} bytes do not hold {sliding_pages} pages of {sliding_page} bytes for the sliding layers of "
+            f"{slots} sequences, and 2 pages of {page} bytes for the others: expected at least {least}",
             "kv_cache_memory",
         )
-    return CacheShape(pages, page_size, slots, snapshots, ring_slack)
+    return CacheShape(slots, page_size, pages, sliding_pages, table, min(window + in_flight + 1, table))

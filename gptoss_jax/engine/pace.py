@@ -1,29 +1,39 @@
-"""Platform-dependent defaults of the engine's options."""
+"""Platform-dependent defaults of the engine's options, and the sizes that its programs are compiled for."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
-DECODE_STEPS = 4
-"""On an H100 the host needs 2 to 3 ms to launch a step and read back the previous one, and one sequence's step 2 ms."""
+DECODE_STEPS, DECODES = 4, 64
+"""Steps of a launch that only decodes, and the most sequences for which one step is shorter than the host's work.
 
-ACCELERATOR_CHUNK, CPU_CHUNK = 2048, 512
+On an H100 the host needs 2 to 3 ms to launch a step and read back the previous one, and one sequence's step 2 ms.
+"""
+
+ACCELERATOR_TOKENS, CPU_TOKENS = 2048, 512
 """On an H100 a prompt token takes 28 us in a step of 512 tokens, which reads all experts for few, and 19 us in 2048."""
+
+ROWS = 256
+"""The most rows that a step samples, unless more sequences run; drafts take what sequences leave of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """The values of the engine options of the same names, and the bucket sizes of page tables.
+    """The values of the engine options of the same names, and the sizes of programs on each data-parallel rank.
 
-    Page tables have `least_pages` times a power of `pages_factor` entries. Few sizes suffice if kernels read only the
-    entries that they need; more are used if a step's time grows with the table, or the table must fit a small memory.
+    Args:
+      token_sizes: tokens of a forward pass.
+      row_sizes: sampled rows.
+      decode_sizes: sequences of a launch of `num_decode_steps` steps.
     """
 
     long_prefill_token_threshold: int
     max_num_batched_tokens: int
     num_decode_steps: int
-    least_pages: int
-    pages_factor: int
+    token_sizes: tuple[int, ...]
+    row_sizes: tuple[int, ...]
+    decode_sizes: tuple[int, ...]
 
     @classmethod
     def of(
@@ -32,15 +42,48 @@ class Pace:
         long_prefill_token_threshold: int | None,
         max_num_batched_tokens: int | None,
         num_decode_steps: int | None,
+        slots: int,
+        drafts: int = 0,
+        ranks: int = 1,
     ) -> Pace:
         """The options that are set, and the platform's defaults for those that are None."""
-        usual = CPU_CHUNK if platform == "cpu" else ACCELERATOR_CHUNK
+        on_cpu = platform == "cpu"
+        usual = CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS
         max_num_batched_tokens = max_num_batched_tokens or max(usual, long_prefill_token_threshold or 0)
-        steps = num_decode_steps or (1 if platform == "cpu" else DECODE_STEPS)
-        pages = {"gpu": (64, 64), "tpu": (16, 8)}.get(platform, (4, 4))
+        rows = max(slots, min(slots * (1 + drafts), ROWS))
+        tokens = max(max_num_batched_tokens // ranks, rows)
+        steps = 1 if drafts else num_decode_steps or (1 if on_cpu else DECODE_STEPS)
         return cls(
-            min(long_prefill_token_threshold or usual, max_num_batched_tokens),
+            min(long_prefill_token_threshold or tokens, tokens),
             max_num_batched_tokens,
             steps,
-            *pages,
+            _sizes(1, 8, 512, tokens) if on_cpu else _token_sizes(tokens),
+            (rows,) if on_cpu else _row_sizes(rows),
+            _sizes(1, 4, DECODES, min(DECODES, slots)) if steps > 1 else (),
         )
+
+
+def _token_sizes(most: int) -> tuple[int, ...]:
+    """Few sizes where a step is bound by the weights that it reads, then more, whose padding is at most a third."""
+    few = (1, 4, 16, 64, 128, 256, 512)
+    more = itertools.chain.from_iterable((1024 << i, 1536 << i) for i in range(16))
+    return _up_to(most, itertools.chain(few, more))
+
+
+def _row_sizes(most: int) -> tuple[int, ...]:
+    return _up_to(most, (16, 64, 128, 256))
+
+
+def _sizes(least: int, factor: int, most: int, bound: int) -> tuple[int, ...]:
+    """Sizes least, least * factor, ... up to `most`, and then multiples of it, up to `bound`, which is the last."""
+    small = itertools.takewhile(lambda n: n < most, (least * factor**i for i in itertools.count()))
+    return _up_to(bound, itertools.chain(small, itertools.count(most, most)))
+
+
+def _up_to(most: int, sizes: itertools.chain[int] | tuple[int, ...]) -> tuple[int, ...]:
+    return (*itertools.takewhile(lambda size: size < most, sizes), most)
+
+
+def padded(count: int, sizes: tuple[int, ...]) -> int:
+    """The smallest of the sizes that is at least the count."""
+    return next(size for size in sizes if size >= count)

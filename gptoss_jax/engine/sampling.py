@@ -39,6 +39,9 @@ LEAST_ROWS = 4
 SamplingMode = Literal["greedy", "random", "truncated"]
 """The sampling mode of a batch: only greedy rows, random rows too, or random rows with top-k or top-p too."""
 
+SAMPLING_MODES: tuple[SamplingMode, ...] = ("greedy", "random", "truncated")
+"""The modes, from the cheapest to the one that covers all rows."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -1,241 +1,193 @@
-"""Which requests run, and what each does in the next step. Plain Python: no arrays, no device.
+"""Which sequences run, and what each does in the next launch. Plain Python: no arrays on a device.
 
-Each part of the batch (one on a single device) has slots, pages and requests of its own.
+Each data-parallel rank (one on a single device) has slots, pages and sequences of its own. `Scheduler.plan` changes
+nothing; `Scheduler.commit` carries out a plan that has been launched, and `Scheduler.settle` what has been read back.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections import deque
+from collections.abc import Callable, Iterable
 
-import numpy as np
+from gptoss_jax.engine.pages import PagePlan, PagePool
+from gptoss_jax.engine.sequence import Sequence
+from gptoss_jax.model.kv_cache import CacheShape
 
-from gptoss_jax.engine.pages import Prefixes, block_keys
-from gptoss_jax.types import SamplingParams
-
-CHEAP_TOKENS = 512
-"""A step with fewer is bound by the weights that it reads, not by its tokens."""
+TYPICAL_OUTPUT = 1024
+"""Output tokens that a sequence is expected to need before any has finished, if it may generate so many."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much one part of the batch may do at once.
+    """How much one data-parallel rank may do at once.
 
     Args:
-      slots: sequences that run together.
-      pages: pages of the cache, `page_size` tokens each.
-      snapshots: rings kept for prefixes.
-      max_num_batched_tokens: prompt tokens in a step.
+      cache: slots and pages.
+      window: keys that a sliding layer sees.
+      tokens: tokens of a step.
+      sizes: numbers of tokens that steps are padded to.
       chunk: prompt tokens of one sequence in a step.
-      enable_prefix_caching: whether prompts reuse the cached prefixes of earlier ones.
+      rows: sampled rows of a step, at least one per slot; drafts take what the sequences leave.
+      decode_steps: steps of a launch that only decodes.
+      decodes: the most sequences that decode several steps in a launch.
+      caching: whether prompts reuse cached prefixes.
     """
 
-    slots: int
-    pages: int
-    page_size: int
-    snapshots: int
-    max_num_batched_tokens: int
+    cache: CacheShape
+    window: int
+    tokens: int
+    sizes: tuple[int, ...]
     chunk: int
-    enable_prefix_caching: bool = True
+    rows: int
+    decode_steps: int = 1
+    decodes: int = 0
+    caching: bool = True
 
-    @functools.cached_property
-    def chunk_sizes(self) -> list[int]:
-        """What chunks are padded to: few sizes where they are cheap, more where padding would cost."""
-        few = [size for size in (16, 64) if size < self.chunk]
-        return few + buckets(2, 256, self.chunk)
+    def blocks(self, length: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-length // self.cache.page_size)
 
-    def chunk_size(self, tokens: int) -> int:
-        """The size of a chunk for so many tokens."""
-        return next(size for size in self.chunk_sizes if size >= tokens)
-
-    def chunks(self, size: int) -> int:
-        """How many chunks of a size a step has at most."""
-        return max(1, min(self.max_num_batched_tokens // size, self.slots))
-
-    def counts(self, size: int) -> list[int]:
-        """What the number of chunks of a size is padded to."""
-        counts = [1]
-        while counts[-1] < self.chunks(size):
-            cheap = 4 * counts[-1] * size <= CHEAP_TOKENS
-            counts.append(min(counts[-1] * (4 if cheap else 2), self.chunks(size)))
-        return counts
-
-    def decodes(self, beside_chunks: bool) -> list[int]:
-        """What the number of decoding sequences is padded to: beside chunks, where they cost little, to few sizes."""
-        return buckets(16, 16, self.slots) if beside_chunks else buckets(4, 1, self.slots)
-
-    def room(self, count: int) -> int:
-        """The largest size of which a step can have so many chunks; 0 for none."""
-        return max((size for size in self.chunk_sizes if self.chunks(size) >= count), default=0)
-
-
-@dataclasses.dataclass(eq=False)
-class Sequence:
-    """A request's prompt and what has been generated; `tokens` grows as tokens are read back from the device.
-
-    `ahead` counts tokens that steps in flight are generating, which the host has not seen; `epoch` changes when the
-    sequence leaves its slot, so that what steps in flight still generate for it can be told apart.
-    """
-
-    request_id: str
-    index: int
-    prompt: np.ndarray
-    params: SamplingParams
-    max_tokens: int
-    seed: int
-    arrival: int = 0
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    ahead: int = 0
-    part: int = -1
-    slot: int = -1
-    pages: list[int] = dataclasses.field(default_factory=list)
-    computed: int = 0
-    leader: Sequence | None = None
-    keys: list[bytes] = dataclasses.field(default_factory=list)
-    wanted_snapshots: list[int] = dataclasses.field(default_factory=list)
-    prefix_hits: int = 0
-    prefilled: bool = False
-    epoch: int = 0
-    drafts: list[int] = dataclasses.field(default_factory=list)
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def known(self) -> np.ndarray:
-        """Prompt and generated tokens that the host has."""
-        return np.concatenate([self.prompt, np.asarray(self.tokens, np.int32)])
-
-    @property
-    def known_length(self) -> int:
-        """How many those are."""
-        return len(self.prompt) + len(self.tokens)
-
-    @property
-    def generated(self) -> int:
-        """Tokens generated, those in flight included."""
-        return len(self.tokens) + self.ahead
+    def window_start(self, blocks: int) -> int:
+        """The first block that a sequence needs in the sliding layers to continue after so many blocks."""
+        return max(0, (blocks * self.cache.page_size - self.window + 1) // self.cache.page_size)
 
 
 @dataclasses.dataclass
-class Chunk:
-    """A piece of a sequence's prompt: positions `start` to `stop`; `snapshots` are (ring row, position) pairs."""
+class Work:
+    """The next tokens of a sequence: positions `start` to `start + count`, and after them `drafts`.
+
+    The last one is sampled from if `samples`. `pages` and `sliding` are the pages that it takes, the latter by block.
+    `epoch` is the sequence's: once that has changed, the results no longer matter.
+    """
 
     sequence: Sequence
+    epoch: int
+    slot: int
     start: int
-    stop: int
-    snapshots: list[tuple[int, int]]
+    count: int
+    drafts: list[int]
+    samples: bool
+    pages: list[int]
+    sliding: dict[int, int]
 
     @property
-    def finishing(self) -> bool:
-        """Whether the prompt ends with it."""
-        return self.stop == self.sequence.known_length
+    def tokens(self) -> int:
+        """How many tokens it is in all."""
+        return self.count + len(self.drafts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """A sequence that starts or resumes in a slot, with the pages of its cached prefix of `computed` tokens."""
+
+    sequence: Sequence
+    slot: int
+    computed: int
+    pages: list[int]
+    sliding: dict[int, int]
+    branches: frozenset[int]
+
+
+@dataclasses.dataclass
+class RankPlan:
+    """What a rank does in a launch."""
+
+    rank: Rank
+    pages: PagePlan
+    sliding: PagePlan
+    slots: list[int]
+    tokens: int = 0
+    reserved: int = 0
+    preempted: list[Sequence] = dataclasses.field(default_factory=list)
+    admitted: dict[Sequence, Admission] = dataclasses.field(default_factory=dict)
+    work: dict[Sequence, Work] = dataclasses.field(default_factory=dict)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that run on the rank when the plan is carried out."""
+        return [*(s for s in self.rank.running if s not in self.preempted), *self.admitted]
 
 
 @dataclasses.dataclass
 class Plan:
-    """What one part of the batch does in a step; `restores` are (ring row, slot) copies that go before it."""
+    """What all ranks do in a launch of `steps` steps."""
 
-    decodes: list[Sequence] = dataclasses.field(default_factory=list)
-    chunks: list[Chunk] = dataclasses.field(default_factory=list)
-    restores: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    ranks: list[RankPlan]
+    steps: int = 1
+
+    @property
+    def work(self) -> list[Work]:
+        """The work of all ranks."""
+        return [work for own in self.by_rank for work in own]
+
+    @property
+    def by_rank(self) -> list[list[Work]]:
+        """The work of each rank, in the order of its tokens."""
+        return [list(plan.work.values()) for plan in self.ranks]
 
 
-class NeedsDrain(Exception):
-    """No page is free: the steps in flight must be read back before a sequence can be preempted."""
-
-
-class Part:
-    """The requests, slots and pages of one part of the batch."""
+class Rank:
+    """The sequences, slots and pages of a data-parallel rank."""
 
     def __init__(self, number: int, limits: Limits) -> None:
         self.number = number
         self.limits = limits
-        self.prefixes = Prefixes(limits.pages, limits.snapshots, limits.slots)
+        self.pages = PagePool(limits.cache.pages)
+        self.sliding = PagePool(limits.cache.sliding_pages)
         self.running: list[Sequence] = []
-        self._free_slots = list(range(limits.slots - 1, -1, -1))
-        self.preemptions = 0
 
-    @property
-    def load(self) -> int:
-        """Tokens held by what runs here."""
-        return sum(s.known_length for s in self.running)
+    def plan(self) -> RankPlan:
+        """An empty plan."""
+        used = {sequence.slot for sequence in self.running}
+        free = [slot for slot in range(self.limits.cache.slots) if slot not in used]
+        return RankPlan(self, PagePlan(self.pages), PagePlan(self.sliding), free)
 
-    def can_admit(self, sequence: Sequence) -> bool:
-        """Whether a slot is free, and pages for all that is known of the sequence and one token more."""
-        needed = -(-(sequence.known_length + 1) // self.limits.page_size)
-        return bool(self._free_slots) and self.prefixes.pages.available >= needed
-
-    def admit(self, sequence: Sequence, plan: Plan) -> None:
-        """Give a sequence a slot and what of its prompt is known already."""
-        sequence.part = self.number
-        self._free_slots.sort(reverse=True)
-        sequence.slot = self._free_slots.pop()
-        sequence.computed, sequence.prefilled = 0, False
-        self.running.append(sequence)
-        if self.limits.enable_prefix_caching and sequence.params.prompt_logprobs is None:
-            self._take_up_prefix(sequence, plan)
-        # All of the prompt's pages now, so that sequences that prefill together cannot starve each other.
-        grown = self.grow(sequence, sequence.known_length + 1)
-        assert grown, "can_admit was not asked"
-
-    def _take_up_prefix(self, sequence: Sequence, plan: Plan) -> None:
-        size, known = self.limits.page_size, sequence.known
-        # The last token is always computed: its logits choose the next one.
-        sequence.keys = block_keys(known, size)
-        usable = sequence.keys[: (len(known) - 1) // size]
-        blocks, ring = self.prefixes.longest(usable)
-        # Where this prompt parts from one seen before, others may; and its end, which a longer one may repeat.
-        ends = {self.prefixes.known_blocks(usable), len(usable)} - {0, blocks}
-        sequence.wanted_snapshots = sorted(end * size for end in ends)
-        if ring is None:
-            return
-        for key in usable[:blocks]:
-            page = self.prefixes.pages.find(key)
-            assert page is not None
-            self.prefixes.pages.hold(page)
-            sequence.pages.append(page)
-        plan.restores.append((ring, sequence.slot))
-        sequence.computed = blocks * size
-        if sequence.epoch == 0:
-            # Prefix hits after a preemption are on its own pages and do not count.
-            sequence.prefix_hits = sequence.computed
-
-    def grow(self, sequence: Sequence, length: int) -> bool:
-        """Hold pages for `length` tokens; False if they have run out."""
-        while len(sequence.pages) * self.limits.page_size < length:
-            if self.prefixes.pages.available == 0:
-                return False
-            sequence.pages.append(self.prefixes.pages.take())
-        return True
-
-    def remember(self, sequence: Sequence, length: int) -> None:
-        """Make the whole blocks among a sequence's first `length` tokens known to later prompts."""
-        if self.limits.enable_prefix_caching:
-            for key, page in zip(sequence.keys[: length // self.limits.page_size], sequence.pages, strict=False):
-                self.prefixes.pages.name(page, key)
-
-    def release(self, sequence: Sequence) -> None:
-        """Give back all that a sequence holds."""
-        self.running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        # Last pages first: the beginning of a prompt is what another is likeliest to share.
+    def remove(self, sequence: Sequence) -> None:
+        """Release a sequence's slot and pages; their contents stay cached, its last window too."""
+        # Last pages first, since other prompts are most likely to share the first ones.
         for page in reversed(sequence.pages):
-            self.prefixes.pages.release(page)
-        sequence.pages, sequence.slot, sequence.part, sequence.prefilled = [], -1, -1, False
-        sequence.ahead, sequence.drafts = 0, []
+            self.pages.release(page)
+        end = sequence.settled // self.limits.cache.page_size
+        for block, page in sequence.sliding.items():
+            self.sliding.release(page, cold=not self.limits.window_start(end) <= block < end)
+        self.forget(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Take a sequence from its slot without its pages, which are released elsewhere."""
+        self.running.remove(sequence)
+        sequence.rank = sequence.slot = -1
+        sequence.pages, sequence.sliding, sequence.drafts = [], {}, []
+        sequence.computed = sequence.settled = sequence.ahead = 0
         sequence.epoch += 1
+
+    def settle(self, sequence: Sequence, length: int) -> None:
+        """Name the blocks whose keys are known to be computed, and release the pages that the window has passed."""
+        size = self.limits.cache.page_size
+        before, after = sequence.settled // size, length // size
+        sequence.settled = length
+        if after == before:
+            return
+        if self.limits.caching:
+            for block, key in enumerate(sequence.keys(size, length)[before:], before):
+                self.pages.name(sequence.pages[block], key)
+                self.sliding.name(sequence.sliding[block], key)
+        for block in [block for block in sequence.sliding if block < self.limits.window_start(after)]:
+            kept = any(self.limits.window_start(end) <= block < end for end in sequence.branches)
+            self.sliding.release(sequence.sliding.pop(block), cold=not kept)
 
 
 class Scheduler:
-    """Admits requests in order of arrival, decodes all that run, and fills the rest of a step with prompts."""
+    """Admits sequences in order of arrival, decodes all that can, and fills the rest of a step with prompts."""
 
-    def __init__(self, limits: Limits, parts: int) -> None:
+    def __init__(self, limits: Limits, ranks: int) -> None:
         self.limits = limits
-        self.parts = [Part(number, limits) for number in range(parts)]
+        self.ranks = [Rank(number, limits) for number in range(ranks)]
         self.waiting: deque[Sequence] = deque()
+        self.preemptions = self.hit_tokens = 0
         self._arrivals = itertools.count()
+        self._typical = float(TYPICAL_OUTPUT)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -244,114 +196,268 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is."""
-        if sequence.part >= 0:
-            self.parts[sequence.part].release(sequence)
+        if sequence.rank >= 0:
+            self.ranks[sequence.rank].remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def plan(self, draining: bool = False) -> list[Plan]:
-        """What each part does next; everything it needs is held when this returns.
+    def finished(self, sequence: Sequence) -> None:
+        """Record the output of a finished sequence, which tells what others are likely to need."""
+        self._typical += (len(sequence.tokens) - self._typical) / 16
 
-        Raises NeedsDrain, without having changed anything that matters, if a sequence must be pre-empted while steps
-        are in flight; call again with `draining` when they have been read back.
+    def reset(self) -> None:
+        """Let all sequences wait, to be computed again from their tokens in an empty cache."""
+        running = sorted((s for rank in self.ranks for s in rank.running), key=lambda s: s.arrival)
+        for sequence in running:
+            self.ranks[sequence.rank].forget(sequence)
+        self.waiting.extendleft(reversed(running))
+        self.ranks = [Rank(rank.number, self.limits) for rank in self.ranks]
+
+    def plan(self, single: Callable[[Sequence], bool] = lambda _: False) -> Plan:
+        """What to launch next; nothing changes until `commit`.
+
+        A sequence for which `single` is true needs the host after each step.
         """
-        plans = [Plan() for _ in self.parts]
-        for part, plan in zip(self.parts, plans, strict=True):
-            self._plan_decodes(part, plan, draining)
-        self._admit(plans)
-        for part, plan in zip(self.parts, plans, strict=True):
-            self._plan_chunks(part, plan, plans)
-            for chunk in plan.chunks:
-                for row, _ in chunk.snapshots:
-                    part.prefixes.release_snapshot(row)
-        return plans
+        plans = [rank.plan() for rank in self.ranks]
+        steps = self._steps(single)
+        for plan in plans:
+            self._plan_decodes(plan, steps)
+        for plan in plans:
+            self._plan_prompts(plan)
+        if self.waiting:
+            self._admit(plans)
+        self._trim(plans)
+        return Plan(plans, steps)
 
-    def rounds(self, plans: list[Plan], most: int) -> int:
-        """How many times in a row these plans can be carried out as they are: `most`, or 1. Holds the pages for it."""
-        # A first token that is still to be read would come only after all of them.
-        if any(plan.chunks or plan.restores or not all(s.tokens for s in plan.decodes) for plan in plans):
+    def commit(self, plan: Plan) -> None:
+        """Carry out a plan that has been launched."""
+        for own in plan.ranks:
+            own.pages.commit()
+            own.sliding.commit()
+            for sequence in own.preempted:
+                own.rank.forget(sequence)
+            self.waiting.extendleft(own.preempted)
+            self.preemptions += len(own.preempted)
+            for admission in own.admitted.values():
+                self._start(own.rank, admission)
+            for work in own.work.values():
+                work.sequence.pages += work.pages
+                work.sequence.sliding |= work.sliding
+                work.sequence.computed += work.count
+                work.sequence.ahead += plan.steps if work.samples else 0
+
+    def settle(self, sequence: Sequence, length: int) -> None:
+        """Record that the keys of a running sequence's first `length` positions have been computed."""
+        self.ranks[sequence.rank].settle(sequence, length)
+
+    def _start(self, rank: Rank, admission: Admission) -> None:
+        sequence = admission.sequence
+        self.waiting.remove(sequence)
+        rank.running.append(sequence)
+        sequence.rank, sequence.slot = rank.number, admission.slot
+        sequence.computed = sequence.settled = admission.computed
+        sequence.pages, sequence.sliding = list(admission.pages), dict(admission.sliding)
+        sequence.branches = admission.branches
+        self.hit_tokens += admission.computed
+        if sequence.epoch == 0:
+            # Prefix hits after a preemption are on the sequence's own pages and do not count.
+            sequence.prefix_hits = admission.computed
+
+    def _steps(self, single: Callable[[Sequence], bool]) -> int:
+        """How many steps to launch at once: several if nothing waits, and all that runs decodes that many more."""
+        steps = self.limits.decode_steps
+        running = [s for rank in self.ranks for s in rank.running if s.generated < s.max_tokens]
+        # A first token that has not been read back yet would arrive only after all of these steps.
+        able = all(s.decoding and s.tokens and s.max_tokens - s.generated >= steps for s in running)
+        if self.waiting or not able or any(len(rank.running) > self.limits.decodes for rank in self.ranks):
             return 1
-        for part, plan in zip(self.parts, plans, strict=True):
-            for sequence in plan.decodes:
-                enough = sequence.max_tokens - sequence.generated >= most
-                # Until then a sequence's ends are biased away, from there on not.
-                changes = sequence.generated < sequence.params.min_tokens < sequence.generated + most
-                if (
-                    not enough
-                    or changes
-                    or not part.grow(sequence, len(sequence.prompt) + sequence.generated + most - 1)
-                ):
-                    return 1
-        return most
+        for s in running:
+            # Before `min_tokens` tokens that end the sequence are excluded, and not after.
+            if single(s) or s.drafts or s.generated < s.params.min_tokens < s.generated + steps:
+                return 1
+        for rank in self.ranks:
+            missing = sum(self.limits.blocks(s.computed + steps) - len(s.pages) for s in rank.running)
+            if missing > rank.pages.available:
+                return 1
+        return steps
 
-    def _plan_decodes(self, part: Part, plan: Plan, draining: bool) -> None:
-        for sequence in sorted(part.running, key=lambda s: s.arrival):
-            if sequence.part != part.number or not sequence.prefilled or sequence.generated >= sequence.max_tokens:
+    def _plan_decodes(self, plan: RankPlan, steps: int) -> None:
+        rows = self.limits.rows - sum(s.decoding for s in plan.rank.running)
+        for sequence in sorted(plan.rank.running, key=lambda s: s.arrival):
+            ends = sequence.generated >= sequence.max_tokens
+            if sequence in plan.preempted or not sequence.decoding or ends:
                 continue
-            # The last token's own key goes to the position before its successor's.
-            while not part.grow(sequence, len(sequence.prompt) + sequence.generated + len(sequence.drafts)):
-                if not draining and any(s.ahead for s in part.running):
-                    raise NeedsDrain
-                self._preempt(part, plan)
-                if sequence.part < 0:
-                    break
-            if sequence.part == part.number:
-                plan.decodes.append(sequence)
+            drafts = sequence.drafts[: max(0, rows)]
+            if self._make_room(plan, sequence, steps + len(drafts)):
+                rows -= len(drafts)
+                self._add_work(plan, sequence, steps, drafts)
 
-    def _preempt(self, part: Part, plan: Plan) -> None:
-        """Send the latest arrival back to wait; what it has generated becomes part of its prompt."""
-        victim = max(part.running, key=lambda s: s.arrival)
-        if victim in plan.decodes:
-            plan.decodes.remove(victim)
-        part.release(victim)
-        part.preemptions += 1
-        self.waiting.appendleft(victim)
+    def _make_room(self, plan: RankPlan, sequence: Sequence, count: int) -> bool:
+        """Preempt the latest arrivals until a running sequence can have pages for `count` more tokens."""
+        while not self._has_room(plan, sequence, sequence.computed + count):
+            victim = max(plan.running, key=lambda s: s.arrival)
+            self._preempt(plan, victim)
+            if victim is sequence:
+                return False
+        return True
 
-    def _admit(self, plans: list[Plan]) -> None:
-        passed: list[Sequence] = []
-        while self.waiting:
-            sequence = self.waiting.popleft()
-            if sequence.leader is not None and not sequence.leader.prefilled and sequence.leader.part >= 0:
-                # Copies of a prompt wait for the first one, whose pages they then share; others need not.
-                passed.append(sequence)
+    def _preempt(self, plan: RankPlan, victim: Sequence) -> None:
+        if work := plan.work.pop(victim, None):
+            plan.tokens -= work.tokens
+            for page in work.pages:
+                plan.pages.give_back(page)
+            for page in work.sliding.values():
+                plan.sliding.give_back(page)
+        for page in victim.pages:
+            plan.pages.release(page)
+        for page in victim.sliding.values():
+            plan.sliding.release(page)
+        plan.preempted.append(victim)
+        plan.slots.append(victim.slot)
+
+    def _has_room(self, plan: RankPlan, sequence: Sequence, length: int) -> bool:
+        _, pages, sliding = self._held(plan, sequence)
+        blocks = self.limits.blocks(length)
+        missing = sum(block not in sliding for block in range(pages, blocks))
+        return blocks - pages <= plan.pages.available and missing <= plan.sliding.available
+
+    def _held(self, plan: RankPlan, sequence: Sequence) -> tuple[int, int, dict[int, int]]:
+        """A sequence's computed tokens, its number of pages, and its sliding pages, before the plan's work."""
+        if admission := plan.admitted.get(sequence):
+            return admission.computed, len(admission.pages), admission.sliding
+        return sequence.computed, len(sequence.pages), sequence.sliding
+
+    def _add_work(self, plan: RankPlan, sequence: Sequence, count: int, drafts: Iterable[int] = ()) -> None:
+        """Plan `count` tokens and drafts of a sequence, with the pages for them, which must be available."""
+        start, pages, sliding = self._held(plan, sequence)
+        admission, drafts = plan.admitted.get(sequence), list(drafts)
+        blocks = range(pages, self.limits.blocks(start + count + len(drafts)))
+        work = plan.work[sequence] = Work(
+            sequence,
+            sequence.epoch,
+            sequence.slot if admission is None else admission.slot,
+            start,
+            count,
+            drafts,
+            start + count >= sequence.length,
+            [plan.pages.take() for _ in blocks],
+            {block: plan.sliding.take() for block in blocks if block not in sliding},
+        )
+        plan.tokens += work.tokens
+
+    def _plan_prompts(self, plan: RankPlan) -> None:
+        """Continue the prompts of running sequences, the first to arrive first."""
+        prompts = sorted((s for s in plan.running if not s.decoding), key=lambda s: s.arrival)
+        for index, sequence in enumerate(prompts):
+            if sequence in plan.preempted:
                 continue
-            able = [part for part in self.parts if part.can_admit(sequence)]
-            if not able:
-                passed.append(sequence)
-                break
-            part = min(able, key=lambda p: (p.load, p.number))
-            if sequence.leader is not None and any(p.number == sequence.leader.part for p in able):
-                part = self.parts[sequence.leader.part]
-            part.admit(sequence, plans[part.number])
-        self.waiting.extendleft(reversed(passed))
-
-    def _plan_chunks(self, part: Part, plan: Plan, plans: list[Plan]) -> None:
-        # All chunks of a step are padded to the size of the longest, and all parts to the count of the fullest.
-        fullest = max(len(p.chunks) for p in plans)
-        longest = max((c.stop - c.start for p in plans for c in p.chunks), default=0)
-        for sequence in sorted(part.running, key=lambda s: s.arrival):
-            if sequence.prefilled:
+            if index == 0 and not self._make_room(plan, sequence, 1):
                 continue
-            room = self.limits.room(max(len(plan.chunks) + 1, fullest))
-            if room < longest:
-                break
-            stop = min(sequence.known_length, sequence.computed + room)
-            snapshots = []
-            for position in sequence.wanted_snapshots:
-                if sequence.computed < position <= stop:
-                    row = part.prefixes.snapshot(sequence.keys[position // self.limits.page_size - 1])
-                    if row is not None:
-                        snapshots.append((row, position))
-            plan.chunks.append(Chunk(sequence, sequence.computed, stop, snapshots))
-            longest = max(longest, stop - sequence.computed)
-            part.remember(sequence, stop)
-            sequence.computed = stop
-            sequence.prefilled = stop == sequence.known_length
+            self._plan_chunk(plan, sequence, alone=len(prompts) == 1 and not self.waiting)
 
+    def _plan_chunk(self, plan: RankPlan, sequence: Sequence, alone: bool) -> None:
+        """Plan a prompt's next tokens; one of several steps leaves half of each to others that wait or prefill."""
+        start, pages, _ = self._held(plan, sequence)
+        left = sequence.known_length - start
+        most = self.limits.tokens if alone or left <= self.limits.tokens else max(1, self.limits.tokens // 2)
+        room = (pages + min(plan.pages.available, plan.sliding.available)) * self.limits.cache.page_size - start
+        count = min(left, most, self.limits.chunk, self.limits.tokens - plan.tokens, room)
+        if count > 0:
+            self._add_work(plan, sequence, count)
 
-def buckets(factor: int, least: int, most: int) -> list[int]:
-    """Sizes least, least * factor, ... up to `most`, which is the last."""
-    sizes = [min(least, most)]
-    while sizes[-1] < most:
-        sizes.append(min(sizes[-1] * factor, most))
-    return sizes
+    def _trim(self, plans: list[RankPlan]) -> None:
+        """Shorten prompts where that leaves a step without much padding and no first token comes later for it."""
+        tokens = max(plan.tokens for plan in plans)
+        fewer = max((size for size in self.limits.sizes if size <= tokens), default=0)
+        if 3 * fewer < 2 * tokens:
+            return
+        for plan in plans:
+            *_, last = plan.work.values() or (None,)
+            excess = plan.tokens - fewer
+            if last is None or not 0 < excess < last.count or (last.samples and not self.waiting):
+                continue
+            last.count -= excess
+            last.samples = False
+            plan.tokens -= excess
+            kept = self.limits.blocks(last.start + last.count)
+            for block in [block for block in last.sliding if block >= kept]:
+                plan.sliding.give_back(last.sliding.pop(block))
+            while last.pages and self._held(plan, last.sequence)[1] + len(last.pages) > kept:
+                plan.pages.give_back(last.pages.pop())
+
+    def _admit(self, plans: list[RankPlan]) -> None:
+        """Admit waiting sequences in order while slots, pages and the step's tokens last."""
+        for plan in plans:
+            plan.reserved = sum(self._still_needed(plan, s) for s in plan.running)
+        for sequence in self.waiting:
+            leader = sequence.leader
+            size = self.limits.cache.page_size
+            if (
+                leader is not None
+                and leader.rank >= 0
+                and leader.settled // size < (len(leader.prompt) - 1) // size
+            ):
+                # Copies of a prompt wait for the first one, whose pages they then share; others need not wait.
+                continue
+            options = [
+                (self._pending(plan) + sequence.known_length - admission.computed, plan.rank.number, admission)
+                for plan in plans
+                if plan.slots and plan.tokens < self.limits.tokens and (admission := self._fits(plan, sequence))
+            ]
+            if not options:
+                return
+            _, number, admission = min(options, key=lambda option: option[:2])
+            plan = plans[number]
+            plan.slots.remove(admission.slot)
+            for page in admission.pages:
+                plan.pages.hold(page)
+            for page in admission.sliding.values():
+                plan.sliding.hold(page)
+            plan.admitted[sequence] = admission
+            self._plan_chunk(plan, sequence, alone=len(self.waiting) == 1)
+            plan.reserved += self._still_needed(plan, sequence)
+
+    def _pending(self, plan: RankPlan) -> int:
+        """Tokens that the rank has still to compute, one for each sequence that decodes."""
+        return sum(max(1, s.known_length - self._held(plan, s)[0]) for s in plan.running)
+
+    def _fits(self, plan: RankPlan, sequence: Sequence) -> Admission | None:
+        """How the sequence would be admitted; None if running ones are expected to need the pages that are left."""
+        admission = self._lookup(plan, sequence)
+        free_hits = sum(plan.rank.pages.is_free(page) for page in admission.pages)
+        needed = self._expected(sequence) - len(admission.pages) + free_hits
+        fits = needed <= plan.pages.available - plan.reserved
+        first = self.limits.blocks(admission.computed + 1) - len(admission.pages) + free_hits
+        return admission if fits or (not plan.running and first <= plan.pages.available) else None
+
+    def _expected(self, sequence: Sequence) -> int:
+        """Pages that a sequence is expected to need in the end."""
+        size = self.limits.cache.page_size
+        more = max(self._typical - len(sequence.tokens), size)
+        return self.limits.blocks(
+            sequence.known_length + int(min(sequence.max_tokens - len(sequence.tokens), more))
+        )
+
+    def _still_needed(self, plan: RankPlan, sequence: Sequence) -> int:
+        """Pages that a running sequence is expected to need beyond those that it has."""
+        taken = len(plan.work[sequence].pages) if sequence in plan.work else 0
+        return max(0, self._expected(sequence) - self._held(plan, sequence)[1] - taken)
+
+    def _lookup(self, plan: RankPlan, sequence: Sequence) -> Admission:
+        """The longest prefix whose full pages are cached, and the sliding pages of the window before its end."""
+        slot = min(plan.slots)
+        if not self.limits.caching or sequence.params.prompt_logprobs is not None:
+            return Admission(sequence, slot, 0, [], {}, frozenset())
+        size = self.limits.cache.page_size
+        # The last token is always computed: the next one is sampled from its logits.
+        keys = sequence.keys(size, sequence.known_length - 1)
+        pages = list(itertools.takewhile(lambda page: page is not None, map(plan.pages.find, keys)))
+        sliding = [plan.sliding.find(key) for key in keys[: len(pages)]]
+        run = end = 0
+        for block, page in enumerate(sliding, 1):
+            run = run + 1 if page is not None else 0
+            if run >= block - self.limits.window_start(block):
+                end = block
+        window = {b: page for b in range(self.limits.window_start(end), end) if (page := sliding[b]) is not None}
+        hits = [page for page in pages[:end] if page is not None]
+        return Admission(sequence, slot, end * size, hits, window, frozenset({len(pages), len(keys)} - {0, end}))

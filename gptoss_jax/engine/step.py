@@ -1,16 +1,16 @@
-"""The compiled step: some sequences decode, others prefill a chunk, all in one pass through the model.
+"""The engine's compiled programs: the forward pass of a ragged step, sampling, and several decode steps in one.
 
-After the pass tokens are chosen. Both are one program, but where masks say which tokens may come: those depend on the
-tokens of the step before, and the pass need not wait until the host has seen them.
-
-A step's tokens are laid out as [B, T]: B parts of the batch, one for each device group that the mesh's batch axes
-make (1 on one device), and in each part first the decoding sequences' tokens, then the prefilling ones'.
+The forward pass takes T tokens of any mix of prompts, decodes and drafts on each of B data-parallel ranks, and leaves
+the hidden states of R rows; sampling unembeds these and chooses a token for each. They are programs of their own, so
+that their sizes do not multiply, and so that constraints can be evaluated while the forward pass runs. A launch that
+only decodes is one program for several steps, each of which takes the tokens that the one before left on the device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,67 +19,62 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from gptoss_jax.engine.adjusting import Adjustments, adjust
-from gptoss_jax.engine.sampling import SamplingMode, SamplingState, logprobs_of, sample
-from gptoss_jax.model.gpt_oss import GptOss
-from gptoss_jax.model.kv_cache import KVCache, Segments, StepCache
+from gptoss_jax.engine.sampling import SAMPLING_MODES, SamplingState, logprobs_of, sample
+from gptoss_jax.model.gpt_oss import GptOss, unembed
+from gptoss_jax.model.kv_cache import Addresses, KVCache, Sequences, StepCache, page_of
 from sharding import Partition, constrain, on_shards
 
 TOP_LOGPROBS = 20
-"""How many of the likeliest tokens a step that reports log-probabilities reports."""
+"""How many of the most likely tokens are reported with log-probabilities."""
+
+BIASES = 320
+"""Tokens of a row that may be biased; a request with more of them has its own programs, for twice as many each time."""
+
+ROWS = ("batch", None)
+TABLES = ("batch", None, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """What is compiled: sizes in each part of the batch, and what is computed besides the next tokens.
+    """What a program is compiled for, per data-parallel rank.
 
     Args:
-      decodes: sequences that decode, each with its last token and `drafts` guesses of those after it.
-      prefills: sequences that prefill, each a chunk of `chunk` tokens.
-      pages: pages in a sequence's table.
-      rounds: decode steps in a row, when there are no prompts, guesses or masks; the host works once for all of them.
-      logprobs: report log-probabilities of new tokens.
-      prompt_logprobs: report those of the chunks' tokens.
-      adjusted: apply biases to the logits, and penalties and masks where they are needed, too.
-      penalised: apply penalties, and count what is generated.
-      masked: apply masks; the pass through the model and the choosing are then programs of their own.
-      sampling: what tokens are chosen by.
+      tokens: tokens of the forward pass; 0 for a program that only samples.
+      rows: rows that are sampled; 0 for a program that only runs the forward pass.
+      steps: decode steps of a program that does both.
+      plain: whether no row needs top-k, top-p or adjustments; such a program has no loops that end by logits.
+      penalised: whether the state has token counts.
+      biases: tokens of a row that may be biased.
+      prompt_logprobs: whether the forward pass reports the log-probabilities of the prompts' tokens.
     """
 
-    decodes: int
-    prefills: int
-    chunk: int
-    pages: int
-    drafts: int = 0
-    rounds: int = 1
-    logprobs: bool = False
-    prompt_logprobs: bool = False
-    adjusted: bool = False
+    tokens: int
+    rows: int
+    steps: int = 1
+    plain: bool = False
     penalised: bool = False
-    masked: bool = False
-    sampling: SamplingMode = "greedy"
-
-    @property
-    def of_pass(self) -> StepShape:
-        """What the pass alone depends on."""
-        return dataclasses.replace(
-            self, logprobs=False, adjusted=False, penalised=False, masked=False, sampling="greedy"
-        )
-
-    @property
-    def of_choice(self) -> StepShape:
-        """What the choosing alone depends on."""
-        return dataclasses.replace(self, chunk=1, pages=0, prompt_logprobs=False)
+    biases: int = BIASES
+    prompt_logprobs: bool = False
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeviceState:
-    """What stays on the device between steps; `last` int32 [B, slots] is each running sequence's last token.
-
-    `counts` int32 and `in_prompt` bool [B, slots, V] exist once a request has penalties.
-    """
+    """The cache, and the page tables int32 [B, slots, M] of its two pools."""
 
     cache: KVCache
+    tables: jax.Array
+    sliding_tables: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What was generated in each slot: `last` int32 [B, slots] is its newest token.
+
+    `counts` int32 and `in_prompt` bool [B, slots, V] count its tokens, once a request has penalties.
+    """
+
     last: jax.Array
     counts: jax.Array | None = None
     in_prompt: jax.Array | None = None
@@ -87,35 +82,58 @@ class DeviceState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """What the host says of a step; everything of padding has position -1.
+class ForwardInputs:
+    """What the host sends for a forward pass.
 
     Args:
-      decode: the decoding sequences' segments [B, S, ...].
-      decode_positions: int32 [B, S], of their last tokens.
-      drafts: int32 [B, S, drafts], -1 for none.
-      prefill: the prefilling sequences' segments [B, N, ...].
-      prefill_tokens, prefill_positions: int32 [B, N, chunk].
-      next_tokens: int32 [B, N, chunk], what follows each prompt token, for its log-probability; -1 for none.
-      finishing: bool [B, N], whether the chunk ends its prompt, so that a token is sampled after it.
-      sampling: the settings of the S + N sequences.
+      tokens, positions, slots: int32 [B, T]; a token of -1 is the slot's newest, a position of -1 padding.
+      sequences: the layout of the sequences on the axis of tokens.
+      rows: int32 [B, R], the tokens whose hidden states are needed.
+      updates, sliding_updates: int32 [B, U, 3], changes of the page tables as (slot, entry, page); a slot past the last
+        changes nothing.
+      next_tokens: int32 [B, T], the tokens after those of prompts, if their log-probabilities are asked for.
     """
 
-    decode: Segments
-    decode_positions: ArrayLike
+    tokens: ArrayLike
+    positions: ArrayLike
+    slots: ArrayLike
+    sequences: Sequences
+    rows: ArrayLike
+    updates: ArrayLike
+    sliding_updates: ArrayLike
+    next_tokens: ArrayLike | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowInputs:
+    """What the host sends for sampling. Rows of a sequence follow each other: its last token's, then its drafts'.
+
+    Args:
+      slots: int32 [B, R], the row's slot; one past the last for unused rows.
+      positions: int32 [B, R], of the token that the row predicts from.
+      drafts: int32 [B, R], the draft that follows the row's token; -1 for none.
+      heads: bool [B, R], whether the row is the first of its sequence.
+      settings: the sampling settings of the slots.
+      features: int32 [B, 2], the same on all ranks: the sampling branch, and whether log-probabilities are needed.
+    """
+
+    slots: ArrayLike
+    positions: ArrayLike
     drafts: ArrayLike
-    prefill: Segments
-    prefill_tokens: ArrayLike
-    prefill_positions: ArrayLike
-    next_tokens: ArrayLike
-    finishing: ArrayLike
-    sampling: SamplingState
+    heads: ArrayLike
+    settings: SamplingState
+    features: ArrayLike
+
+
+ADJUSTED = len(SAMPLING_MODES)
+"""The sampling branch for rows of which some are adjusted; the others are those of SAMPLING_MODES."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities [...] of some tokens, and those and ids [..., TOP_LOGPROBS] of the likeliest instead."""
+    """Log-probabilities [...] of chosen tokens, and those and the ids [..., TOP_LOGPROBS] of the most likely ones."""
 
     chosen: jax.Array
     top: jax.Array
@@ -124,38 +142,16 @@ class Logprobs:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """What a pass leaves on the device to choose from, with what the choosing needs of the inputs.
+class StepOutputs:
+    """The sampled tokens int32 [B, R], and the log-probabilities at each row, zeros unless they are needed.
 
-    Args:
-      logits, positions: float32 [B, R, V] and int32 [B, R], of the R = S (1 + drafts) + N rows to be sampled.
-      sampling: their settings.
-      drafts: int32 [B, S, drafts].
-      slots: int32 [B, S + N], of the sequences.
-      choosing: bool [B, S + N], which of them get a token.
-      prompt_logprobs: those of the chunks' tokens, [B, N, chunk, ...].
+    `ends` int32 [B, R] is for the first row of each sequence the row of its newest token: those from the first row to
+    this one are its new tokens. Programs of several steps have another axis for them at the end.
     """
 
-    logits: jax.Array
-    positions: jax.Array
-    sampling: SamplingState
-    drafts: jax.Array
-    slots: jax.Array
-    choosing: jax.Array
-    prompt_logprobs: Logprobs | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepOutputs:
-    """New tokens int32: `first` [B, N]; `decoded` [B, S, rounds + drafts], of which the first 1 + `accepted` [B, S]."""
-
-    decoded: jax.Array
-    accepted: jax.Array
-    first: jax.Array
-    decode_logprobs: Logprobs | None
-    first_logprobs: Logprobs | None
-    prompt_logprobs: Logprobs | None
+    tokens: jax.Array
+    ends: jax.Array
+    logprobs: Logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,222 +173,240 @@ class Structure:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, weights))
 
 
-def run_step(
+@dataclasses.dataclass(frozen=True)
+class HeadStructure:
+    """What sampling needs besides the weights of the final norm [D] and of the head [V, D]."""
+
+    partition: Partition
+    eps: float
+
+
+def run_forward(
     structure: Structure,
-    kind: StepShape,
+    shape: StepShape,
     weights: list[jax.Array],
     state: DeviceState,
-    inputs: StepInputs,
-    adjustments: Adjustments | None = None,
-) -> tuple[StepOutputs, DeviceState]:
-    """One step, with `adjustments` if it is adjusted. Its outputs are whole on every device, its state stays put."""
+    last_BS: jax.Array,
+    inputs: ForwardInputs,
+) -> tuple[tuple[jax.Array, Logprobs | None], DeviceState]:
+    """The hidden states [B, R, D] of a step's rows, the log-probabilities of all its tokens, and the new state."""
     model = structure.model(weights)
     with model.partition.active():
-        if kind.rounds > 1:
-            outputs, state = _rounds(model, kind, state, inputs, adjustments)
-        else:
-            outputs, state = _one_step(model, kind, state, inputs, adjustments)
-        return _whole(outputs), state
+        x_BTD, state = _forward(model, state, last_BS, inputs, max_queries=None)
+        logprobs = _prompt_logprobs(model, x_BTD, inputs) if shape.prompt_logprobs else None
+        rows_BRD = _take(x_BTD, jnp.asarray(inputs.rows))
+        return (constrain(rows_BRD, TABLES), _whole(logprobs)), state
 
 
-def run_pass(
+def run_sampling(
+    head: HeadStructure,
+    shape: StepShape,
+    weights: tuple[jax.Array, jax.Array],
+    generated: Generated,
+    rows_BXD: jax.Array,
+    inputs: RowInputs,
+    adjustments: Adjustments,
+) -> tuple[StepOutputs, Generated]:
+    """Sample from the first R of a forward pass's rows. The outputs are whole on every device."""
+    with head.partition.active():
+        logits_BRV = unembed(rows_BXD[:, : shape.rows], *weights, eps=head.eps)
+        outputs, generated = _sample(logits_BRV, generated, inputs, adjustments, shape.plain)
+        return _whole(outputs), generated
+
+
+def run_decode(
     structure: Structure,
-    kind: StepShape,
+    shape: StepShape,
     weights: list[jax.Array],
     state: DeviceState,
-    inputs: StepInputs,
-) -> tuple[Rows, DeviceState]:
-    """A step up to the rows to choose from; `run_choice` is the rest of it."""
+    generated: Generated,
+    inputs: ForwardInputs,
+    rows: RowInputs,
+    adjustments: Adjustments,
+) -> tuple[StepOutputs, tuple[DeviceState, Generated]]:
+    """Several decode steps of sequences with one token each, which are the rows."""
     model = structure.model(weights)
+
+    def step(carry: Any, _: None) -> tuple[Any, StepOutputs]:
+        state, generated, inputs, rows = carry
+        x_BRD, state = _forward(model, state, generated.last, inputs, max_queries=1)
+        logits_BRV = unembed(x_BRD, model.norm[...], model.lm_head[...], eps=model.config.rms_norm_eps)
+        outputs, generated = _sample(logits_BRV, generated, rows, adjustments, shape.plain)
+        return (state, generated, _next_inputs(inputs), _next_rows(rows)), outputs
+
     with model.partition.active():
-        return _pass(model, kind, state, inputs)
+        inputs, rows = jax.tree.map(jnp.asarray, (inputs, rows))
+        carry: Any = state, generated, inputs, rows
+        (state, generated, *_), outputs = jax.lax.scan(step, carry, None, length=shape.steps)
+        outputs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), outputs)
+        return _whole(outputs), (state, generated)
 
 
-def run_choice(
-    partition: Partition, kind: StepShape, rows: Rows, state: DeviceState, adjustments: Adjustments
-) -> tuple[StepOutputs, DeviceState]:
-    """The rest of a step after its pass. Outputs and state are as `run_step`'s."""
+def run_updates(
+    partition: Partition, state: DeviceState, updates: jax.Array, sliding_updates: jax.Array
+) -> DeviceState:
+    """Change the page tables, by more than a step's own updates hold."""
     with partition.active():
-        outputs, state = _choose(kind, state, rows, adjustments)
-        return _whole(outputs), state
+        return _updated(state, updates, sliding_updates)
 
 
-def _whole(outputs: StepOutputs) -> StepOutputs:
-    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), outputs)
+def _whole[Tree](tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), tree)
 
 
-def _rounds(
-    model: GptOss, kind: StepShape, state: DeviceState, inputs: StepInputs, adjustments: Adjustments | None
-) -> tuple[StepOutputs, DeviceState]:
-    """Decode steps one after the other: each takes the tokens that the one before left on the device."""
-    type Decoded = tuple[jax.Array, Logprobs | None]
-
-    def one(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], Decoded]:
-        state, positions_BS = carry
-        now = dataclasses.replace(inputs, decode_positions=positions_BS)
-        outputs, state = _one_step(model, kind, state, now, adjustments)
-        decoded = jax.tree.map(lambda x: x[:, :, 0], (outputs.decoded, outputs.decode_logprobs))
-        return (state, jnp.where(positions_BS < 0, -1, positions_BS + 1)), decoded
-
-    first_BS = jnp.asarray(inputs.decode_positions)
-    (state, _), by_round = jax.lax.scan(one, (state, first_BS), None, length=kind.rounds)
-    decoded_BSr, logprobs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), by_round)
-    accepted_BS = jnp.full_like(first_BS, kind.rounds - 1)
-    no_first_BN = jnp.zeros((len(first_BS), 0), jnp.int32)
-    return StepOutputs(decoded_BSr, accepted_BS, no_first_BN, logprobs, None, None), state
-
-
-def _one_step(
-    model: GptOss, kind: StepShape, state: DeviceState, inputs: StepInputs, adjustments: Adjustments | None = None
-) -> tuple[StepOutputs, DeviceState]:
-    rows, state = _pass(model, kind, state, inputs)
-    return _choose(kind, state, rows, adjustments)
-
-
-def _pass(model: GptOss, kind: StepShape, state: DeviceState, inputs: StepInputs) -> tuple[Rows, DeviceState]:
-    """Through the model, up to logits."""
-    tokens_BT, positions_BT = _tokens(state, inputs, kind)
-    kv = StepCache(state.cache, (inputs.decode, inputs.prefill), (1 + kind.drafts, kind.chunk))
-    x_BTD, kv = model.hidden(tokens_BT, positions_BT, kv)
-    x_BRD, positions_BR = _rows_to_sample(x_BTD, positions_BT, kind)
-    rows = Rows(
-        logits=model.unembed(x_BRD),
-        positions=positions_BR,
-        sampling=jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), inputs.sampling),
-        drafts=jnp.asarray(inputs.drafts),
-        slots=jnp.concatenate([inputs.decode.slots, inputs.prefill.slots], axis=1),
-        choosing=jnp.concatenate([jnp.asarray(inputs.decode_positions) >= 0, inputs.finishing], axis=1),
-        prompt_logprobs=_prompt_logprobs(model, x_BTD, inputs, kind) if kind.prompt_logprobs else None,
+def _next_inputs(inputs: ForwardInputs) -> ForwardInputs:
+    """Of the next decode step: each slot's newest token, one position on, with the same pages."""
+    positions = jnp.where(inputs.positions < 0, -1, inputs.positions + 1)  # type: ignore[operator]
+    sequences = inputs.sequences
+    lengths = jnp.where(sequences.counts_BN > 0, sequences.lengths_BN + 1, 0)
+    return dataclasses.replace(
+        inputs,
+        tokens=jnp.full_like(inputs.tokens, -1),
+        positions=positions,
+        sequences=sequences._replace(lengths_BN=lengths),
     )
-    return rows, dataclasses.replace(state, cache=kv.cache)
 
 
-def _choose(
-    kind: StepShape, state: DeviceState, rows: Rows, adjustments: Adjustments | None
-) -> tuple[StepOutputs, DeviceState]:
-    """From logits to tokens, and what the next step needs to know of them."""
-    logits_BRV = rows.logits
-    if kind.adjusted:
-        assert adjustments is not None
-        logits_BRV = adjust(logits_BRV, _by_rows(adjustments, state, rows, kind))
-    sampled_BR = sample(logits_BRV, rows.sampling, rows.positions, kind.sampling)
-    outputs = _outputs(kind, rows, sampled_BR)
-    return outputs, _next_state(state, rows, outputs, kind)
+def _next_rows(rows: RowInputs) -> RowInputs:
+    return dataclasses.replace(rows, positions=rows.positions + 1)
 
 
-def _tokens(state: DeviceState, inputs: StepInputs, kind: StepShape) -> tuple[jax.Array, jax.Array]:
-    """Tokens and positions int32 [B, T] of the whole step."""
-    last_BS1 = _take(state.last, jnp.asarray(inputs.decode.slots))[..., None]
-    drafts_BSd = jnp.asarray(inputs.drafts)
-    decoded_BSd = jnp.concatenate([last_BS1, jnp.maximum(drafts_BSd, 0)], axis=-1)
-    start_BS1 = jnp.asarray(inputs.decode_positions)[..., None]
-    later_BSd = jnp.where(drafts_BSd >= 0, start_BS1 + 1 + jnp.arange(kind.drafts), -1)
-    positions_BSd = jnp.concatenate([start_BS1, later_BSd], axis=-1)
-    parts = len(start_BS1)
-    join = partial(jnp.concatenate, axis=1)
-    return (
-        join([decoded_BSd.reshape(parts, -1), jnp.asarray(inputs.prefill_tokens).reshape(parts, -1)]),
-        join([positions_BSd.reshape(parts, -1), jnp.asarray(inputs.prefill_positions).reshape(parts, -1)]),
+def _forward(
+    model: GptOss, state: DeviceState, last_BS: jax.Array, inputs: ForwardInputs, max_queries: int | None
+) -> tuple[jax.Array, DeviceState]:
+    """The last hidden states [B, T, D] of all tokens, and the state with their keys."""
+    state = _updated(state, jnp.asarray(inputs.updates), jnp.asarray(inputs.sliding_updates))
+    tokens_BT, positions_BT, slots_BT = map(jnp.asarray, (inputs.tokens, inputs.positions, inputs.slots))
+    tokens_BT = jnp.where(tokens_BT < 0, _take(last_BS, slots_BT), tokens_BT)
+    size = state.cache.stores[0].shape[1]
+    full, sliding = (
+        Addresses(tables, page_of(tables, slots_BT, positions_BT, size))
+        for tables in (state.tables, state.sliding_tables)
+    )
+    sequences = jax.tree.map(jnp.asarray, inputs.sequences)
+    kv = StepCache(state.cache, sequences, full, sliding, max_queries)
+    x_BTD, kv = model.hidden(tokens_BT, positions_BT, kv)
+    return x_BTD, dataclasses.replace(state, cache=kv.cache)
+
+
+def _updated(state: DeviceState, updates_BU3: jax.Array, sliding_updates_BU3: jax.Array) -> DeviceState:
+    def put(tables_BRM: jax.Array, updates_BU3: jax.Array) -> jax.Array:
+        slots, entries, pages = updates_BU3[0].T
+        return tables_BRM.at[0, slots, entries].set(pages, mode="drop")
+
+    def updated(tables: jax.Array, updates: jax.Array) -> jax.Array:
+        args = {"tables_BRM": (tables, TABLES), "updates_BU3": (updates, TABLES)}
+        return on_shards(put, args, TABLES, batch=len(tables))
+
+    return dataclasses.replace(
+        state,
+        tables=updated(state.tables, updates_BU3),
+        sliding_tables=updated(state.sliding_tables, sliding_updates_BU3),
     )
 
 
 def _take(values_BN: jax.Array, index_BR: jax.Array) -> jax.Array:
-    """values[b, index[b]], each part of the batch by itself."""
+    """values[b, index[b]], on each rank by itself."""
 
     def take(values: jax.Array, index: jax.Array) -> jax.Array:
         return jax.vmap(lambda v, i: v[i])(values, index)
 
     axes: tuple[str | None, ...] = ("batch", *(None,) * (values_BN.ndim - 1))
-    args = {"values": (values_BN, axes), "index": (index_BR, ("batch", None))}
+    args = {"values": (values_BN, axes), "index": (index_BR, ROWS)}
     return on_shards(take, args, axes, batch=len(values_BN))
 
 
-def _rows_to_sample(x_BTD: jax.Array, positions_BT: jax.Array, kind: StepShape) -> tuple[jax.Array, jax.Array]:
-    """Hidden states and positions of all decoding tokens, then of each chunk's last."""
-    decodes = kind.decodes * (1 + kind.drafts)
-    chunks_BNC = positions_BT[:, decodes:].reshape(len(positions_BT), kind.prefills, kind.chunk)
-    last_BN = jnp.argmax(chunks_BNC, axis=-1) + decodes + jnp.arange(kind.prefills) * kind.chunk
-    index_BR = jnp.concatenate([jnp.broadcast_to(jnp.arange(decodes), (len(last_BN), decodes)), last_BN], axis=1)
-    return _take(x_BTD, index_BR), _take(positions_BT, index_BR)
+def _put(values_BS: jax.Array, slots_BR: jax.Array, new_BR: jax.Array) -> jax.Array:
+    """values[b, slots[b]] = new[b] on each rank by itself; slots past the last are dropped."""
+
+    def put(values: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.vmap(lambda v, s, n: v.at[s].set(n, mode="drop"))(values, slots, new)
+
+    args = {"values": (values_BS, ROWS), "slots": (slots_BR, ROWS), "new": (new_BR, ROWS)}
+    return on_shards(put, args, ROWS, batch=len(values_BS))
 
 
-def _by_row(per_sequence: jax.Array, kind: StepShape) -> jax.Array:
-    """[B, S + N, ...] of the sequences -> [B, R, ...] of the rows that are sampled."""
-    decodes = jnp.repeat(per_sequence[:, : kind.decodes], 1 + kind.drafts, axis=1)
-    return jnp.concatenate([decodes, per_sequence[:, kind.decodes :]], axis=1)
+def _sample(
+    logits_BRV: jax.Array, generated: Generated, inputs: RowInputs, adjustments: Adjustments, plain: bool
+) -> tuple[StepOutputs, Generated]:
+    """A token for each row, which drafts are accepted, and what the next step needs to know of them."""
+    slots_BR, positions_BR, drafts_BR, heads_BR = (
+        jnp.asarray(x) for x in (inputs.slots, inputs.positions, inputs.drafts, inputs.heads)
+    )
+    slots = generated.last.shape[1]
+    at_BR = jnp.minimum(slots_BR, slots - 1)
+    settings = jax.tree.map(lambda x: _take(jnp.asarray(x), at_BR), inputs.settings)
+    branch, logprobs_needed = jnp.asarray(inputs.features)[0]
 
+    def adjusted(logits_BRV: jax.Array) -> jax.Array:
+        by = _with_counts(adjustments, generated, at_BR)
+        return sample(adjust(logits_BRV, by), settings, positions_BR, "truncated")
 
-def _by_rows(of: Adjustments, state: DeviceState, rows: Rows, kind: StepShape) -> Adjustments:
-    """Of the sequences -> of the rows, with the device's counts."""
-    if of.penalties is not None:
-        assert state.counts is not None
-        assert state.in_prompt is not None
-        counts, in_prompt = _take(state.counts, rows.slots), _take(state.in_prompt, rows.slots)
-        penalties = dataclasses.replace(of.penalties, counts=counts, in_prompt=in_prompt)
-        of = dataclasses.replace(of, penalties=penalties)
-    return jax.tree.map(lambda x: _by_row(jnp.asarray(x), kind), of)
-
-
-def _outputs(kind: StepShape, rows: Rows, sampled_BR: jax.Array) -> StepOutputs:
-    parts, decodes = len(sampled_BR), kind.decodes * (1 + kind.drafts)
-
-    def decode_part(x: jax.Array) -> jax.Array:
-        return x[:, :decodes].reshape(parts, kind.decodes, 1 + kind.drafts, *x.shape[2:])
-
-    decoded_BSd, first_BN = decode_part(sampled_BR), sampled_BR[:, decodes:]
+    branches: list[Any] = [
+        *(partial(sample, state=settings, positions_R=positions_BR, mode=mode) for mode in SAMPLING_MODES),
+        adjusted,
+    ]
+    if plain:
+        branches = branches[: SAMPLING_MODES.index("truncated")]
+    tokens_BR = jax.lax.switch(branch, branches, logits_BRV)
     # A draft is accepted if all before it are and it equals the sampled token: exact in every sampling mode.
-    stands_BSd = decoded_BSd[..., :-1] == rows.drafts
-    accepted_BS = jnp.sum(jnp.cumprod(stands_BSd.astype(jnp.int32), axis=-1), axis=-1)
-    if not kind.logprobs:
-        return StepOutputs(decoded_BSd, accepted_BS, first_BN, None, None, rows.prompt_logprobs)
-    logprobs = Logprobs(*logprobs_of(rows.logits, sampled_BR, min(TOP_LOGPROBS, rows.logits.shape[-1])))
-    decode_logprobs = jax.tree.map(decode_part, logprobs)
-    first_logprobs = jax.tree.map(lambda x: x[:, decodes:], logprobs)
-    return StepOutputs(decoded_BSd, accepted_BS, first_BN, decode_logprobs, first_logprobs, rows.prompt_logprobs)
+    rows = jnp.arange(drafts_BR.shape[1], dtype=jnp.int32)
+    last_BR = jnp.where(tokens_BR == drafts_BR, len(rows), rows)
+    ends_BR = jax.lax.cummin(last_BR, axis=1, reverse=True)
+    outputs = StepOutputs(tokens_BR, ends_BR, _logprobs(logits_BRV, tokens_BR, logprobs_needed))
+    newest_BR = jnp.take_along_axis(tokens_BR, ends_BR, axis=1)
+    return outputs, _remember(generated, jnp.where(heads_BR, slots_BR, slots), newest_BR)
 
 
-def _prompt_logprobs(model: GptOss, x_BTD: jax.Array, inputs: StepInputs, kind: StepShape) -> Logprobs:
-    """Of the token after each of the chunks' tokens, a few positions at a time: logits are large."""
-    x_BND = x_BTD[:, kind.decodes * (1 + kind.drafts) :]
-    next_BN = jnp.asarray(inputs.next_tokens).reshape(len(x_BND), -1)
-    some = next(n for n in (64, 32, 16, 8, 4, 2, 1) if x_BND.shape[1] % n == 0)
+def _logprobs(logits_BRV: jax.Array, tokens_BR: jax.Array, needed: jax.Array) -> Logprobs:
+    top = min(TOP_LOGPROBS, logits_BRV.shape[-1])
+
+    def computed() -> Logprobs:
+        return Logprobs(*logprobs_of(logits_BRV, tokens_BR, top))
+
+    def zeros() -> Logprobs:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(computed))
+
+    return jax.lax.cond(needed == 1, computed, zeros)
+
+
+def _with_counts(adjustments: Adjustments, generated: Generated, slots_BR: jax.Array) -> Adjustments:
+    """The adjustments with the device's token counts, or without penalties where there are none."""
+    if generated.counts is None or generated.in_prompt is None or adjustments.penalties is None:
+        return dataclasses.replace(adjustments, penalties=None)
+    counts, in_prompt = _take(generated.counts, slots_BR), _take(generated.in_prompt, slots_BR)
+    penalties = dataclasses.replace(adjustments.penalties, counts=counts, in_prompt=in_prompt)
+    return dataclasses.replace(adjustments, penalties=penalties)
+
+
+def _remember(generated: Generated, slots_BR: jax.Array, tokens_BR: jax.Array) -> Generated:
+    """Keep the newest token of each slot and count it; slots past the last are dropped."""
+    generated = dataclasses.replace(generated, last=_put(generated.last, slots_BR, tokens_BR))
+    if generated.counts is None:
+        return generated
+
+    def count(counts: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jax.vmap(lambda c, s, t: c.at[s, t].add(1, mode="drop"))(counts, slots, tokens)
+
+    args = {"counts": (generated.counts, TABLES), "slots": (slots_BR, ROWS), "tokens": (tokens_BR, ROWS)}
+    return dataclasses.replace(generated, counts=on_shards(count, args, TABLES, batch=len(slots_BR)))
+
+
+def _prompt_logprobs(model: GptOss, x_BTD: jax.Array, inputs: ForwardInputs) -> Logprobs:
+    """Of the token after each token [B, T], a few positions at a time, since logits are large."""
+    next_BT = jnp.maximum(jnp.asarray(inputs.next_tokens), 0)
+    some = next(n for n in (64, 32, 16, 8, 4, 2, 1) if x_BTD.shape[1] % n == 0)
 
     def positions(args: tuple[jax.Array, jax.Array]) -> Logprobs:
         x, tokens = args
         logits = model.unembed(x)
-        return Logprobs(*logprobs_of(logits, jnp.maximum(tokens, 0), min(TOP_LOGPROBS, logits.shape[-1])))
+        return Logprobs(*logprobs_of(logits, tokens, min(TOP_LOGPROBS, logits.shape[-1])))
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(len(x), -1, some, *x.shape[2:]).swapaxes(0, 1)
 
-    parts = jax.lax.map(positions, (split(x_BND), split(next_BN)))
-    return jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(len(x_BND), kind.prefills, kind.chunk, *x.shape[3:]), parts
-    )
-
-
-def _next_state(state: DeviceState, rows: Rows, outputs: StepOutputs, kind: StepShape) -> DeviceState:
-    """Remember each sequence's last token, and count what it generated."""
-    newest_BS = jnp.take_along_axis(outputs.decoded, outputs.accepted[..., None], axis=-1)[..., 0]
-    tokens_BN = jnp.concatenate([newest_BS, outputs.first], axis=1)
-    # A chunk's sequence and an idle row may name the same slot, so what is not chosen must not be written.
-    slots_BN = jnp.where(rows.choosing, rows.slots, state.last.shape[1])
-
-    def put(last: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
-        return jax.vmap(lambda l, s, t: l.at[s].set(t, mode="drop"))(last, slots, tokens)
-
-    def count(last: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.Array:
-        return jax.vmap(lambda l, s, t: l.at[s, t].add(1, mode="drop"))(last, slots, tokens)
-
-    index = {"slots": (slots_BN, ("batch", None)), "tokens": (tokens_BN, ("batch", None))}
-    last = on_shards(put, {"last": (state.last, ("batch", None)), **index}, ("batch", None), batch=len(slots_BN))
-    state = dataclasses.replace(state, last=last)
-    if kind.penalised:
-        assert state.counts is not None
-        axes = ("batch", None, None)
-        counts = on_shards(count, {"last": (state.counts, axes), **index}, axes, batch=len(slots_BN))
-        state = dataclasses.replace(state, counts=counts)
-    return state
+    parts = jax.lax.map(positions, (split(x_BTD), split(next_BT)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(*next_BT.shape, *x.shape[3:]), parts)
 
 
 def seed_key(seed: int) -> np.ndarray:

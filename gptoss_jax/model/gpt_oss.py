@@ -264,24 +264,24 @@ class GptOss(nnx.Module):
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Final norm and output projection: hidden states [B, ..., D] -> logits float32 [B, ..., V]."""
-        inner = (None,) * (x.ndim - 2)
-
-        def logits(x: jax.Array, norm_D: jax.Array, weight_VD: jax.Array) -> jax.Array:
-            eps = self.config.rms_norm_eps
-            (y_NV,) = linear(x.reshape(-1, x.shape[-1]), (weight_VD,), (None,), norm_I=norm_D, eps=eps)
-            return y_NV.reshape(*x.shape[:-1], -1)
-
         with self.partition.active():
-            return on_shards(
-                logits,
-                {
-                    "x": (x, ("samples", *inner, None)),
-                    "norm_D": (self.norm[...], (None,)),
-                    "weight_VD": (self.lm_head[...], ("vocab", None)),
-                },
-                ("samples", *inner, "vocab"),
-                batch=len(x),
-            )
+            return unembed(x, self.norm[...], self.lm_head[...], eps=self.config.rms_norm_eps)
+
+
+def unembed(x: jax.Array, norm_D: jax.Array, weight_VD: jax.Array, *, eps: float) -> jax.Array:
+    """RMSNorm and the output projection: hidden states [B, ..., D] -> logits float32 [B, ..., V]."""
+    inner = (None,) * (x.ndim - 2)
+
+    def logits(x: jax.Array, norm_D: jax.Array, weight_VD: jax.Array) -> jax.Array:
+        (y_NV,) = linear(x.reshape(-1, x.shape[-1]), (weight_VD,), (None,), norm_I=norm_D, eps=eps)
+        return y_NV.reshape(*x.shape[:-1], -1)
+
+    args = {
+        "x": (x, ("samples", *inner, None)),
+        "norm_D": (norm_D, (None,)),
+        "weight_VD": (weight_VD, ("vocab", None)),
+    }
+    return on_shards(logits, args, ("samples", *inner, "vocab"), batch=len(x))
 
 
 @cache

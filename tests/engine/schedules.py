@@ -16,7 +16,7 @@ from gptoss_jax.commands.flags import add_cluster_flags
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.leading import LeadingEngine, follow
-from gptoss_jax.engine.pages import Prefixes
+from gptoss_jax.engine.scheduler import Rank
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.types import SamplingParams
@@ -153,19 +153,18 @@ def assert_as_alone(engine: Engine, requests: Requests, out: Tokens, cancelled: 
 
 def forget(engine: Engine) -> None:
     """Empty the prefix cache of an idle engine."""
-    for part in engine._scheduler.parts:
-        assert not part.running
-        part.prefixes = Prefixes(part.limits.pages, part.limits.snapshots, part.limits.slots)
+    scheduler = engine._scheduler
+    assert not any(rank.running for rank in scheduler.ranks)
+    scheduler.ranks = [Rank(rank.number, rank.limits) for rank in scheduler.ranks]
 
 
 def assert_empty(engine: Engine) -> None:
-    """No request holds anything: all pages, rings and slots are free."""
+    """No request holds anything: all pages of both pools are free."""
     assert engine.unfinished == engine.load.waiting == engine.load.running == 0
-    for part in engine._scheduler.parts:
-        for pool in (part.prefixes.pages, part.prefixes.rings):
+    for rank in engine._scheduler.ranks:
+        for pool in (rank.pages, rank.sliding):
             assert pool.available == pool.size
             assert not any(pool._holders)
-        assert sorted(part._free_slots) == list(range(engine.shape.slots))
     assert not engine._constraints
     assert not engine._prompt_logprobs
     while engine._in_flight:

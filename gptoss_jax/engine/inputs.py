@@ -1,0 +1,250 @@
+"""Fills in the arrays that the host sends for a launch, from the scheduler's plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gptoss_jax.engine.adjusting import Adjustments, Penalties
+from gptoss_jax.engine.sampling import SAMPLING_MODES, SamplingState
+from gptoss_jax.engine.scheduler import Plan, Work
+from gptoss_jax.engine.sequence import Sequence
+from gptoss_jax.engine.step import ADJUSTED, BIASES, ForwardInputs, RowInputs, seed_key
+from gptoss_jax.model.kv_cache import CacheShape, Sequences
+from gptoss_jax.types import SamplingParams, TokenConstraint
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledRow:
+    """A sequence's first sampled row on its rank, and the position of the token that it predicts from.
+
+    `generated` counts the sequence's tokens before the launch.
+    """
+
+    rank: int
+    row: int
+    position: int
+    work: Work
+    generated: int
+
+
+def of_host[T](make: Callable[..., T], *arrays: Any) -> T:
+    """A pytree that a program takes, with the host's arrays in it."""
+    return make(*arrays)
+
+
+def forward_inputs(
+    by_rank: list[list[Work]],
+    steps: int,
+    tokens: int,
+    rows: int,
+    cache: CacheShape,
+    prompt_logprobs: bool = False,
+) -> ForwardInputs:
+    """The inputs of a forward pass of each rank's work, padded to so many tokens and gathered rows."""
+    ranks, sequences = len(by_rank), min(tokens, cache.slots)
+    ids, positions, slots = (np.full((ranks, tokens), fill, np.int32) for fill in (0, -1, 0))
+    following = np.full((ranks, tokens), -1, np.int32)
+    layout = np.zeros((4, ranks, sequences), np.int32)
+    gathered = np.zeros((ranks, rows), np.int32)
+    updates, sliding = (np.full((ranks, updates_of(tokens, cache), 3), cache.slots, np.int32) for _ in range(2))
+    for rank, own in enumerate(by_rank):
+        at = row = changed = sliding_changed = 0
+        for n, work in enumerate(own):
+            count = work.tokens if steps == 1 else 1
+            here, stop = slice(at, at + count), work.start + count
+            ids[rank, here] = _tokens(work)[:count]
+            positions[rank, here] = np.arange(work.start, stop)
+            slots[rank, here] = work.slot
+            layout[:, rank, n] = work.slot, at, count, stop
+            if prompt_logprobs:
+                known = work.sequence.span(work.start + 1, min(stop + 1, work.sequence.known_length))
+                following[rank, at : at + len(known)] = known
+            if work.samples:
+                rows_here = 1 + len(work.drafts)
+                gathered[rank, row : row + rows_here] = np.arange(at + count - rows_here, at + count)
+                row += rows_here
+            first = len(work.sequence.pages) if work.sequence.rank >= 0 else _first_block(work, cache)
+            for entry, page in enumerate(work.pages, first):
+                updates[rank, changed] = work.slot, entry, page
+                changed += 1
+            for block, page in work.sliding.items():
+                sliding[rank, sliding_changed] = work.slot, block % cache.sliding_table, page
+                sliding_changed += 1
+            at += count
+    return ForwardInputs(
+        ids,
+        positions,
+        slots,
+        of_host(Sequences, *layout),
+        gathered,
+        updates,
+        sliding,
+        following if prompt_logprobs else None,
+    )
+
+
+def _first_block(work: Work, cache: CacheShape) -> int:
+    """The first block of an admitted sequence's work, which starts after whole blocks."""
+    return work.start // cache.page_size
+
+
+def _tokens(work: Work) -> np.ndarray:
+    """The work's tokens and drafts; -1 for a token that only the device knows yet."""
+    known = work.sequence.span(work.start, min(work.start + work.count, work.sequence.known_length))
+    unknown = np.full(work.count - len(known), -1, np.int32)
+    return np.concatenate([known, unknown, np.asarray(work.drafts, np.int32)])
+
+
+def updates_of(tokens: int, cache: CacheShape) -> int:
+    """The most page-table entries of a pool that change in a step of so many tokens on a rank."""
+    return 2 * min(tokens, cache.slots) + tokens // cache.page_size
+
+
+def admitted_updates(plan: Plan, cache: CacheShape, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The page-table entries [B, size, 3] of both pools of the prefixes that admitted sequences found in the cache."""
+    changes: list[tuple[list[tuple[int, int, int]], ...]] = []
+    for own in plan.ranks:
+        full = [(a.slot, entry, page) for a in own.admitted.values() for entry, page in enumerate(a.pages)]
+        sliding = [
+            (a.slot, block % cache.sliding_table, page)
+            for a in own.admitted.values()
+            for block, page in a.sliding.items()
+        ]
+        changes.append((full, sliding))
+    most = max(len(entries) for pools in changes for entries in pools)
+    for start in range(0, most, size):
+        both = np.full((2, len(changes), size, 3), cache.slots, np.int32)
+        for rank, pools in enumerate(changes):
+            for pool, entries in enumerate(pools):
+                some = entries[start : start + size]
+                both[pool, rank, : len(some)] = np.asarray(some, np.int32).reshape(-1, 3)
+        yield both[0], both[1]
+
+
+def sampled_rows(plan: Plan) -> list[SampledRow]:
+    """The rows of all work that is sampled from, in the order of `forward_inputs`."""
+    found = []
+    for rank, own in enumerate(plan.ranks):
+        row = 0
+        for work in own.work.values():
+            if work.samples:
+                # Of a launch of several steps, the position in the first one.
+                position = work.start + (work.count if plan.steps == 1 else 1) - 1
+                found.append(SampledRow(rank, row, position, work, work.sequence.generated))
+                row += 1 + len(work.drafts)
+    return found
+
+
+def row_inputs(
+    sampled: list[SampledRow], rows: int, cache: CacheShape, settings: Settings, adjusted: bool
+) -> RowInputs:
+    """The inputs of sampling so many rows on each rank."""
+    shape = (len(settings.state.temperature), rows)
+    slots, positions, drafts = (np.full(shape, fill, np.int32) for fill in (cache.slots, 0, -1))
+    heads = np.zeros(shape, bool)
+    features = np.zeros((shape[0], 2), np.int32)
+    branch = ADJUSTED if adjusted else 0
+    for at in sampled:
+        work, params = at.work, at.work.sequence.params
+        here = (at.rank, slice(at.row, at.row + 1 + len(work.drafts)))
+        slots[here] = work.slot
+        positions[here] = np.arange(at.position, at.position + 1 + len(work.drafts))
+        drafts[at.rank, at.row : at.row + len(work.drafts)] = work.drafts
+        heads[at.rank, at.row] = True
+        branch = max(branch, sampling_mode(work.sequence))
+        features[:, 1] |= params.logprobs is not None
+    features[:, 0] = branch
+    return RowInputs(slots, positions, drafts, heads, settings.state, features)
+
+
+def sampling_mode(sequence: Sequence) -> int:
+    """The cheapest sampling mode that covers a sequence, as an index of SAMPLING_MODES."""
+    params = sequence.params
+    cuts = params.top_k > 0 or params.top_p < 1
+    name = "greedy" if params.temperature == 0 else "truncated" if cuts else "random"
+    return SAMPLING_MODES.index(name)
+
+
+def no_adjustments(ranks: int, rows: int, vocab_size: int, width: int) -> Adjustments:
+    """Adjustments [B, R, ...] that change nothing."""
+    shape = (ranks, rows)
+    return of_host(
+        Adjustments,
+        np.full((*shape, width), vocab_size, np.int32),
+        np.zeros((*shape, width), np.float32),
+        of_host(Penalties, np.ones(shape, np.float32), *np.zeros((2, *shape), np.float32)),
+        np.full((*shape, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32),
+    )
+
+
+def bias_width(sampled: list[SampledRow], eos: frozenset[int]) -> int:
+    """The number of biased tokens per row that is needed: BIASES, or that many doubled until it is enough."""
+    most, width = max(len(_biases(at.work.sequence.params, at.generated, eos)) for at in sampled), BIASES
+    while width < most:
+        width *= 2
+    return width
+
+
+def adjust_rows(
+    adjustments: Any,
+    sampled: list[SampledRow],
+    constraints: dict[Sequence, TokenConstraint],
+    eos: frozenset[int],
+) -> None:
+    """Fill in the rows' biases, penalties and masks; constrained and penalised sequences have one row each."""
+    for at in sampled:
+        sequence, params = at.work.sequence, at.work.sequence.params
+        here, own = (at.rank, at.row), _biases(params, at.generated, eos)
+        adjustments.bias_ids[here][: len(own)] = list(own.keys())
+        adjustments.bias[here][: len(own)] = list(own.values())
+        adjustments.penalties.repetition[here] = params.repetition_penalty
+        adjustments.penalties.presence[here] = params.presence_penalty
+        adjustments.penalties.frequency[here] = params.frequency_penalty
+        if sequence.epoch == at.work.epoch and sequence in constraints:
+            constraints[sequence].fill(adjustments.allowed[here])
+
+
+def _biases(params: SamplingParams, generated: int, eos: frozenset[int]) -> dict[int, float]:
+    biases = dict(params.logit_bias or {})
+    if generated < params.min_tokens:
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else eos)
+        biases |= dict.fromkeys(ends, -np.inf)
+    return biases
+
+
+def needs_adjusting(sequence: Sequence) -> bool:
+    """Whether a sequence's logits are changed before sampling, by other than a constraint."""
+    params = sequence.params
+    return params.penalised or bool(params.logit_bias) or sequence.generated < params.min_tokens
+
+
+class Settings:
+    """The sampling settings of every slot, as arrays [B, slots]."""
+
+    def __init__(self, ranks: int, slots: int) -> None:
+        shape = (ranks, slots)
+        self.state = of_host(
+            SamplingState,
+            np.zeros(shape, np.float32),
+            np.ones(shape, np.float32),
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros((*shape, 2), np.uint32),
+        )
+        self._owners: dict[tuple[int, int], tuple[Sequence, int]] = {}
+
+    def update(self, rank: int, work: Work) -> None:
+        """Bring a slot's settings up to date with the sequence that has it."""
+        sequence, at, state = work.sequence, (rank, work.slot), self.state
+        if self._owners.get(at) == (sequence, sequence.epoch):
+            return
+        params = sequence.params
+        values = (params.temperature, params.top_p, params.top_k, params.min_p, seed_key(sequence.seed))
+        arrays: Any = (state.temperature, state.top_p, state.top_k, state.min_p, state.keys)
+        for array, value in zip(arrays, values, strict=True):
+            array[at] = value
+        self._owners[at] = sequence, sequence.epoch
