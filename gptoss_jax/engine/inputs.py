@@ -12,7 +12,7 @@ from gptoss_jax.engine.adjusting import Adjustments, Penalties
 from gptoss_jax.engine.sampling import SAMPLING_MODES, SamplingState
 from gptoss_jax.engine.scheduler import Plan, Work
 from gptoss_jax.engine.sequence import Sequence
-from gptoss_jax.engine.step import ADJUSTED, BIASES, ForwardInputs, RowInputs, seed_key
+from gptoss_jax.engine.step import BIASES, ForwardInputs, RowInputs, seed_key
 from gptoss_jax.model.kv_cache import CacheShape, Sequences
 from gptoss_jax.types import SamplingParams, TokenConstraint
 
@@ -146,8 +146,8 @@ def row_inputs(
     shape = (len(settings.state.temperature), rows)
     slots, positions, drafts = (np.full(shape, fill, np.int32) for fill in (cache.slots, 0, -1))
     heads = np.zeros(shape, bool)
-    features = np.zeros((shape[0], 2), np.int32)
-    branch = ADJUSTED if adjusted else 0
+    features = np.zeros((shape[0], 3), np.int32)
+    mode = len(SAMPLING_MODES) - 1 if adjusted else 0
     for at in sampled:
         work, params = at.work, at.work.sequence.params
         here = (at.rank, slice(at.row, at.row + 1 + len(work.drafts)))
@@ -155,9 +155,9 @@ def row_inputs(
         positions[here] = np.arange(at.position, at.position + 1 + len(work.drafts))
         drafts[at.rank, at.row : at.row + len(work.drafts)] = work.drafts
         heads[at.rank, at.row] = True
-        branch = max(branch, sampling_mode(work.sequence))
-        features[:, 1] |= params.logprobs is not None
-    features[:, 0] = branch
+        mode = max(mode, sampling_mode(work.sequence))
+        features[:, 2] |= params.logprobs is not None
+    features[:, :2] = mode, adjusted
     return RowInputs(slots, positions, drafts, heads, settings.state, features)
 
 

@@ -115,7 +115,8 @@ class RowInputs:
       drafts: int32 [B, R], the draft that follows the row's token; -1 for none.
       heads: bool [B, R], whether the row is the first of its sequence.
       settings: the sampling settings of the slots.
-      features: int32 [B, 2], the same on all ranks: the sampling branch, and whether log-probabilities are needed.
+      features: int32 [B, 3], the same on all ranks: the index of the sampling mode, which covers all rows, whether
+        there are adjustments, which need the last mode, and whether log-probabilities are needed.
     """
 
     slots: ArrayLike
@@ -124,10 +125,6 @@ class RowInputs:
     heads: ArrayLike
     settings: SamplingState
     features: ArrayLike
-
-
-ADJUSTED = len(SAMPLING_MODES)
-"""The sampling branch for rows of which some are adjusted; the others are those of SAMPLING_MODES."""
 
 
 @jax.tree_util.register_dataclass
@@ -336,19 +333,17 @@ def _sample(
     slots = generated.last.shape[1]
     at_BR = jnp.minimum(slots_BR, slots - 1)
     settings = jax.tree.map(lambda x: _take(jnp.asarray(x), at_BR), inputs.settings)
-    branch, logprobs_needed = jnp.asarray(inputs.features)[0]
+    mode, adjusted, logprobs_needed = jnp.asarray(inputs.features)[0]
 
-    def adjusted(logits_BRV: jax.Array) -> jax.Array:
+    def within_cuts(logits_BRV: jax.Array) -> jax.Array:
+        # A condition within this branch alone, since it copies the logits.
         by = _with_counts(adjustments, generated, at_BR)
-        return sample(adjust(logits_BRV, by), settings, positions_BR, "truncated")
+        logits_BRV = jax.lax.cond(adjusted == 1, lambda x: adjust(x, by), lambda x: x, logits_BRV)
+        return sample(logits_BRV, settings, positions_BR, "truncated")
 
-    branches: list[Any] = [
-        *(partial(sample, state=settings, positions_R=positions_BR, mode=mode) for mode in SAMPLING_MODES),
-        adjusted,
-    ]
-    if plain:
-        branches = branches[: SAMPLING_MODES.index("truncated")]
-    tokens_BR = jax.lax.switch(branch, branches, logits_BRV)
+    modes = SAMPLING_MODES[: SAMPLING_MODES.index("truncated")]
+    branches: list[Any] = [partial(sample, state=settings, positions_R=positions_BR, mode=mode) for mode in modes]
+    tokens_BR = jax.lax.switch(mode, branches if plain else [*branches, within_cuts], logits_BRV)
     # A draft is accepted if all before it are and it equals the sampled token: exact in every sampling mode.
     rows = jnp.arange(drafts_BR.shape[1], dtype=jnp.int32)
     last_BR = jnp.where(tokens_BR == drafts_BR, len(rows), rows)
