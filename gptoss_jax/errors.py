@@ -9,6 +9,10 @@ class GptOssError(Exception):
     """Bad input: a command prints the message alone and exits with code 2."""
 
 
+class EngineError(GptOssError):
+    """A request that the engine could not finish, with the reason."""
+
+
 class CheckpointError(GptOssError):
     """A checkpoint that cannot be loaded: names the file or the tensor, what was expected and what was found."""
 

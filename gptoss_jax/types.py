@@ -237,11 +237,6 @@ Scope = Literal["text", "final", "final or call"]
 class TokenConstraint(Protocol):
     """Restricts the next token of one sequence."""
 
-    @property
-    def unrestricted(self) -> bool:
-        """Whether any token may come next, so that no mask is needed."""
-        ...
-
     def fill(self, bitmask: np.ndarray) -> None:
         """Set the bits of `bitmask`, uint32 words that are all ones on entry, to the tokens allowed next."""
         ...

@@ -41,6 +41,15 @@ class Adjustments:
     allowed: jax.Array | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdjustedRows:
+    """Adjustments of K of a step's R rows: `rows` int32 [..., K] says which, R for none."""
+
+    rows: jax.Array
+    by: Adjustments
+
+
 def adjust(logits_RV: jax.Array, by: Adjustments) -> jax.Array:
     """Penalties, then biases, then what is not allowed."""
     if by.penalties is not None:

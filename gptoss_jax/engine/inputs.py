@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_jax.engine.adjusting import Adjustments, Penalties
+from gptoss_jax.engine.adjusting import AdjustedRows, Adjustments, Penalties
 from gptoss_jax.engine.sampling import SAMPLING_MODES, SamplingState
 from gptoss_jax.engine.scheduler import Plan, Work
 from gptoss_jax.engine.sequence import Sequence
-from gptoss_jax.engine.step import BIASES, ForwardInputs, RowInputs, seed_key
+from gptoss_jax.engine.step import ADJUSTED, BIASES, ForwardInputs, RowInputs, StepShape, seed_key
 from gptoss_jax.model.kv_cache import CacheShape, Sequences
-from gptoss_jax.types import SamplingParams, TokenConstraint
+from gptoss_jax.types import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,43 +169,62 @@ def sampling_mode(sequence: Sequence) -> int:
     return SAMPLING_MODES.index(name)
 
 
-def no_adjustments(ranks: int, rows: int, vocab_size: int, width: int) -> Adjustments:
-    """Adjustments [B, R, ...] that change nothing."""
-    shape = (ranks, rows)
-    return of_host(
+def no_adjustments(ranks: int, rows: int, shape: StepShape, vocab_size: int) -> Any:
+    """Adjustments of a shape's rows [B, K, ...] that change nothing."""
+    size = (ranks, shape.adjusted)
+    by = of_host(
         Adjustments,
-        np.full((*shape, width), vocab_size, np.int32),
-        np.zeros((*shape, width), np.float32),
-        of_host(Penalties, np.ones(shape, np.float32), *np.zeros((2, *shape), np.float32)),
-        np.full((*shape, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32),
+        np.full((*size, shape.biases), vocab_size, np.int32),
+        np.zeros((*size, shape.biases), np.float32),
+        of_host(Penalties, np.ones(size, np.float32), *np.zeros((2, *size), np.float32)),
+        np.full((*size, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32),
     )
+    return of_host(AdjustedRows, np.full(size, rows, np.int32), by)
 
 
-def bias_width(sampled: list[SampledRow], eos: frozenset[int]) -> int:
-    """The number of biased tokens per row that is needed: BIASES, or that many doubled until it is enough."""
-    most, width = max(len(_biases(at.work.sequence.params, at.generated, eos)) for at in sampled), BIASES
-    while width < most:
+@dataclasses.dataclass(frozen=True)
+class RowAdjustment:
+    """What changes the logits of a row: biases by token, penalties, and a mask of the tokens that are allowed."""
+
+    at: SampledRow
+    biases: dict[int, float]
+    mask: np.ndarray | None
+
+    @classmethod
+    def of(cls, at: SampledRow, mask: np.ndarray | None, eos: frozenset[int]) -> RowAdjustment | None:
+        """Of a row whose sequence, or whose mask, changes anything; such sequences have one row."""
+        biases = _biases(at.work.sequence.params, at.generated, eos)
+        changed = biases or mask is not None or at.work.sequence.params.penalised
+        return cls(at, biases, mask) if changed else None
+
+
+def needed_shape(adjusted: list[RowAdjustment], shape: StepShape) -> StepShape:
+    """The shape with room for these adjustments; usually it has enough."""
+    per_rank = np.bincount([one.at.rank for one in adjusted], minlength=1)
+    rows = min(ADJUSTED, shape.rows)
+    if per_rank.max() > rows:
+        rows = shape.rows
+    width = BIASES
+    while width < max((len(one.biases) for one in adjusted), default=0):
         width *= 2
-    return width
+    return dataclasses.replace(shape, adjusted=rows, biases=width)
 
 
-def adjust_rows(
-    adjustments: Any,
-    sampled: list[SampledRow],
-    constraints: dict[Sequence, TokenConstraint],
-    eos: frozenset[int],
-) -> None:
-    """Fill in the rows' biases, penalties and masks; constrained and penalised sequences have one row each."""
-    for at in sampled:
-        sequence, params = at.work.sequence, at.work.sequence.params
-        here, own = (at.rank, at.row), _biases(params, at.generated, eos)
-        adjustments.bias_ids[here][: len(own)] = list(own.keys())
-        adjustments.bias[here][: len(own)] = list(own.values())
-        adjustments.penalties.repetition[here] = params.repetition_penalty
-        adjustments.penalties.presence[here] = params.presence_penalty
-        adjustments.penalties.frequency[here] = params.frequency_penalty
-        if sequence.epoch == at.work.epoch and sequence in constraints:
-            constraints[sequence].fill(adjustments.allowed[here])
+def adjust_rows(adjustments: Any, adjusted: list[RowAdjustment]) -> None:
+    """Fill in the adjustments of rows."""
+    filled = [0] * len(adjustments.rows)
+    for one in adjusted:
+        params, rank = one.at.work.sequence.params, one.at.rank
+        here, by = (rank, filled[rank]), adjustments.by
+        filled[rank] += 1
+        adjustments.rows[here] = one.at.row
+        by.bias_ids[here][: len(one.biases)] = list(one.biases.keys())
+        by.bias[here][: len(one.biases)] = list(one.biases.values())
+        by.penalties.repetition[here] = params.repetition_penalty
+        by.penalties.presence[here] = params.presence_penalty
+        by.penalties.frequency[here] = params.frequency_penalty
+        if one.mask is not None:
+            by.allowed[here] = one.mask
 
 
 def _biases(params: SamplingParams, generated: int, eos: frozenset[int]) -> dict[int, float]:

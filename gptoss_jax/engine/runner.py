@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from gptoss_jax.engine.adjusting import Adjustments
+from gptoss_jax.engine.adjusting import AdjustedRows
 from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
 from gptoss_jax.engine.inputs import (
+    RowAdjustment,
     SampledRow,
     Settings,
     adjust_rows,
     admitted_updates,
-    bias_width,
     forward_inputs,
-    needs_adjusting,
+    needed_shape,
     no_adjustments,
     row_inputs,
     sampled_rows,
@@ -35,7 +35,6 @@ from gptoss_jax.engine.sampling import SAMPLING_MODES
 from gptoss_jax.engine.scheduler import Plan, Work
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.step import (
-    BIASES,
     DeviceState,
     Generated,
     HeadStructure,
@@ -123,7 +122,7 @@ class Runner:
         self._in_order = in_order(self._partition.mesh)
         self._graphed = graphs_collectives(self._partition.mesh)
         self._programs: dict[StepShape, Program] = {}
-        self._unchanged: dict[StepShape, Packed[Adjustments]] = {}
+        self._unchanged: dict[StepShape, Packed[AdjustedRows]] = {}
         weights = tuple((x.shape, x.dtype, x.sharding) for x in self._weights)
         self._signature = (cache, pace.row_sizes, jnp.dtype(dtype), weights)
         self._set_counts = jax.jit(_set_counts, donate_argnums=0, compiler_options=self._in_order)
@@ -200,14 +199,13 @@ class Runner:
 
     def _prepare_decode(self, launched: Launched) -> None:
         plan = launched.plan
-        adjusted = any(needs_adjusting(at.work.sequence) for at in launched.sampled)
+        adjusted = self._adjusted(launched.sampled, {})
         sequences = padded(max(len(own.work) for own in plan.ranks), self._pace.decode_sizes)
         shape = self._sampling_shape(launched, sequences, adjusted)
         launched.shapes = [dataclasses.replace(shape, tokens=sequences, steps=plan.steps)]
         inputs = forward_inputs(plan.by_rank, plan.steps, sequences, sequences, self._cache)
-        rows = row_inputs(launched.sampled, sequences, self._cache, self._settings, adjusted)
-        adjustments = self._adjustments(launched.shapes[0], launched.sampled, {}, adjusted)
-        launched.inputs = [Packed.of(inputs), Packed.of(rows), adjustments]
+        rows = row_inputs(launched.sampled, sequences, self._cache, self._settings, bool(adjusted))
+        launched.inputs = [Packed.of(inputs), Packed.of(rows), self._adjustments(launched.shapes[0], adjusted)]
 
     def _prepare_forward(self, launched: Launched) -> None:
         plan = launched.plan
@@ -220,18 +218,13 @@ class Runner:
         launched.inputs = [Packed.of(inputs)]
 
     def _prepare_sampling(self, launched: Launched, constraints: dict[Sequence, TokenConstraint]) -> None:
-        active = {
-            at.work.sequence: constraint
-            for at in launched.sampled
-            if (constraint := constraints.get(at.work.sequence)) and not constraint.unrestricted
-        }
-        adjusted = bool(active) or any(needs_adjusting(at.work.sequence) for at in launched.sampled)
+        adjusted = self._adjusted(launched.sampled, constraints)
         most = max(at.row + 1 + len(at.work.drafts) for at in launched.sampled)
         count = padded(most, self._pace.row_sizes)
-        rows = row_inputs(launched.sampled, count, self._cache, self._settings, adjusted)
+        rows = row_inputs(launched.sampled, count, self._cache, self._settings, bool(adjusted))
         shape = self._sampling_shape(launched, count, adjusted)
         launched.shapes.append(shape)
-        launched.inputs += [Packed.of(rows), self._adjustments(shape, launched.sampled, active, adjusted)]
+        launched.inputs += [Packed.of(rows), self._adjustments(shape, adjusted)]
 
     def _send(self, launched: Launched) -> None:
         """Start copying the outputs that the host needs as they become ready."""
@@ -247,30 +240,39 @@ class Runner:
             array.copy_to_host_async()
         return tree
 
-    def _sampling_shape(self, launched: Launched, rows: int, adjusted: bool) -> StepShape:
+    def _sampling_shape(self, launched: Launched, rows: int, adjusted: list[RowAdjustment]) -> StepShape:
         cuts = SAMPLING_MODES.index("truncated")
         plain = self._graphed and not adjusted
         plain = plain and all(sampling_mode(at.work.sequence) < cuts for at in launched.sampled)
-        biases = bias_width(launched.sampled, self._eos) if adjusted else BIASES
-        return StepShape(0, rows, plain=plain, penalised=self._generated.counts is not None, biases=biases)
+        shape = StepShape(0, rows, plain=plain, penalised=self._generated.counts is not None)
+        return needed_shape(adjusted, shape)
 
-    def _adjustments(
-        self,
-        shape: StepShape,
-        sampled: list[SampledRow],
-        constraints: dict[Sequence, TokenConstraint],
-        adjusted: bool,
-    ) -> Packed[Adjustments]:
+    def _adjustments(self, shape: StepShape, adjusted: list[RowAdjustment]) -> Packed[AdjustedRows]:
         """What changes the rows' logits; if nothing does, arrays that are on the device already."""
         if adjusted or shape not in self._unchanged:
-            made = no_adjustments(self.ranks, shape.rows, self._config.vocab_size, shape.biases)
-            adjust_rows(made, sampled, constraints, self._eos)
-            packed = Packed.of(made)
+            made = no_adjustments(self.ranks, shape.rows, shape, self._config.vocab_size)
+            adjust_rows(made, adjusted)
+            packed: Packed[AdjustedRows] = Packed.of(made)
             if adjusted:
                 return packed
             words = put(packed.words, self._partition.sharding((None, None)))
             self._unchanged[shape] = dataclasses.replace(packed, words=words)
         return self._unchanged[shape]
+
+    def _adjusted(
+        self, sampled: list[SampledRow], constraints: dict[Sequence, TokenConstraint]
+    ) -> list[RowAdjustment]:
+        """The rows whose logits are changed; a constraint that allows everything changes nothing."""
+        found = []
+        for at in sampled:
+            mask = None
+            if at.work.sequence in constraints and at.work.sequence.epoch == at.work.epoch:
+                mask = np.full(-(-self._config.vocab_size // 32), 0xFFFFFFFF, np.uint32)
+                constraints[at.work.sequence].fill(mask)
+                mask = None if (mask == 0xFFFFFFFF).all() else mask
+            if one := RowAdjustment.of(at, mask, self._eos):
+                found.append(one)
+        return found
 
     def _allocate_counts(self, sampled: list[SampledRow]) -> None:
         """Make room for token counts once a sequence has penalties."""
@@ -327,9 +329,10 @@ class Runner:
             yield StepShape(tokens, 0)
         for own in plain:
             for rows in self._pace.row_sizes:
-                yield StepShape(0, rows, plain=own)
+                yield needed_shape([], StepShape(0, rows, plain=own))
             for sequences in self._pace.decode_sizes:
-                yield StepShape(sequences, sequences, self._pace.num_decode_steps, plain=own)
+                shape = StepShape(sequences, sequences, self._pace.num_decode_steps, plain=own)
+                yield needed_shape([], shape)
 
     def compile(self, shape: StepShape) -> None:
         """Compile a program of `shapes`, without running it."""
@@ -344,7 +347,7 @@ class Runner:
         if shape.rows:
             none: list[SampledRow] = []
             rows = Packed.of(row_inputs(none, shape.rows, self._cache, self._settings, adjusted=False))
-            unchanged = self._adjustments(shape, none, {}, adjusted=False)
+            unchanged = self._adjustments(shape, [])
         if shape.tokens:
             nothing: list[list[Work]] = [[] for _ in range(self.ranks)]
             gathered = shape.rows or self._pace.row_sizes[-1]

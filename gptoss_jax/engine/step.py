@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from gptoss_jax.engine.adjusting import Adjustments, adjust
+from gptoss_jax.engine.adjusting import AdjustedRows, adjust
 from gptoss_jax.engine.sampling import SAMPLING_MODES, SamplingState, logprobs_of, sample
 from gptoss_jax.model.gpt_oss import GptOss, unembed
 from gptoss_jax.model.kv_cache import Addresses, KVCache, Sequences, StepCache, page_of
@@ -27,8 +27,11 @@ from sharding import Partition, constrain, on_shards
 TOP_LOGPROBS = 20
 """How many of the most likely tokens are reported with log-probabilities."""
 
-BIASES = 320
-"""Tokens of a row that may be biased; a request with more of them has its own programs, for twice as many each time."""
+ADJUSTED, BIASES = 16, 320
+"""Rows that are adjusted in a step, or all of them, and tokens of a row that may be biased, or twice as many each time.
+
+Few, since all that is adjusted is sent in each step; a step that needs more has programs of its own.
+"""
 
 ROWS = ("batch", None)
 TABLES = ("batch", None, None)
@@ -44,7 +47,7 @@ class StepShape:
       steps: decode steps of a program that does both.
       plain: whether no row needs top-k, top-p or adjustments; such a program has no loops that end by logits.
       penalised: whether the state has token counts.
-      biases: tokens of a row that may be biased.
+      adjusted, biases: rows that may be adjusted, and tokens of each that may be biased.
       prompt_logprobs: whether the forward pass reports the log-probabilities of the prompts' tokens.
     """
 
@@ -53,6 +56,7 @@ class StepShape:
     steps: int = 1
     plain: bool = False
     penalised: bool = False
+    adjusted: int = ADJUSTED
     biases: int = BIASES
     prompt_logprobs: bool = False
 
@@ -202,7 +206,7 @@ def run_sampling(
     generated: Generated,
     rows_BXD: jax.Array,
     inputs: RowInputs,
-    adjustments: Adjustments,
+    adjustments: AdjustedRows,
 ) -> tuple[StepOutputs, Generated]:
     """Sample from the first R of a forward pass's rows. The outputs are whole on every device."""
     with head.partition.active():
@@ -219,7 +223,7 @@ def run_decode(
     generated: Generated,
     inputs: ForwardInputs,
     rows: RowInputs,
-    adjustments: Adjustments,
+    adjustments: AdjustedRows,
 ) -> tuple[StepOutputs, tuple[DeviceState, Generated]]:
     """Several decode steps of sequences with one token each, which are the rows."""
     model = structure.model(weights)
@@ -324,7 +328,7 @@ def _put(values_BS: jax.Array, slots_BR: jax.Array, new_BR: jax.Array) -> jax.Ar
 
 
 def _sample(
-    logits_BRV: jax.Array, generated: Generated, inputs: RowInputs, adjustments: Adjustments, plain: bool
+    logits_BRV: jax.Array, generated: Generated, inputs: RowInputs, adjustments: AdjustedRows, plain: bool
 ) -> tuple[StepOutputs, Generated]:
     """A token for each row, which drafts are accepted, and what the next step needs to know of them."""
     slots_BR, positions_BR, drafts_BR, heads_BR = (
@@ -337,8 +341,9 @@ def _sample(
 
     def within_cuts(logits_BRV: jax.Array) -> jax.Array:
         # A condition within this branch alone, since it copies the logits.
-        by = _with_counts(adjustments, generated, at_BR)
-        logits_BRV = jax.lax.cond(adjusted == 1, lambda x: adjust(x, by), lambda x: x, logits_BRV)
+        logits_BRV = jax.lax.cond(
+            adjusted == 1, lambda x: _adjusted(x, adjustments, generated, at_BR), lambda x: x, logits_BRV
+        )
         return sample(logits_BRV, settings, positions_BR, "truncated")
 
     modes = SAMPLING_MODES[: SAMPLING_MODES.index("truncated")]
@@ -365,13 +370,21 @@ def _logprobs(logits_BRV: jax.Array, tokens_BR: jax.Array, needed: jax.Array) ->
     return jax.lax.cond(needed == 1, computed, zeros)
 
 
-def _with_counts(adjustments: Adjustments, generated: Generated, slots_BR: jax.Array) -> Adjustments:
-    """The adjustments with the device's token counts, or without penalties where there are none."""
-    if generated.counts is None or generated.in_prompt is None or adjustments.penalties is None:
-        return dataclasses.replace(adjustments, penalties=None)
-    counts, in_prompt = _take(generated.counts, slots_BR), _take(generated.in_prompt, slots_BR)
-    penalties = dataclasses.replace(adjustments.penalties, counts=counts, in_prompt=in_prompt)
-    return dataclasses.replace(adjustments, penalties=penalties)
+def _adjusted(logits_BRV: jax.Array, of: AdjustedRows, generated: Generated, slots_BR: jax.Array) -> jax.Array:
+    """The logits with the adjustments of some rows, and the device's token counts for their penalties."""
+    rows_BK, by = jnp.asarray(of.rows), of.by
+    at_BK = jnp.minimum(rows_BK, slots_BR.shape[1] - 1)
+    if generated.counts is None or generated.in_prompt is None or by.penalties is None:
+        by = dataclasses.replace(by, penalties=None)
+    else:
+        slots_BK = jnp.take_along_axis(slots_BR, at_BK, axis=1)
+        counts, in_prompt = _take(generated.counts, slots_BK), _take(generated.in_prompt, slots_BK)
+        penalties = dataclasses.replace(by.penalties, counts=counts, in_prompt=in_prompt)
+        by = dataclasses.replace(by, penalties=penalties)
+    adjusted_BKV = adjust(jnp.take_along_axis(logits_BRV, at_BK[..., None], axis=1), by)
+    return jax.vmap(lambda logits, rows, new: logits.at[rows].set(new, mode="drop"))(
+        logits_BRV, rows_BK, adjusted_BKV
+    )
 
 
 def _remember(generated: Generated, slots_BR: jax.Array, tokens_BR: jax.Array) -> Generated:

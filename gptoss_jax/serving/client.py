@@ -16,7 +16,7 @@ import numpy as np
 from gptoss_jax.checkpoints.hub import resolve
 from gptoss_jax.checkpoints.loading import EMBEDDED, load_model
 from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
-from gptoss_jax.errors import CheckpointError, UsageError, expect
+from gptoss_jax.errors import CheckpointError, EngineError, GptOssError, UsageError, expect
 from gptoss_jax.runtime.compile_cache import enable_compile_cache
 from gptoss_jax.text import harmony
 from gptoss_jax.text.structured import GrammarCompiler
@@ -208,6 +208,9 @@ class LLM:
                 for event in self.engine.step():
                     if (state := running.get(event.request_id)) is None:
                         continue
+                    if event.error is not None:
+                        del running[event.request_id]
+                        raise _failure(event)
                     progress = state.push(event)
                     if progress.completion.finish_reason and not event.finish_reason:
                         # The text reached a stop string, which the engine cannot detect.
@@ -228,6 +231,16 @@ class LLM:
                 outputs[progress.output.request_id] = progress.output
                 bar.update(progress.output.finished)
         return [outputs[request.request_id] for request in requests]
+
+
+def _failure(event: TokenEvent) -> GptOssError:
+    """The error of a request that the engine could not finish."""
+    if isinstance(event.error, GptOssError):
+        return event.error
+    reason = str(event.error).strip().partition("\n")[0] or type(event.error).__name__
+    failure = EngineError(f"request {event.request_id}: {reason}")
+    failure.__cause__ = event.error
+    return failure
 
 
 class _RunningRequest:
