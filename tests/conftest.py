@@ -23,7 +23,6 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-
 settings.register_profile(
     "default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )

@@ -87,9 +87,9 @@ def cache_shape(
         page_bytes(config, layers, page_size, dtype, heads) for layers in ("full_attention", "sliding_attention")
     )
     table = -(-max_model_len // page_size)
-    # A sequence keeps the window before its last whole page, that page's successor, and what is in flight.
-    window = (config.sliding_window + page_size - 2) // page_size + 2
-    own = min(window + -(-2 * ahead // page_size), table)
+    # A sequence keeps the window before its last whole page, and the pages from there to what is in flight.
+    window = -(-(config.sliding_window - 1) // page_size)
+    own = min(window + -(-(page_size - 1 + 2 * ahead) // page_size), table)
     in_flight = min(2 * -(-step_tokens // page_size), slots * (table - own))
     sliding_pages = slots * own + in_flight
     if enable_prefix_caching:
@@ -106,4 +106,4 @@ def cache_shape(
             f"{slots} sequences, and 2 pages of {page} bytes for the others: expected at least {least}",
             "kv_cache_memory",
         )
-    return CacheShape(slots, page_size, pages, sliding_pages, table, min(window + in_flight + 1, table))
+    return CacheShape(slots, page_size, pages, sliding_pages, table, min(own + in_flight + 1, table))

@@ -390,14 +390,7 @@ class Scheduler:
         for plan in plans:
             plan.reserved = sum(self._still_needed(plan, s) for s in plan.running)
         for sequence in self.waiting:
-            leader = sequence.leader
-            size = self.limits.cache.page_size
-            if (
-                leader is not None
-                and leader.rank >= 0
-                and leader.settled // size < (len(leader.prompt) - 1) // size
-            ):
-                # Copies of a prompt wait for the first one, whose pages they then share; others need not wait.
+            if self._follows(plans, sequence):
                 continue
             options = [
                 (self._pending(plan) + sequence.known_length - admission.computed, plan.rank.number, admission)
@@ -416,6 +409,13 @@ class Scheduler:
             plan.admitted[sequence] = admission
             self._plan_chunk(plan, sequence, alone=len(self.waiting) == 1)
             plan.reserved += self._still_needed(plan, sequence)
+
+    def _follows(self, plans: list[RankPlan], sequence: Sequence) -> bool:
+        """Whether a copy of a prompt waits for the first one, whose pages it then shares; others need not wait."""
+        leader, size = sequence.leader, self.limits.cache.page_size
+        if leader is None or any(leader in plan.admitted for plan in plans):
+            return leader is not None
+        return leader.rank >= 0 and leader.settled // size < (len(leader.prompt) - 1) // size
 
     def _pending(self, plan: RankPlan) -> int:
         """Tokens that the rank has still to compute, one for each sequence that decodes."""

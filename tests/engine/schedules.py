@@ -37,15 +37,14 @@ TINY = ModelConfig(
     eos_token_id=(),
 )
 OPTIONS = EngineOptions(
-    max_num_seqs=4, page_size=8, long_prefill_token_threshold=16, max_num_batched_tokens=32, kv_cache_memory=36_000
+    max_num_seqs=4, page_size=8, long_prefill_token_threshold=16, max_num_batched_tokens=32, kv_cache_memory=78_000
 )
 """A cache of 12 pages of TINY, all of which one request may need, so that sequences are preempted."""
 
-# Few kinds of step are compiled: each has one sequence's prompt, and tables are of one size.
 SOAK = dataclasses.replace(
-    OPTIONS, page_size=24, max_num_batched_tokens=16, num_speculative_tokens=3, kv_cache_memory=52_500
+    OPTIONS, page_size=24, max_num_batched_tokens=16, num_speculative_tokens=3, kv_cache_memory=160_000
 )
-"""A cache of six pages, of which a request may need four, and speculative decoding, whose rings need more memory."""
+"""A cache of six pages, of which a request may need four, and speculative decoding."""
 
 ALONE = EngineOptions(max_num_seqs=1, page_size=32, long_prefill_token_threshold=128, max_num_batched_tokens=128)
 """One sequence at a time, with its prompt in one chunk."""
@@ -151,6 +150,13 @@ def assert_as_alone(engine: Engine, requests: Requests, out: Tokens, cancelled: 
         assert out[name] == own[name], name
 
 
+def overcommit(engine: Engine) -> Engine:
+    """The engine, which from now on admits sequences although running ones will need their pages."""
+    scheduler = engine._scheduler
+    scheduler._expected = lambda sequence: scheduler.limits.blocks(sequence.known_length + 1)  # type: ignore[method-assign]
+    return engine
+
+
 def forget(engine: Engine) -> None:
     """Empty the prefix cache of an idle engine."""
     scheduler = engine._scheduler
@@ -186,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     cluster.agree({})
     cluster.initialize_jax()
     model = random_model(TINY, options.mesh, dtype="float32")
-    engine = Engine(model, in_each_part(SOAK if options.soak else OPTIONS, model))
+    engine = overcommit(Engine(model, in_each_part(SOAK if options.soak else OPTIONS, model)))
     if not cluster.is_leader:
         follow(engine, cluster)
         assert_empty(engine)

@@ -14,6 +14,7 @@ from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.engine import compiling, runner
 from gptoss_jax.engine.compiling import collected_once, compiler_options, graphs_collectives
 from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.step import StepShape
 from gptoss_jax.model.placement import _preparation
 from gptoss_jax.runtime import xla_options
@@ -70,19 +71,34 @@ def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:
 
 
 @pytest.mark.parametrize("mesh", [None, "tensor=2"])
-def test_step_shapes_compiled_ahead_of_time(mesh: str | None) -> None:
-    """Random sampling has programs apart from truncated sampling only if they differ in more than the sampling."""
-    engine = Engine(random_model(TINY, mesh, dtype="float32"), EngineOptions(max_num_seqs=4, page_size=4))
+def test_a_mesh_samples_plainly_in_programs_of_their_own(mesh: str | None) -> None:
+    """These have no loops, so that their collectives can be in CUDA graphs; one device has one program for all rows."""
     with platform("cuda"):
-        decodes = [kind for kind in engine._runner.kinds() if not kind.prefills]
-        draws = {kind for kind in decodes if kind.sampling == "random"}
-        in_graphs = {kind for kind in decodes if engine._runner._graphs_collectives(kind)}
-    assert bool(draws) == (mesh is not None)
-    usual = {kind for kind in decodes if kind.sampling != "truncated"}
-    assert in_graphs == (usual if mesh else set())
-    chunk = StepShape(decodes=1, prefills=1, chunk=16, pages=4, sampling="greedy")
-    with platform("cuda"):
-        assert not engine._runner._graphs_collectives(chunk)
+        model = random_model(TINY, mesh, dtype="float32")
+        engine = Engine(model, EngineOptions(max_num_seqs=4, kernels="reference"))
+        plain = {shape.plain for shape in engine._runner.shapes() if shape.rows}
+    assert plain == ({False, True} if mesh else {False})
+
+
+@pytest.mark.parametrize(
+    ("platform_name", "max_num_seqs", "tokens", "most"),
+    [
+        ("gpu", 256, None, 24),
+        ("tpu", 256, None, 24),
+        ("gpu", 256, 8192, 24),
+        ("cpu", 8, None, 6),
+        ("cpu", 1, None, 6),
+    ],
+)
+def test_a_deployment_needs_few_programs(
+    platform_name: str, max_num_seqs: int, tokens: int | None, most: int
+) -> None:
+    pace = Pace.of(platform_name, None, tokens, None, max_num_seqs)
+    # One program updates page tables.
+    count = 1 + len(pace.token_sizes) + len(pace.row_sizes) + len(pace.decode_sizes)
+    assert count <= most
+    assert pace.token_sizes[-1] >= max(tokens or 0, max_num_seqs)
+    assert pace.row_sizes[-1] >= max_num_seqs
 
 
 @pytest.fixture
@@ -109,7 +125,7 @@ def test_all_programs_of_a_mesh_are_compiled_for_its_devices(nvidia_mesh: dict[s
     while engine.unfinished:
         engine.step()
     in_order = {name for name, options in jit_options.items() if options == order}
-    assert in_order == {"_draw", "_copy_rings", "_set_counts", "outputs"}
+    assert in_order == {"_draw", "_set_counts", "outputs"}
     assert jit_options["traced"] == compiling.compiler_options(mesh, collectives=True)
     assert jit_options["traced"] != compiling.compiler_options(None, collectives=True)
     with platform("cuda"):
@@ -126,16 +142,16 @@ def test_engines_share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_PROGRAMS", weakref.WeakValueDictionary())
     traced: list[StepShape] = []
 
-    def counted(structure: Any, kind: StepShape, *args: Any) -> Any:
-        traced.append(kind)
-        return step(structure, kind, *args)
+    def counted(structure: Any, shape: StepShape, *args: Any) -> Any:
+        traced.append(shape)
+        return step(structure, shape, *args)
 
     def tokens(engine: Engine) -> list[int]:
         engine.add("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
         return [event.token_id for _ in range(9) for event in engine.step()]
 
-    step = runner.run_step
-    monkeypatch.setattr(runner, "run_step", counted)
+    step = runner.run_forward
+    monkeypatch.setattr(runner, "run_forward", counted)
     options = EngineOptions(max_num_seqs=2, kv_cache_memory=1 << 20)
     first, twin = (Engine(random_model(TINY, seed=seed), options) for seed in (0, 1))
     found, count = tokens(first), len(traced)

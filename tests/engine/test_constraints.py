@@ -14,7 +14,7 @@ from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.runner import Launched
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.types import SamplingParams, Scope, StructuredOutputsParams
-from tests.engine.schedules import TINY, Requests, assert_empty, play, prompts
+from tests.engine.schedules import TINY, Requests, assert_empty, in_each_part, overcommit, play, prompts
 from tests.engine.test_engine import logits_before
 
 OPTIONS = EngineOptions(
@@ -22,9 +22,9 @@ OPTIONS = EngineOptions(
     page_size=32,
     long_prefill_token_threshold=16,
     max_num_batched_tokens=16,
-    kv_cache_memory=90_000,
+    kv_cache_memory=230_000,
 )
-"""Few pages, so that sequences are preempted, and few bucket sizes, so that few step shapes are compiled."""
+"""Eight pages, so that sequences are preempted."""
 
 
 class Third:
@@ -59,7 +59,7 @@ def tiny() -> GptOss:
 
 @cache
 def engine() -> Engine:
-    return Engine(tiny(), OPTIONS, constrain=third)
+    return overcommit(Engine(tiny(), OPTIONS, constrain=third))
 
 
 def constrained(seed: int, **more: object) -> SamplingParams:
@@ -125,7 +125,8 @@ def test_constraints_hold_through_preemption() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", pytest.param("expert=8", marks=pytest.mark.long)])
 def test_a_schedule_over_a_mesh(mesh: str) -> None:
-    spread = Engine(random_model(TINY, mesh, dtype="float32"), OPTIONS, constrain=third)
+    model = random_model(TINY, mesh, dtype="float32")
+    spread = Engine(model, in_each_part(OPTIONS, model), constrain=third)
     todo = requests(3, 12)
     out, cancelled = play(spread, todo, random.Random(3))
     assert_empty(spread)
@@ -137,14 +138,14 @@ def test_the_next_forward_pass_is_launched_before_masks_are_requested(
     stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[str] = []
-    start = engine()._runner._start
+    start = engine()._runner.start
 
     def started(step: Launched) -> None:
         start(step)
-        assert step.rows is not None
+        assert step.outputs is None
         log.append("pass")
 
-    monkeypatch.setattr(engine()._runner, "_start", started)
+    monkeypatch.setattr(engine()._runner, "start", started)
     monkeypatch.setattr(engine(), "_constrain", partial(third, log=log))
     asked = constrained(1, max_tokens=4, stop_token_ids=list(range(96)) if stopped else [])
     play(engine(), {"a": ([1, 2, 3], asked)}, random.Random(0), cancels=0)
@@ -161,7 +162,6 @@ def test_everything_is_launched_between_steps() -> None:
         engine().step()
         assert engine()._in_flight is not None
         assert engine()._in_flight.outputs is not None
-        assert engine()._in_flight.rows is None
     assert engine().cancel("a")
     engine().step()
     assert engine().replay(2) > 0
@@ -176,4 +176,4 @@ def test_only_penalties_need_counts() -> None:
         request = ([1, 2, 3], constrained(1, max_tokens=30, **more))
         out, _ = play(counting, {"a": request}, random.Random(0), cancels=0)
         assert_right(*request, out["a"][0])
-        assert (counting._runner._state.counts is not None) == counted
+        assert (counting._runner._generated.counts is not None) == counted

@@ -102,7 +102,7 @@ def test_any_shape_decodes_as_a_full_forward_does(config: ModelConfig, seed: int
 
 def test_any_schedule_gives_the_tokens_of_the_request_alone() -> None:
     """Random arrivals and cancellations, shared prefixes, and few pages, so that sequences are preempted."""
-    shared = Engine(tiny(), schedules.OPTIONS)
+    shared = schedules.overcommit(Engine(tiny(), schedules.OPTIONS))
     preemptions = []
 
     @settings(max_examples=15)
@@ -304,14 +304,14 @@ def test_log_probabilities_are_those_of_a_full_forward() -> None:
 
 
 SMALL = dataclasses.replace(
-    OPTIONS, page_size=4, kv_cache_memory=60_000, long_prefill_token_threshold=8, max_num_batched_tokens=8
+    OPTIONS, page_size=4, kv_cache_memory=75_000, long_prefill_token_threshold=8, max_num_batched_tokens=8
 )
 """A cache of 44 pages, that is, 176 tokens."""
 
 
 def events_of(requests: list[tuple[list[int], SamplingParams]]) -> list[TokenEvent]:
     """The results of requests that do not fit in the cache together."""
-    small = Engine(tiny(), SMALL)
+    small = schedules.overcommit(Engine(tiny(), SMALL))
     for name, (prompt, params) in enumerate(requests):
         small.add(str(name), prompt, params)
     events = []
@@ -366,31 +366,13 @@ def test_nothing_compiles_after_warm_up(guesses: int) -> None:
     )
     warm = Engine(tiny(), options)
     count = warm.warm_up(progress=False)
-    assert warm.load.programs_compiled == count
+    assert warm.load.programs == count
     params = SamplingParams(max_tokens=4, temperature=0.5, seed=1)
     requests = {"a": (prompts(1, 1)[0], greedy(4)), "b": ([1, 2, 3], params), "c": ([5], greedy(3))}
     run(warm, requests)
     run(warm, {"repeats": ((prompts(9, 1)[0] * 3)[:60], greedy(30))})
     assert (warm.load.drafted > 0) == (guesses > 0)
-    assert warm.load.programs_compiled == count
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("guesses", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_rehearsal_compiles_the_step_shapes_of_its_requests(guesses: int) -> None:
-    options = dataclasses.replace(
-        OPTIONS, long_prefill_token_threshold=32, num_speculative_tokens=guesses, num_decode_steps=4
-    )
-    requests = {str(i): (prompt, greedy(9)) for i, prompt in enumerate(prompts(3, 5))}
-    expected = run(Engine(tiny(), options), requests)
-    rehearsed = Engine(tiny(), options)
-    count = rehearsed.warm_up(progress=False, rehearse=lambda: run(rehearsed, requests))
-    assert 0 < rehearsed.load.programs_compiled == count < len(list(rehearsed._runner.kinds()))
-    assert rehearsed.unfinished == rehearsed.load.pages_used == 0
-    # The rehearsal's prompts were not computed, so they give no prefix-cache hits.
-    assert run(rehearsed, requests) == expected
-    # Drafts depend on the tokens, which are all 0 in a rehearsal.
-    assert guesses or rehearsed.load.programs_compiled == count
+    assert warm.load.programs == count
 
 
 @pytest.mark.parametrize(

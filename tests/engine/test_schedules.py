@@ -21,6 +21,7 @@ from tests.engine.schedules import (
     assert_empty,
     greedy_requests,
     in_each_part,
+    overcommit,
     play,
     soak_requests,
     tiny,
@@ -48,7 +49,7 @@ def embedded_alone() -> Engine:
 )
 def test_a_schedule_over_a_mesh(mesh: str) -> None:
     model = random_model(TINY, mesh, dtype="float32")
-    engine = Engine(model, in_each_part(OPTIONS, model))
+    engine = overcommit(Engine(model, in_each_part(OPTIONS, model)))
     for seed in (1, 2):
         before, requests = engine.load.preemptions, greedy_requests(seed, 24)
         assert_as_alone(alone(), requests, *play(engine, requests, random.Random(seed)))
@@ -62,7 +63,7 @@ def test_a_schedule_of_the_embedded_model(mesh: str | None) -> None:
     """Runs with 12 pages, all of which one request may need."""
     options = dataclasses.replace(OPTIONS, kv_cache_memory=1_330_000)
     model = load_model(mesh=mesh, dtype="float32")
-    engine = Engine(model, in_each_part(options, model), eos_token_ids=())
+    engine = overcommit(Engine(model, in_each_part(options, model), eos_token_ids=()))
     for seed in (3, 4):
         before, requests = engine.load.preemptions, greedy_requests(seed, 24, model.config.vocab_size)
         assert_as_alone(embedded_alone(), requests, *play(engine, requests, random.Random(seed)))
@@ -101,7 +102,7 @@ def assert_soaked(requests: Requests, out: Tokens, cancelled: set[str], load: di
 def test_a_soak_leaves_nothing_behind() -> None:
     """Runs 2000 requests of several kinds, many of which are cancelled."""
     requests = soak_requests(6, 2000)
-    engine = Engine(tiny(), SOAK)
+    engine = overcommit(Engine(tiny(), SOAK))
     out, cancelled = play(engine, requests, random.Random(6), cancels=0.2)
     assert_empty(engine)
     assert engine.load.accepted > 0
@@ -111,7 +112,7 @@ def test_a_soak_leaves_nothing_behind() -> None:
 @pytest.mark.long
 def test_a_soak_over_a_mesh() -> None:
     model = random_model(TINY, "data=2,expert=2,tensor=2", dtype="float32")
-    engine = Engine(model, in_each_part(SOAK, model))
+    engine = overcommit(Engine(model, in_each_part(SOAK, model)))
     requests = soak_requests(7, 200)
     out, cancelled = play(engine, requests, random.Random(7), cancels=0.2)
     assert_empty(engine)
