@@ -369,12 +369,14 @@ class Scheduler:
         """Shorten prompts where that leaves a step without much padding and no first token comes later for it."""
         tokens = max(plan.tokens for plan in plans)
         fewer = max((size for size in self.limits.sizes if size <= tokens), default=0)
-        if 3 * fewer < 2 * tokens:
+        more = min((size for size in self.limits.sizes if size >= tokens), default=tokens)
+        if 3 * fewer < 2 * tokens or 8 * (more - tokens) < more:
             return
+        others_wait = len(self.waiting) > sum(len(plan.admitted) for plan in plans)
         for plan in plans:
             *_, last = plan.work.values() or (None,)
             excess = plan.tokens - fewer
-            if last is None or not 0 < excess < last.count or (last.samples and not self.waiting):
+            if last is None or not 0 < excess < last.count or (last.samples and not others_wait):
                 continue
             last.count -= excess
             last.samples = False
