@@ -43,11 +43,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def _preset(name: str) -> dict[str, int]:
-    path = PRESETS / f"{name}.json"
-    if not name or "/" in name or not path.exists():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
-        raise ShardingError(f"mesh: expected axis=size,... or a preset ({known}), found {name!r}")
-    return dict.fromkeys(AXES, 1) | json.loads(path.read_text(encoding="utf-8"))["mesh"]
+    known = {path.stem: path for path in sorted(PRESETS.glob("*.json"))}
+    if name not in known:
+        raise ShardingError(f"mesh: expected axis=size,... or a preset ({', '.join(known)}), found {name!r:.60}")
+    return dict.fromkeys(AXES, 1) | json.loads(known[name].read_text(encoding="utf-8"))["mesh"]
 
 
 def make_mesh(
