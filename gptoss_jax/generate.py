@@ -128,8 +128,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _prompt(options: argparse.Namespace) -> str | list[int]:
     if options.prompt_tokens is not None:
-        tokens: list[int] = options.prompt_tokens
-        return tokens
+        return list(options.prompt_tokens)
+    text: str
     if options.prompt is not None:
         text, source = options.prompt, "prompt"
     elif options.prompt_file is not None:
@@ -142,7 +142,7 @@ def _prompt(options: argparse.Namespace) -> str | list[int]:
             raise UsageError("not UTF-8 text", where=source) from None
     if not text.strip():
         raise UsageError("the prompt is empty", where=source)
-    return str(text)
+    return text
 
 
 class _Printer:

@@ -142,8 +142,9 @@ def _request(llm: LLM, line: _Line, options: argparse.Namespace, conversation: d
         try:
             llm.check(request)
         except UsageError as error:
-            given = next(name for name in _PROMPTS if name in fields)
-            raise UsageError(error.message, given if error.field == "prompt" else error.field) from None
+            if error.field != "prompt":
+                raise
+            raise UsageError(error.message, next(name for name in _PROMPTS if name in fields)) from None
         return request
 
 

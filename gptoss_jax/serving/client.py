@@ -95,7 +95,7 @@ class LLM:
         engine = engine or EngineOptions()
         if kernels is not None:
             engine = dataclasses.replace(engine, kernels=kernels)
-        self.path = path = resolve(path)
+        self._path = path = resolve(path)
         self.tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").exists() else None
         enable_compile_cache()
         model = load_model(path, mesh, dtype, rules=rules, progress=progress)
@@ -204,7 +204,7 @@ class LLM:
         if self.tokenizer is None:
             raise UsageError(
                 f"no such file, so {purpose} cannot be used; pass token ids (generate --prompt-tokens)",
-                where=str(self.path / "tokenizer.json"),
+                where=str(self._path / "tokenizer.json"),
             )
         return self.tokenizer
 
