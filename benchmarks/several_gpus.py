@@ -38,7 +38,7 @@ from typing import Any
 
 from benchmarks.several_gpus_tables import tables
 from gptoss_jax.commands.files import check_writable, parse_json, read_text
-from gptoss_jax.commands.flags import flag_name, sizes
+from gptoss_jax.commands.flags import flag_name, integers
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import expect, named
 
@@ -146,7 +146,7 @@ def flags() -> argparse.ArgumentParser:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(sorted(sizes(text)))
+    return tuple(sorted(integers(text)))
 
 
 def _parts(text: str) -> tuple[str, ...]:

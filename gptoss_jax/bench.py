@@ -17,8 +17,9 @@ from gptoss_jax.commands.flags import (
     add_max_num_seqs,
     add_model_flags,
     command_parser,
+    file_path,
     flag_name,
-    sizes,
+    integers,
 )
 from gptoss_jax.commands.options import by_flag, engine_options, sampling_params
 from gptoss_jax.commands.running import run_command
@@ -43,7 +44,7 @@ def flags() -> argparse.ArgumentParser:
     latency = _add(
         commands, "latency", "Time to first token and decode step time of a batch of equally long requests."
     )
-    latency.add_argument("--batch-size", type=sizes, default=[1], metavar="N,...", help="requests (default: 1)")
+    latency.add_argument("--batch-size", type=integers, default=[1], metavar="N,...", help="requests (default: 1)")
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
     latency.add_argument(
         "--sampling",
@@ -77,7 +78,7 @@ def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
     if name == "latency":
         parser.add_argument(
             "--input-len",
-            type=sizes,
+            type=integers,
             default=[512],
             metavar="N,...",
             help="random prompt tokens per request, each length measured in turn (default: 512)",
@@ -104,7 +105,7 @@ def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    output.add_argument("--plot", type=Path, metavar="FILE.png|svg|pdf", help="write a figure (extra: plot)")
+    output.add_argument("--plot", type=file_path, metavar="FILE.png|svg|pdf", help="write a figure (extra: plot)")
     return parser
 
 

@@ -22,7 +22,7 @@ from gptoss_jax.commands.flags import (
 from gptoss_jax.commands.options import by_flag, conversation_options, sampling_params
 from gptoss_jax.commands.printing import dimmed
 from gptoss_jax.commands.running import run_command
-from gptoss_jax.errors import UsageError
+from gptoss_jax.errors import UsageError, expect
 
 if TYPE_CHECKING:
     from gptoss_jax.serving.client import LLM
@@ -86,10 +86,10 @@ class Session:
 
     def turn(self) -> bool:
         """Read a line from the user and answer it; returns False when the user leaves."""
-        line = _ask("> ")
-        if line is None or line.strip() in ("/exit", "/quit"):
-            return False
         try:
+            line = _ask("> ")
+            if line is None or line.strip() in ("/exit", "/quit"):
+                return False
             if line.startswith("/"):
                 self._command(*line.split(maxsplit=1))
             elif line.strip():
@@ -100,17 +100,21 @@ class Session:
 
     def _command(self, name: str, argument: str = "") -> None:
         argument = argument.strip()
-        if name == "/reset":
+        if name == "/help":
+            print(HELP, file=sys.stderr)
+        elif name == "/reset":
             self.messages = list(self._opening)
-        elif name == "/effort" and argument in ("low", "medium", "high"):
+        elif name == "/effort":
+            expect(argument in ("low", "medium", "high"), name, "low, medium or high", argument)
             self._conversation["reasoning_effort"] = argument
-        elif name == "/tools" and argument:
-            tools = None if argument == "off" else read_tools(Path(argument).expanduser(), "/tools")
-            self._conversation["tools"] = tools
-        elif name == "/analysis" and argument in ("on", "off"):
+        elif name == "/tools":
+            expect(argument != "", name, "a file or off", argument)
+            self._conversation["tools"] = None if argument == "off" else read_tools(_home(argument), name)
+        elif name == "/analysis":
+            expect(argument in ("on", "off"), name, "on or off", argument)
             self._show_analysis = argument == "on"
         else:
-            print(HELP, file=sys.stderr)
+            raise UsageError(f"unknown command {name!a:.60}; /help lists the commands")
 
     def _say(self, line: str) -> None:
         before = list(self.messages)
@@ -168,12 +172,22 @@ class _Printer:
             print()
 
 
+def _home(name: str) -> Path:
+    """The path, with ~ and ~user expanded where they can be."""
+    try:
+        return Path(name).expanduser()
+    except (RuntimeError, ValueError):
+        return Path(name)
+
+
 def _ask(question: str) -> str | None:
     try:
-        return input(question if sys.stdin.isatty() else "")
+        line = input(question if sys.stdin.isatty() else "")
+        line.encode()  # bytes that are not UTF-8 are read as surrogates
+        return line
     except EOFError:
         return None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise UsageError("standard input: not UTF-8 text") from None
     except KeyboardInterrupt:
         print(file=sys.stderr)

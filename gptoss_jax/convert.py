@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from gptoss_jax.commands.flags import Parser
+from gptoss_jax.commands.flags import Parser, file_path
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
@@ -29,7 +28,7 @@ def flags(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint's directory, or a Hub name")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="a new or empty directory")
+    parser.add_argument("target", metavar="TARGET", type=file_path, help="a new or empty directory")
     parser.add_argument("--to", choices=("hf", "orbax"), help="the layout of TARGET")
     check = parser.add_mutually_exclusive_group()
     check.add_argument(

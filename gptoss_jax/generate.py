@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.commands import processes
@@ -20,7 +19,10 @@ from gptoss_jax.commands.flags import (
     add_sampling_flags,
     add_structure_flags,
     command_parser,
+    file_path,
     flag_name,
+    integers,
+    utf8,
 )
 from gptoss_jax.commands.options import by_flag, conversation_options, sampling_params, structured_outputs
 from gptoss_jax.commands.printing import dimmed
@@ -35,10 +37,13 @@ if TYPE_CHECKING:
 def flags() -> argparse.ArgumentParser:
     """The command's argument parser."""
     parser = command_parser("generate", "Generate an answer to a prompt and stream it to standard output.")
-    parser.add_argument("prompt", nargs="?", help="prompt text (default: read from standard input)")
-    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
+    parser.add_argument("prompt", type=utf8, nargs="?", help="prompt text (default: read from standard input)")
+    parser.add_argument("--prompt-file", type=file_path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument(
-        "--prompt-tokens", metavar="1,2,3", help="continue these token ids; with --json, no tokenizer is needed"
+        "--prompt-tokens",
+        type=integers,
+        metavar="1,2,3",
+        help="continue these token ids; with --json, no tokenizer is needed",
     )
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as plain text, without a chat format"
@@ -58,14 +63,14 @@ def flags() -> argparse.ArgumentParser:
     batch = parser.add_argument_group("batch")
     batch.add_argument(
         "--batch",
-        type=Path,
+        type=file_path,
         metavar="IN.jsonl",
         help='input file with one request per line: {"id", "prompt"}, {"id", "messages", "tools", ...} or '
         '{"id", "prompt_tokens"}',
     )
     batch.add_argument(
         "--output",
-        type=Path,
+        type=file_path,
         metavar="OUT.jsonl",
         help="output file with one result per line; requests that already have a result are skipped",
     )
@@ -123,21 +128,20 @@ def _check(options: argparse.Namespace) -> None:
 
 def _prompt(options: argparse.Namespace) -> str | list[int]:
     if options.prompt_tokens is not None:
-        try:
-            return [int(part) for part in options.prompt_tokens.split(",")]
-        except ValueError:
-            raise UsageError(f"expected 1,2,3, found {options.prompt_tokens!r:.60}", "--prompt-tokens") from None
+        return list(options.prompt_tokens)
+    text: str
     if options.prompt is not None:
-        text = options.prompt
+        text, source = options.prompt, "prompt"
     elif options.prompt_file is not None:
-        text = read_text(options.prompt_file, "--prompt-file")
+        text, source = read_text(options.prompt_file, "--prompt-file"), f"--prompt-file: {options.prompt_file}"
     else:
+        source = "standard input"
         try:
             text = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise UsageError("standard input: not UTF-8 text") from None
+            raise UsageError("not UTF-8 text", where=source) from None
     if not text.strip():
-        raise UsageError("the prompt is empty")
+        raise UsageError("the prompt is empty", where=source)
     return text
 
 

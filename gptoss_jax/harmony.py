@@ -1,6 +1,7 @@
 """python -m gptoss_jax.harmony render|parse: reads and writes JSON lines."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -8,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptoss_jax.commands.files import parse_json
 from gptoss_jax.commands.flags import Parser
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError, named
-from gptoss_jax.text.harmony.json_messages import read_messages
+from gptoss_jax.text.harmony.json_messages import HEADER_FIELDS, read_messages
 from gptoss_jax.text.harmony.messages import ROLES, ParsedMessage
 from gptoss_jax.text.harmony.openai import render
 from gptoss_jax.text.harmony.parse import parse
@@ -28,13 +30,24 @@ _OPENAI_OPTIONS = (
     "knowledge_cutoff",
     "response_format",
 )
+# The last field of each is the other command's output, which can thus be piped in.
+_RENDER_FIELDS = (
+    "id",
+    "harmony_json",
+    "messages",
+    *_OPENAI_OPTIONS,
+    "next_role",
+    "auto_drop_analysis",
+    "malformed",
+)
+_PARSE_FIELDS = ("id", "tokens", "role", "strict", "text")
 _DESCRIPTION = """\
 render: each input line is an object with one of
   "harmony_json"  a conversation in openai-harmony's JSON format, {"messages": [...]}
-  "messages"      messages in the neutral format (content objects of type "system" or "developer", or header
-                  fields such as "channel"; also an empty list), or else OpenAI-style messages, with the options
-                  tools, builtin_tools, reasoning_effort, model_identity, current_date, knowledge_cutoff and
-                  response_format
+  "messages"      messages in the neutral format (content objects of type "system" or "developer", header fields
+                  such as "channel", or "text" instead of "content", as parse writes; also an empty list), or else
+                  OpenAI-style messages, with the options tools, builtin_tools, reasoning_effort, model_identity,
+                  current_date, knowledge_cutoff and response_format
 and optionally "id", "next_role" (null: none) and "auto_drop_analysis"; the output is {"id", "tokens", "text"}.
 
 parse: each input line is an object with "tokens" and optionally "id", "role" (default assistant; null:
@@ -62,23 +75,19 @@ def main(arguments: list[str] | None = None) -> int:
     for number, line in enumerate(sys.stdin.buffer, 1):
         if line.strip():
             with named(f"line {number}"):
-                found = handle(_read_line(line), tokenizer)
+                found = handle(parse_json(line, None, dict), tokenizer)
             print(json.dumps(found), flush=True)
     return 0
 
 
 def _tokenizer(name: str) -> Tokenizer:
-    return Tokenizer.from_dir(name) if Path(name).exists() or os.sep in name else Tokenizer.from_name(name)
+    return Tokenizer.from_dir(name) if os.path.exists(name) or os.sep in name else Tokenizer.from_name(name)
 
 
-def _read_line(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"expected a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"expected a JSON object, found {type(value).__name__}")
-    return value
+def _check_fields(line: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in line:
+        if key not in known:
+            raise UsageError("unknown field", key)
 
 
 def _option(line: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
@@ -89,20 +98,20 @@ def _option(line: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any,
 
 
 def _render(line: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    _check_fields(line, _RENDER_FIELDS)
     next_role = _option(line, "next_role", "assistant", (*ROLES, None))
     drop = _option(line, "auto_drop_analysis", True, (True, False))
     conversation = line.get("harmony_json")
     if isinstance(conversation, str):
-        conversation = _read_line(conversation.encode())
+        conversation = parse_json(conversation, "harmony_json", dict)
     if conversation is not None and not isinstance(conversation, Mapping):
         raise UsageError(f"expected an object, found {type(conversation).__name__}", "harmony_json")
     if conversation is None and "messages" not in line:
         raise UsageError("expected a list, found nothing", "messages")
     if conversation is not None or _is_neutral(line["messages"], line):
-        source = line if conversation is None else conversation
-        where = "messages" if conversation is None else "harmony_json.messages"
-        messages = read_messages(source.get("messages"), where)
-        tokens = render_conversation(messages, tokenizer, next_role=next_role, auto_drop_analysis=drop)
+        with contextlib.nullcontext() if conversation is None else named("harmony_json"):
+            messages = read_messages((line if conversation is None else conversation).get("messages"))
+            tokens = render_conversation(messages, tokenizer, next_role=next_role, auto_drop_analysis=drop)
     else:
         given = {key: line[key] for key in _OPENAI_OPTIONS if line.get(key) is not None}
         tokens = render(line["messages"], tokenizer, next_role=next_role, auto_drop_analysis=drop, **given)
@@ -116,13 +125,14 @@ def _is_neutral(messages: Any, line: Mapping[str, Any]) -> bool:
         isinstance(message, Mapping)
         and (
             isinstance(message.get("content"), Mapping)
-            or any(key in message for key in ("channel", "recipient", "content_type"))
+            or any(message.get(key) is not None for key in (*HEADER_FIELDS, "text"))
         )
         for message in messages
     )
 
 
 def _parse(line: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    _check_fields(line, _PARSE_FIELDS)
     tokens = line.get("tokens")
     if not isinstance(tokens, list):
         raise UsageError(
@@ -131,6 +141,9 @@ def _parse(line: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     for index, token in enumerate(tokens):
         if not isinstance(token, int) or isinstance(token, bool):
             raise UsageError(f"expected an integer, found {json.dumps(token)[:80]}", f"tokens[{index}]")
+        if not 0 <= token < tokenizer.vocab_size:
+            found = f"token {token!s:.30} is outside the vocabulary of {tokenizer.vocab_size}"
+            raise UsageError(found, f"tokens[{index}]")
     role = _option(line, "role", "assistant", (*ROLES, None))
     strict = _option(line, "strict", False, (True, False))
     completion = parse(tokens, tokenizer, role, strict=strict)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_jax.commands import plotting
-from gptoss_jax.commands.flags import command_parser
+from gptoss_jax.commands.flags import command_parser, file_path
 from gptoss_jax.commands.options import by_flag
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
@@ -70,7 +70,7 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png|svg|pdf", help="plot the memory and time of each mesh"
+        "--plot", type=file_path, metavar="FILE.png|svg|pdf", help="plot the memory and time of each mesh"
     )
     return parser
 

@@ -35,14 +35,11 @@ class StructuredOutputsParams:
     json_object: bool | None = None
 
     def __post_init__(self) -> None:
-        given = [
-            field.name for field in dataclasses.fields(self) if getattr(self, field.name) not in (None, False)
-        ]
+        names = [field.name for field in dataclasses.fields(self)]
+        given = [name for name in names if getattr(self, name) is not None and getattr(self, name) is not False]
         if len(given) != 1:
-            kinds = ", ".join(field.name for field in dataclasses.fields(self))
-            raise UsageError(
-                f"expected one of {kinds}, found {' and '.join(given) or 'none'}", "structured_outputs"
-            )
+            found = " and ".join(given) or "none"
+            raise UsageError(f"expected one of {', '.join(names)}, found {found}", "structured_outputs")
         [name] = given
         value, choice = getattr(self, name), self.choice
         texts = (
@@ -144,16 +141,18 @@ class SamplingParams:
             value = () if value is None else (value,) if isinstance(value, str) else value
             self._check(name, isinstance(value, Sequence) and not isinstance(value, str), "a list")
             put(name, tuple(value))
-        if self.top_k == -1:
+        if is_int(self.top_k, -1, -1):
             put("top_k", 0)
         if self.logit_bias is not None:
             self._check("logit_bias", isinstance(self.logit_bias, Mapping), "token ids with a number each")
-            keys = [int(key) if isinstance(key, str) and key.isdecimal() else key for key in self.logit_bias]
-            put("logit_bias", dict(zip(keys, self.logit_bias.values(), strict=True)))
+            bias = self.logit_bias
+            keys = [int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 20 else k for k in bias]
+            put("logit_bias", dict(zip(keys, bias.values(), strict=True)))
         if isinstance(constraint := self.structured_outputs, Mapping):
             known = {field.name for field in dataclasses.fields(StructuredOutputsParams)}
-            for name in sorted(constraint.keys() - known):
-                raise UsageError(f"expected one of {', '.join(sorted(known))}", f"structured_outputs.{name}")
+            for name in constraint:
+                if name not in known:
+                    raise UsageError(f"expected one of {', '.join(sorted(known))}", f"structured_outputs.{name}")
             put("structured_outputs", StructuredOutputsParams(**constraint))
         fine = self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams)
         self._check("structured_outputs", fine, 'an object such as {"regex": "[0-9]+"}')

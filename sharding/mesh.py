@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,19 +36,18 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ShardingError(f"mesh: {part.strip()!r}: expected an axis of {', '.join(AXES)}, found {axis!r}")
         if axis in seen:
             raise ShardingError(f"mesh: {axis}: given twice in {text!r}")
-        if not (size.isascii() and size.isdigit() and int(size) > 0):
-            raise ShardingError(f"mesh: {axis}: expected a size of 1 or more, found {size!r}")
+        if not re.fullmatch(r"0*[1-9][0-9]{,17}", size):
+            raise ShardingError(f"mesh: {axis}: expected a size of 1 or more, found {size!r:.60}")
         seen.add(axis)
         sizes[axis] = int(size)
     return sizes
 
 
 def _preset(name: str) -> dict[str, int]:
-    path = PRESETS / f"{name}.json"
-    if not name or "/" in name or not path.exists():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
-        raise ShardingError(f"mesh: expected axis=size,... or a preset ({known}), found {name!r}")
-    return dict.fromkeys(AXES, 1) | json.loads(path.read_text(encoding="utf-8"))["mesh"]
+    known = {path.stem: path for path in sorted(PRESETS.glob("*.json"))}
+    if name not in known:
+        raise ShardingError(f"mesh: expected axis=size,... or a preset ({', '.join(known)}), found {name!r:.60}")
+    return dict.fromkeys(AXES, 1) | json.loads(known[name].read_text(encoding="utf-8"))["mesh"]
 
 
 def make_mesh(

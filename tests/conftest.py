@@ -67,7 +67,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     from gptoss_jax.commands.running import run_command
 
     def run(main, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode(errors="surrogateescape"))))
         with pytest.raises(SystemExit) as exit_:
             run_command(lambda: main([str(argument) for argument in arguments]))
         out, err = capsys.readouterr()

@@ -1,10 +1,13 @@
 """Errors that users cause: one line, and the field that is wrong as an attribute."""
 
 import pickle
+import re
+from typing import Any
 
+import numpy as np
 import pytest
 
-from gptoss_jax import SamplingParams, UsageError
+from gptoss_jax import SamplingParams, StructuredOutputsParams, UsageError
 from gptoss_jax.errors import expect, named
 from gptoss_jax.text.harmony import to_messages
 
@@ -25,6 +28,23 @@ def test_the_field_is_kept_where_the_place_is_added() -> None:
     assert caught.value.field == "seed"
     with pytest.raises(UsageError, match=r"^line 1: nested too deeply$"), named("line 1"):
         raise RecursionError
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"structured_outputs": {1: 2, "a": 3}}, "structured_outputs.1: expected one of choice, "),
+        ({"top_k": np.array([1, 2])}, "top_k: expected an integer"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias: expected at most 1024 token ids"),
+    ],
+)
+def test_odd_values_are_no_other_exception(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(named)}"):
+        SamplingParams(**fields)
+    with pytest.raises(
+        UsageError, match=r"^structured_outputs.choice: expected texts to choose from, found array"
+    ):
+        StructuredOutputsParams(choice=np.array(["a", "b"]))  # type: ignore[arg-type]
 
 
 def test_errors_in_a_request_name_the_field() -> None:

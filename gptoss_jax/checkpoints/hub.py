@@ -28,7 +28,7 @@ def resolve(name: str | Path) -> Path:
     expect(isinstance(name, str | Path), "path", "a checkpoint's directory or a Hub name", name)
     try:
         path = Path(name).expanduser()
-    except RuntimeError:  # ~nobody
+    except (RuntimeError, ValueError):  # ~nobody, or a null byte
         path = Path(name)
     try:
         # Path("") is the current directory.

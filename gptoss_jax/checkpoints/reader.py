@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import sys
 import threading
@@ -304,17 +305,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     *.safetensors without an index, or an Orbax checkpoint. Raises CheckpointError naming the file or tensor.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
-    config = ModelConfig.from_file(path / "config.json").with_generation_file(path)
+    # Unlike Path's methods, those of os.path are false for names that are too long.
+    if not os.path.isdir(path):
+        raise CheckpointError(f"{show(path)}: no such directory")
+    config = ModelConfig.from_file(path).with_generation_file(path)
     index = path / INDEX_FILE
     if is_orbax(path):
         if next(path.glob("*.safetensors"), None):
             raise CheckpointError(f"{path}: found both *.safetensors and an Orbax checkpoint, expected one")
         return Checkpoint(path, config, [path])
-    if not index.exists():
+    if not os.path.exists(index):
         single = path / SINGLE_FILE
-        files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
+        files = [single] if os.path.exists(single) else sorted(path.glob("*.safetensors"))
         if not files:
             raise CheckpointError(
                 f"{path}: expected {SINGLE_FILE}, {INDEX_FILE} or an Orbax checkpoint, found none of them"
@@ -322,7 +324,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(path, config, files)
     weight_map = _read_weight_map(index)
     names = sorted(set(weight_map.values()))
-    if SINGLE_FILE not in names and (path / SINGLE_FILE).exists():
+    if SINGLE_FILE not in names and os.path.exists(path / SINGLE_FILE):
         raise CheckpointError(f"{path}: found both {SINGLE_FILE} and {INDEX_FILE} without it, expected one")
     checkpoint = Checkpoint(path, config, [path / name for name in names])
     _check_weight_map(index, weight_map, checkpoint.files)
@@ -331,7 +333,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def is_orbax(path: Path) -> bool:
     """Whether a directory holds an Orbax checkpoint, which may be incomplete."""
-    return any((path / name).is_file() for name in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"))
+    return any(os.path.isfile(path / name) for name in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"))
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

@@ -88,7 +88,8 @@ def _read_requests(options: argparse.Namespace, params: SamplingParams) -> list[
         if not text.strip():
             continue
         where = f"--batch: {options.batch}: line {number}"
-        fields = {"id": number} | parse_json(text, where, dict)
+        given = {name: value for name, value in parse_json(text, where, dict).items() if value is not None}
+        fields = {"id": number} | given
         with named(where):
             _check(fields, options.raw)
             if fields["id"] in seen:
@@ -138,7 +139,12 @@ def _request(llm: LLM, line: _Line, options: argparse.Namespace, conversation: d
                 messages = [{"role": "developer", "content": options.instructions}, *messages]
             own = conversation | {key: fields[key] for key in _CONVERSATION if key in fields}
             request = llm.chat_request(request_id, messages, line.params, **own)
-        llm.check(request)
+        try:
+            llm.check(request)
+        except UsageError as error:
+            if error.field != "prompt":
+                raise
+            raise UsageError(error.message, next(name for name in _PROMPTS if name in fields)) from None
         return request
 
 

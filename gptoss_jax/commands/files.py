@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ JSON_KINDS = {
 def read_text(path: Path, flag: str) -> str:
     """The text of a file named by a flag, without a byte order mark. Raises UsageError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        # Path.read_text would translate the ends of lines.
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not UTF-8 text", flag) from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", flag) from None
+    except ValueError as error:  # a null byte
+        raise UsageError(f"{str(path)!r:.60}: {error}", flag) from None
 
 
 def check_writable(path: Path, flag: str) -> None:
@@ -43,10 +47,17 @@ def check_writable(path: Path, flag: str) -> None:
         raise UsageError(f"{path}: {error.strerror}", flag) from None
 
 
-def parse_json(text: str, where: str, kind: type) -> Any:
+def _finite(text: str) -> float:
+    """A JSON number; raises ValueError for NaN and infinities, which Python's json reads and JSON does not have."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"expected a finite number, found {text:.20}")
+    return value
+
+
+def parse_json(text: str | bytes, where: str | None, kind: type) -> Any:
     """Parse JSON whose outermost value has the Python type `kind`. Raises UsageError."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"not valid JSON: {error}", where=where) from None
     if not isinstance(value, kind):

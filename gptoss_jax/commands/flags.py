@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -33,12 +34,21 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
-def sizes(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     """The argument type of a comma-separated list of integers."""
+    # int() also reads 1_000 and the digits of other scripts.
+    if not re.fullmatch(r"\s*-?\d{1,30}\s*(,\s*-?\d{1,30}\s*)*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"expected integers such as 1,8,32, found {text!a:.60}")
+    return [int(part) for part in text.split(",")]
+
+
+def utf8(text: str) -> str:
+    """The argument type of any text; Python reads bytes that are not UTF-8 as surrogates."""
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected sizes such as 1,8,32, found {text!r:.60}") from None
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"expected UTF-8 text, found {text!a:.60}") from None
+    return text
 
 
 def _not_empty(text: str) -> str:
@@ -46,6 +56,18 @@ def _not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected a path or a name, found ''")
     return text
+
+
+def _not_empty_text(text: str) -> str:
+    """The argument type of text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected text that is not empty, found ''")
+    return utf8(text)
+
+
+def file_path(text: str) -> Path:
+    """The argument type of a file's path; Path("") is the current directory."""
+    return Path(_not_empty(text))
 
 
 def flag_name(name: str) -> str:
@@ -207,6 +229,7 @@ def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="random seed (default: a new seed for each request)")
     group.add_argument(
         "--stop",
+        type=_not_empty_text,
         action="append",
         default=[],
         metavar="TEXT",
@@ -220,19 +243,23 @@ def add_structure_flags(flags: argparse.ArgumentParser) -> None:
         "structured output (extra: structured)",
         "Constrain the final answer of a chat, after the reasoning, or all text generated with --raw.",
     ).add_mutually_exclusive_group()
-    group.add_argument("--json-schema", metavar="FILE|JSON", help="constrain the answer to JSON with this schema")
-    group.add_argument("--regex", metavar="REGEX", help="constrain the answer to this regular expression")
     group.add_argument(
-        "--grammar", type=Path, metavar="FILE", help="constrain the answer to this Lark or GBNF grammar"
+        "--json-schema", type=_not_empty, metavar="FILE|JSON", help="constrain the answer to JSON with this schema"
+    )
+    group.add_argument(
+        "--regex", type=_not_empty_text, metavar="REGEX", help="constrain the answer to this regular expression"
+    )
+    group.add_argument(
+        "--grammar", type=file_path, metavar="FILE", help="constrain the answer to this Lark or GBNF grammar"
     )
 
 
 def add_conversation_flags(flags: argparse.ArgumentParser) -> None:
     """Add the flags of a conversation's system and developer messages."""
     group = flags.add_argument_group("conversation")
-    group.add_argument("--instructions", metavar="TEXT", help="developer message")
+    group.add_argument("--instructions", type=_not_empty_text, metavar="TEXT", help="developer message")
     group.add_argument(
-        "--tools", type=Path, metavar="FILE", help="JSON file with a list of OpenAI-style function tools"
+        "--tools", type=file_path, metavar="FILE", help="JSON file with a list of OpenAI-style function tools"
     )
     group.add_argument(
         "--builtin-tools",

@@ -36,7 +36,8 @@ def structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams |
 
     if options.json_schema is not None:
         flag, text = "--json-schema", options.json_schema
-        constraint = StructuredOutputsParams(json=text if text[:1] == "{" else read_text(Path(text), flag))
+        is_json = text.lstrip().startswith(("{", "["))
+        constraint = StructuredOutputsParams(json=text if is_json else read_text(Path(text), flag))
     elif options.regex is not None:
         flag, constraint = "--regex", StructuredOutputsParams(regex=options.regex)
     elif options.grammar is not None:

@@ -76,7 +76,7 @@ codecs.register_error(ESCAPED, _escape)
 def streams_guarded() -> Iterator[None]:
     """Guard the standard streams: failures of standard output end the command, those of standard error do not.
 
-    Standard input is read as UTF-8, like files, unless it is a terminal.
+    Standard input is read as UTF-8, like files, unless it is a terminal; other bytes become lone surrogates.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -85,7 +85,7 @@ def streams_guarded() -> Iterator[None]:
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         # reconfigure() fails if something has already been read.
         with contextlib.suppress(OSError):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     out: Any = _Guarded(sys.stdout, "standard output", needed=True)
     err: Any = _Guarded(sys.stderr, "standard error", needed=False)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115

@@ -80,7 +80,7 @@ def _load_over_processes(options: argparse.Namespace, more: dict[str, Any], prog
     from gptoss_jax.model.config import ModelConfig
 
     path = resolve(options.model or EMBEDDED)
-    mesh = options.mesh or default_mesh(ModelConfig.from_file(path / "config.json"), jax.device_count())
+    mesh = options.mesh or default_mesh(ModelConfig.from_file(path), jax.device_count())
     return _load(options, path, mesh, more, progress)
 
 

@@ -111,7 +111,7 @@ class EngineOptions:
 
     def _check_memory(self) -> None:
         memory, share = self.kv_cache_memory, self.gpu_memory_utilization
-        expect(memory is None or is_int(memory, 1, 2**63), "kv_cache_memory", "a number of bytes", memory)
+        expect(memory is None or is_int(memory, 1, 2**63), "kv_cache_memory", "bytes from 1 to 2**63", memory)
         fine = share is None or (is_number(share, 0, 1) and share > 0)
         expect(fine, "gpu_memory_utilization", "a number above 0, at most 1", share)
         if memory is not None and share is not None:

@@ -45,7 +45,8 @@ def cache_budget(device: jax.Device, memory: int | None, utilization: float | No
         stats = None
     if utilization is not None and stats is None:
         raise UsageError(
-            f"expected a device that reports its memory, found {device.device_kind}: set kv_cache_memory instead",
+            f"expected a device that reports its memory, found {device.device_kind}: "
+            "set kv_cache_memory (--kv-cache-memory) instead",
             "gpu_memory_utilization",
         )
     budget = least(_free_bytes(stats, utilization) >> 20) << 20

@@ -107,7 +107,7 @@ class ModelConfig:
             if path.is_dir():
                 path = path / "config.json"
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         fields = _read_json(path)
         if fields is None:
             raise CheckpointError(f"{path}: no such file")
@@ -135,9 +135,10 @@ class ModelConfig:
         """
         if not isinstance(fields, Mapping):
             raise CheckpointError(f"{source}: expected a JSON object, found {type(fields).__name__}")
+        names = {name: old for name, old in _OPENAI_NAMES.items() if name not in fields and old in fields}
         if "num_experts" in fields and "model_type" not in fields:
             fields = _from_openai_names(fields)
-        return _Reader(fields, source).config()
+        return _Reader(fields, source, names).config()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a Hugging Face config.json from which `from_dict` rebuilds this config."""
@@ -170,7 +171,9 @@ def _read_json(path: Path) -> Any:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
@@ -179,15 +182,27 @@ def _read_json(path: Path) -> Any:
     return value
 
 
+_OPENAI_NAMES: Mapping[str, str] = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "factor": "rope_scaling_factor",
+    "beta_fast": "rope_ntk_beta",
+    "beta_slow": "rope_ntk_alpha",
+    "original_max_position_embeddings": "initial_context_length",
+}
+"""The names of OpenAI's original config.json by those of Hugging Face."""
+
+
 def _from_openai_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's original config.json translated to Hugging Face's names.
 
     The original has no `layer_types`: even layers use sliding attention, as in openai/gpt-oss
     `gpt_oss/torch/model.py`.
     """
-    names = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
-    translated = {name: value for name, value in fields.items() if name not in names.values()}
-    translated |= {name: fields[old] for name, old in names.items() if old in fields}
+    translated = dict(fields)
+    for name in ("num_local_experts", "num_experts_per_tok"):
+        if (old := _OPENAI_NAMES[name]) in fields:
+            translated[name] = translated.pop(old)
     layers = fields.get("num_hidden_layers")
     if isinstance(layers, int) and not isinstance(layers, bool) and 0 < layers < 10_000:
         translated["layer_types"] = [LAYER_TYPES[i % 2] for i in range(layers)]
@@ -201,7 +216,9 @@ def _from_openai_names(fields: Mapping[str, Any]) -> dict[str, Any]:
         "original_max_position_embeddings": original,
         "truncate": False,
     }
-    if isinstance(original, int) and isinstance(factor, int | float) and 0 < original * factor < 2**31:
+    # An integer beyond the range of floats cannot be multiplied with one.
+    plausible = isinstance(original, int) and 0 < original < 2**31 and isinstance(factor, int | float)
+    if plausible and 0 < original * factor < 2**31:
         translated.setdefault("max_position_embeddings", int(original * factor))
     translated.setdefault("quantization_config", {"quant_method": "mxfp4"})
     return translated
@@ -237,11 +254,14 @@ class _Reader:
     Dimensions are required: GptOssConfig would default to those of gpt-oss-120b.
     """
 
-    def __init__(self, fields: Mapping[str, Any], source: str) -> None:
+    def __init__(self, fields: Mapping[str, Any], source: str, names: Mapping[str, str] | None = None) -> None:
+        """`names` maps the names of fields to those that the file has for them, which errors show."""
         self.fields = fields
         self.source = source
+        self.names = names or {}
 
     def fail(self, name: str, expected: str, found: object) -> CheckpointError:
+        name = self.names.get(name, name)
         return CheckpointError(f"{self.source}: {name}: expected {expected}, found {found!r:.80}")
 
     def integer(

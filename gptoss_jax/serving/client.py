@@ -31,6 +31,18 @@ _MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>",
 """The special tokens of the harmony format; other stop tokens are not part of the text."""
 
 
+_CHAT_OPTIONS = {
+    "reasoning_effort",
+    "builtin_tools",
+    "model_identity",
+    "knowledge_cutoff",
+    "current_date",
+    "response_format",
+    "auto_drop_analysis",
+}
+"""The options of a conversation, besides its tools: those of `harmony.render` with which the assistant is next."""
+
+
 @dataclasses.dataclass
 class Request:
     """A tokenized prompt with its sampling parameters.
@@ -83,7 +95,7 @@ class LLM:
         engine = engine or EngineOptions()
         if kernels is not None:
             engine = dataclasses.replace(engine, kernels=kernels)
-        path = resolve(path)
+        self._path = path = resolve(path)
         self.tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").exists() else None
         enable_compile_cache()
         model = load_model(path, mesh, dtype, rules=rules, progress=progress)
@@ -144,9 +156,12 @@ class LLM:
         """Answer one conversation or several, given as OpenAI-style messages.
 
         `tools` are OpenAI tool objects or Python functions; `options` go to `harmony.render`: reasoning_effort,
-        builtin_tools, model_identity, current_date (default: today), response_format. Each output's `message` is the
-        assistant's next message, including its tool calls. Raises UsageError.
+        builtin_tools, model_identity, knowledge_cutoff, current_date (default: today), response_format and
+        auto_drop_analysis; None is the default. Each output's `message` is the assistant's next message, including its
+        tool calls. Raises UsageError.
         """
+        for name in options.keys() - _CHAT_OPTIONS:
+            raise TypeError(f"LLM.chat() got an unexpected keyword argument {name!r}")
         expect(_is_list(messages), "messages", "a list of messages, or of such lists", messages)
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         for i, conversation in enumerate(conversations):
@@ -174,6 +189,7 @@ class LLM:
         tokenizer = self._need_tokenizer("conversations")
         if not messages:
             raise UsageError("expected at least one", "messages")
+        options = {name: value for name, value in options.items() if value is not None}
         options.setdefault("current_date", datetime.date.today().isoformat())
         scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
         prompt = harmony.render(messages, tokenizer, **options)
@@ -187,7 +203,8 @@ class LLM:
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
             raise UsageError(
-                f"the checkpoint has none, so {purpose} cannot be used; pass token ids", "tokenizer.json"
+                f"no such file, so {purpose} cannot be used; pass token ids (generate --prompt-tokens)",
+                where=str(self._path / "tokenizer.json"),
             )
         return self.tokenizer
 
@@ -296,7 +313,9 @@ def _transcript(request: Request, tokenizer: Tokenizer | None) -> ChatTranscript
 
 def _is_list(value: Any) -> bool:
     """Whether `value` is a sequence or an array, and not text."""
-    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

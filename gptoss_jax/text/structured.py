@@ -225,7 +225,7 @@ def _source(params: StructuredOutputsParams) -> tuple[str, str, str]:
 def _schema(schema: str | Mapping[str, Any]) -> str:
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(_without_unknown_formats(value))
+        text = json.dumps(_without_unknown_formats(value), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"not valid JSON: {_one_line(str(error))}", "structured_outputs.json") from None
     if not isinstance(value, Mapping):

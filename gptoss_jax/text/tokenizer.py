@@ -1,6 +1,7 @@
 """A tokenizer that reads a checkpoint's tokenizer.json and encodes with tiktoken."""
 
 import codecs
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
@@ -64,7 +65,7 @@ class Tokenizer:
         Raises CheckpointError naming the file and the field if it is missing, malformed or not byte-level BPE.
         """
         file = Path(path)
-        file = file / "tokenizer.json" if file.is_dir() else file
+        file = file / "tokenizer.json" if os.path.isdir(file) else file
         content = read_tokenizer_json(file)
         special = _with_reserved(content.vocab, content.special_tokens)
         ranks = None if content.ranks is content.vocab else content.ranks

@@ -1,10 +1,13 @@
 """Reads a Hugging Face `tokenizer.json` (byte-level BPE) into tiktoken's format: a pattern and ranked byte strings."""
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from gptoss_jax.errors import CheckpointError
@@ -111,11 +114,27 @@ def _pattern(pre_tokenizer: _Node) -> str:
     split.only("invert", *((True,) if drops_gaps else (None, False)))
     byte_level.only("add_prefix_space", False)
     byte_level.only("use_regex", False)
-    pattern: str = split.get("pattern", dict, "an object").get("Regex", str, "a regular expression").value
+    regex = split.get("pattern", dict, "an object").get("Regex", str, "a regular expression")
+    pattern: str = regex.value
+    if _may_be_empty(pattern):
+        raise regex.fail("a regular expression that cannot match empty text")
     if drops_gaps or pattern == O200K_PATTERN:
         return pattern
     # tiktoken drops text that the pattern does not match, like an inverted "Removed"; "Isolated" keeps it as pieces.
     return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
+
+
+_CLASS = re.compile(r"\\[pP](?:\{[^}]*\}|[A-Z])")
+
+
+def _may_be_empty(pattern: str) -> bool:
+    """Whether a pattern can match empty text, on which tiktoken panics; False for syntax that Python does not know."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            least, _ = _parser.parse(_CLASS.sub(r"\\w", pattern)).getwidth()
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return bool(least == 0)
 
 
 def _special_tokens(root: _Node) -> dict[str, int]:

@@ -20,7 +20,7 @@ def test_resolve_local(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "./x", "/x/y", "~/nowhere", "~nobody-here/x", "a/b/c", "gpt2", "a/b c", "a/\n"]
+    "name", ["", "./x", "/x/y", "~/nowhere", "~nobody-here/x", "a/b/c", "gpt2", "a/b c", "a/\n", "a\0b", "~a\0b"]
 )
 def test_resolve_invalid_hub_name(name: str) -> None:
     with pytest.raises(CheckpointError, match="no such directory") as caught:

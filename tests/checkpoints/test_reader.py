@@ -344,6 +344,15 @@ def test_index_cannot_name_files_elsewhere(copy: Callable[[str], Path], name: An
     assert "model.norm.weight: expected a plain *.safetensors name" in refused(directory)
 
 
+def test_names_that_are_too_long_are_one_line(copy: Callable[[str], Path]) -> None:
+    directory = copy("sharded")
+    name = "x" * 300 + ".safetensors"
+    edit_index(directory, lambda weight_map: weight_map.update({"model.norm.weight": name}))
+    assert f"{name}: cannot be read: File name too long" in refused(directory)
+    assert "no such directory" in refused(directory / ("x" * 300))
+    assert "no such directory" in refused(directory / "x\0")
+
+
 def test_files_may_be_links_as_in_the_hubs_cache(copy: Callable[[str], Path], tmp_path: Path) -> None:
     directory = copy("sharded")
     (tmp_path / "blobs").mkdir()

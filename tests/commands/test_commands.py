@@ -15,7 +15,9 @@ import pallas_kernels
 from gptoss_jax import chat, generate
 from gptoss_jax.checkpoints.loading import EMBEDDED
 from gptoss_jax.commands import batch
+from gptoss_jax.commands.files import read_text
 from pallas_kernels import backend
+from tests.commands.test_conversations import scripted
 
 P1 = Path(__file__).parents[1] / "golden" / "P1"
 SUM = "What is 17 + 25?"
@@ -170,6 +172,30 @@ def test_output_files_without_results_are_not_modified(command, tmp_path: Path, 
         ((SUM, "--mesh", "expert=two"), "error: --mesh: expert: expected a size"),
         ((SUM, "--model", ""), "--model: expected a path or a name, found ''"),
         ((SUM, "--mesh", "expert=64"), "64"),
+        ((SUM, "--mesh", "x" * 300), "error: --mesh: expected axis=size,... or a preset"),
+        (
+            (SUM, "--kv-cache-memory", "9" * 23),
+            "error: --kv-cache-memory: expected bytes from 1 to 2**63, found 999",
+        ),
+        (
+            (SUM, "--gpu-memory-utilization", "0.5"),
+            "--gpu-memory-utilization: expected a device that reports its memory, "
+            "found cpu: set kv_cache_memory (--kv-cache-memory) instead",
+        ),
+        ((SUM, "--json-schema", ' {"type":"strange"}'), "error: --json-schema: "),
+        ((SUM, "--json-schema", "[1]"), "error: --json-schema: expected a JSON schema object, found list"),
+        *(
+            ((SUM, flag, ""), f"argument {flag}: expected ")
+            for flag in ("--json-schema", "--regex", "--grammar", "--tools", "--stop", "--instructions")
+        ),
+        (("--prompt-file", ""), "--prompt-file: expected a path or a name, found ''"),
+        (("--prompt-file", "/dev/null"), "error: --prompt-file: /dev/null: the prompt is empty"),
+        ((), "error: standard input: the prompt is empty"),
+        (("a\udcffb",), "error: argument prompt: expected UTF-8 text, found 'a\\udcffb'"),
+        ((SUM, "--stop", "\udcff"), "error: argument --stop: expected UTF-8 text"),
+        (("--prompt-tokens", "1_0"), "--prompt-tokens: expected integers such as 1,8,32, found '1_0'"),
+        (("--prompt-tokens", "1" * 5000), "--prompt-tokens: expected integers"),
+        (("--prompt-tokens=-1",), "error: --prompt-tokens: token -1 is outside the vocabulary of 1024"),
         ((SUM, "--prompt-tokens", "1"), "prompt"),
         (("--prompt-tokens", "1,x"), "--prompt-tokens"),
         (("--prompt-tokens", "99999999999999999999999"), "vocabulary"),
@@ -212,6 +238,14 @@ def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) 
         ('{"prompt": "hi", "stop_token_ids": 3}', "stop_token_ids"),
         ('{"prompt_tokens": [1, 3000000000000000000000]}', "vocabulary"),
         ('{"prompt_tokens": [1.5]}', "prompt_tokens"),
+        ('{"prompt_tokens": [-1]}', "line 2: prompt_tokens: token -1 is outside the vocabulary of 1024"),
+        ('{"prompt": "hi", "temperature": NaN}', "not valid JSON: expected a finite number, found NaN"),
+        (
+            '{"prompt": "hi", "logit_bias": {"' + "1" * 5000 + '": 1}}',
+            "logit_bias: expected at most 1024 token ids",
+        ),
+        ('{"prompt": "hi", "tools": {}}', "tools: expected a list, found dict"),
+        ('{"prompt": null}', "expected one of prompt, messages, prompt_tokens"),
         ('{"messages": []}', "messages"),
         ('{"messages": "hi"}', "messages: expected a list, found 'hi'"),
         ('{"prompt": ""}', "prompt: expected non-empty text"),
@@ -408,8 +442,51 @@ def test_a_broken_checkpoint_is_one_line(command, tmp_path: Path) -> None:
     assert "model.safetensors" in err
 
 
+def test_a_prompt_file_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"a\r\nb\rc\n")
+    assert read_text(tmp_path / "prompt", "--prompt-file") == "a\r\nb\rc\n"
+
+
+def test_null_is_absent_in_a_batch(command, tmp_path: Path) -> None:
+    names = (
+        "messages",
+        "tools",
+        "builtin_tools",
+        "reasoning_effort",
+        "response_format",
+        "max_tokens",
+        "temperature",
+    )
+    line = {"id": None, "prompt": SUM} | dict.fromkeys(names)
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    arguments = ("--batch", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert command(generate.main, *arguments, "--max-new-tokens", 2)[0] == 0
+    result = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (result["id"], len(result["token_ids"])) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("/effort foo", "/effort: expected low, medium or high, found 'foo'"),
+        ("/analysis maybe", "/analysis: expected on or off, found 'maybe'"),
+        ("/nope", "unknown command '/nope'; /help lists the commands"),
+        ("/tools", "/tools: expected a file or off, found ''"),
+        ("/tools ~nobodyhere/x.json", "/tools: ~nobodyhere/x.json: No such file or directory"),
+        ("/tools a\0b", "/tools: 'a\\x00b': embedded null byte"),
+        ("/tools ~a\0b", "/tools: '~a\\x00b': embedded null byte"),
+        ("/tools " + "x" * 300, f"/tools: {'x' * 300}: File name too long"),
+        ("\udcff", "standard input: not UTF-8 text"),
+    ],
+)
+def test_a_bad_line_does_not_end_a_chat(command, monkeypatch: pytest.MonkeyPatch, line: str, named: str) -> None:
+    scripted(monkeypatch, "<|channel|>final<|message|>ok<|return|>")
+    code, out, err = command(chat.main, stdin=f"{line}\nhi\n")
+    assert (code, out, err) == (0, "ok\n", f"error: {named}\n")
+
+
 def test_chat_keeps_history_until_reset(command) -> None:
-    lines = f"{SUM}\n/effort low\nWhat is 3 + 4?\n/nonsense\n/reset\nhello\n/exit\n"
+    lines = f"{SUM}\n/effort low\nWhat is 3 + 4?\n/help\n/reset\nhello\n/exit\n"
     code, out, err = command(chat.main, "--hide-analysis", stdin=lines)
     assert code == 0
     assert out.startswith("17 + 25 = 42\n3 + 4 = 7\nHello")

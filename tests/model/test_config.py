@@ -263,6 +263,34 @@ def test_any_fields_are_read_or_rejected_in_one_line(fields: dict[str, Any]) -> 
         assert config is None or ModelConfig.from_dict(config.to_dict()) == config
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("num_experts", "x", "num_experts: expected a positive integer, found 'x'"),
+        ("experts_per_token", 64, "experts_per_token: expected at most num_local_experts"),
+        ("initial_context_length", 10**400, "initial_context_length: expected a positive integer, found 1000"),
+        ("rope_scaling_factor", "x", "rope_scaling_factor: expected a number from 1, found 'x'"),
+    ],
+)
+def test_errors_have_the_names_of_the_file(name: str, value: Any, shown: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        ModelConfig.from_dict(OPENAI_FIELDS | {name: value}, "config.json")
+    assert str(caught.value).startswith(f"config.json: {shown}")
+    fields = {key: value for key, value in BARE.items() if key != "num_local_experts"}
+    with pytest.raises(
+        CheckpointError, match=r"^config.json: num_experts: expected a positive integer, found 'x'$"
+    ):
+        ModelConfig.from_dict(fields | {"num_experts": "x"}, "config.json")
+
+
+def test_a_directory_named_config_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    for read_ in (ModelConfig.from_file, open_checkpoint):
+        with pytest.raises(CheckpointError) as caught:
+            read_(tmp_path)
+        assert str(caught.value) == f"{tmp_path / 'config.json'}: cannot be read: Is a directory"
+
+
 # End tokens. The shipped model's: <|return|> 1017 and <|call|> 1023; its <|endoftext|> is 1016.
 
 END = 1016

@@ -295,6 +295,9 @@ def test_invalid_rules_and_indivisible_sizes_are_rejected_by_name() -> None:
         ("expert=2,expert=2", "twice"),
         ("nowhere", "nowhere"),
         ("", "preset"),
+        ("x" * 300, "a preset .8-experts, .*found 'xxx"),
+        ("../meshes/8-experts", "preset"),
+        ("expert=" + "1" * 5000, "expected a size of 1 or more, found '111"),
     ],
 )
 def test_invalid_meshes_are_rejected(text: str, named: str) -> None:

@@ -276,6 +276,13 @@ def changed(path: str, value: Any) -> Any:
         (changed("pre_tokenizer/pretokenizers/0/behavior", "Removed"), "pretokenizers[0].invert"),
         (changed("pre_tokenizer/pretokenizers/0/pattern", {"String": " "}), "pretokenizers[0].pattern.Regex"),
         (changed("pre_tokenizer/pretokenizers/0/pattern/Regex", "("), "pre_tokenizer"),
+        *(
+            (
+                changed("pre_tokenizer/pretokenizers/0/pattern/Regex", pattern),
+                "Regex: expected a regular",
+            )
+            for pattern in ("", "a*", "(?=.)", r"\b", "x{0}", r"\p{L}+|[^\p{N}a]?", "a(?:b|)(?<=a)|(?i:c)*+")
+        ),
         (changed("pre_tokenizer/pretokenizers/1/add_prefix_space", True), "pretokenizers[1].add_prefix_space"),
         (changed("added_tokens", None), "added_tokens"),
         (changed("added_tokens/1/id", 0), "added_tokens[1]"),

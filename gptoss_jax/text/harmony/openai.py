@@ -19,7 +19,7 @@ from gptoss_jax.text.harmony.messages import (
     ToolNamespace,
 )
 from gptoss_jax.text.harmony.render import render_conversation
-from gptoss_jax.text.harmony.tools import BUILTIN_TOOLS, Tool, function_tools
+from gptoss_jax.text.harmony.tools import BUILTIN_TOOLS, Tool, function_tools, plain_json
 from gptoss_jax.text.harmony.typescript import to_json
 from gptoss_jax.text.tokenizer import Tokenizer
 
@@ -96,6 +96,7 @@ def to_messages(
         ("knowledge_cutoff", knowledge_cutoff),
     ):
         _check(value is None or isinstance(value, str), name, "a string", value)
+    _check(isinstance(auto_drop_analysis, bool), "auto_drop_analysis", "true or false", auto_drop_analysis)
     system = SystemContent(
         model_identity=MODEL_IDENTITY if model_identity is None else model_identity,
         knowledge_cutoff=knowledge_cutoff,
@@ -103,7 +104,7 @@ def to_messages(
         reasoning_effort=reasoning_effort,
         tools=_builtin(builtin_tools),
     )
-    functions = function_tools(tools or ())
+    functions = function_tools(() if tools is None else tools)
     namespaces = (ToolNamespace("functions", None, functions),) if functions else ()
     reader = _Reader({namespace.name for namespace in system.tools})
     body = [message for index, value in enumerate(messages) for message in reader.read(index, value)]
@@ -164,7 +165,7 @@ def _response_format(value: Mapping[str, Any] | None) -> ResponseFormat | None:
                 "a string",
                 description,
             )
-            return ResponseFormat(name, schema, description)
+            return ResponseFormat(name, plain_json(f"{where}.schema", schema), description)
         case other:
             raise UsageError(f"expected text, json_object or json_schema, found {other!r}", "response_format.type")
 
@@ -221,7 +222,7 @@ class _Reader:
         _check(named, f"{where}.function.name", "a name without spaces", name)
         _check(call_id is None or isinstance(call_id, str), f"{where}.id", "a string", call_id)
         if isinstance(arguments, Mapping):
-            arguments = to_json(arguments)
+            arguments = to_json(plain_json(f"{where}.function.arguments", arguments))
         _check(isinstance(arguments, str), f"{where}.function.arguments", "a string or an object", arguments)
         if self._is_builtin(name):
             written = Message("assistant", (arguments,), author, name, "analysis", "code")
@@ -336,7 +337,7 @@ def join_texts(texts: Iterable[str]) -> str:
 
 def tool_names(tools: Sequence[Tool] | None = None, builtin_tools: Sequence[str] = ()) -> frozenset[str]:
     """The names by which calls refer to these tools; arguments are as for `render`. Raises UsageError."""
-    functions = [tool.name for tool in function_tools(tools or ())]
+    functions = [tool.name for tool in function_tools(() if tools is None else tools)]
     builtin = [
         f"{space.name}.{tool.name}" if tool else space.name
         for space in _builtin(builtin_tools)

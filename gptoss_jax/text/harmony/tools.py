@@ -190,6 +190,11 @@ def function_tool(where: str, tool: Mapping[str, Any]) -> FunctionTool:
     name, description = tool.get("name"), tool.get("description")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"expected letters, digits, '_', '-' and '.', found {name!r}", f"{where}.name")
+    if name.startswith("functions."):
+        # Calls are written to functions.NAME and read without it.
+        raise UsageError(
+            f"expected a name without 'functions.', which is harmony's prefix, found {name!r}", f"{where}.name"
+        )
     if description is not None and not isinstance(description, str):
         raise UsageError(f"expected a string, found {type(description).__name__}", f"{where}.description")
     for key in _given(tool, besides=_FIELDS):
@@ -201,7 +206,7 @@ def function_tool(where: str, tool: Mapping[str, Any]) -> FunctionTool:
         raise UsageError(f"expected one of {', '.join(_PARAMETERS)}, found {' and '.join(given)}", where)
     parameters = None
     for key in given:
-        parameters = _plain(f"{where}.{key}", tool[key])
+        parameters = plain_json(f"{where}.{key}", tool[key])
         _check_schema(f"{where}.{key}", parameters)
     return FunctionTool(name, description or "", parameters)
 
@@ -218,14 +223,14 @@ def _given(tool: Mapping[str, Any], besides: Iterable[str]) -> list[str]:
     return [key for key, value in tool.items() if value is not None and key not in {*besides, *_NOT_SHOWN}]
 
 
-def _plain(where: str, value: Any, depth: int = 0) -> Any:
+def plain_json(where: str, value: Any, depth: int = 0) -> Any:
     """JSON in Python's own types, as json.loads gives it. Raises UsageError for what JSON cannot hold."""
     if depth > _NESTING:
         raise UsageError(f"expected at most {_NESTING} levels of nesting", f"{where[:120]}...")
     if isinstance(value, Mapping):
-        return {str(key): _plain(f"{where}.{key}", item, depth + 1) for key, item in value.items()}
+        return {str(key): plain_json(f"{where}.{key}", item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(f"{where}[{index}]", item, depth + 1) for index, item in enumerate(value)]
+        return [plain_json(f"{where}[{index}]", item, depth + 1) for index, item in enumerate(value)]
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):

@@ -1,4 +1,5 @@
 import itertools
+import math
 from typing import Any, Literal
 
 import pytest
@@ -299,7 +300,20 @@ for _ in range(2000):
         ([], {"next_role": "robot"}, "next_role"),
         ([], {"builtin_tools": ["shell"]}, "builtin_tools: expected any of browser, python, found 'shell'"),
         ([], {"builtin_tools": "python"}, "builtin_tools: expected a list"),
-        ([], {"tools": 1}, "tools: expected a list"),
+        *(([], {"tools": tools}, "tools: expected a list") for tools in (1, 0, {}, "")),
+        ([], {"tools": [{"name": "functions.add"}]}, "tools[0].name: expected a name without 'functions.'"),
+        ([], {"tools": [{"name": "functions."}]}, "tools[0].name: expected a name without 'functions.'"),
+        ([], {"auto_drop_analysis": "x"}, "auto_drop_analysis: expected true or false, found 'x'"),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": [math.nan]}}]}],
+            {},
+            "messages[0].tool_calls[0].function.arguments.a[0]: expected what JSON can hold, found float",
+        ),
+        (
+            [],
+            {"response_format": {"schema": {"const": math.inf}}},
+            "response_format.schema.const: expected what JSON",
+        ),
         ([], {"tools": [1]}, "tools[0]: expected a tool object or a function, found int"),
         ([], {"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ([], {"tools": [{"function": 1}]}, "tools[0].function"),
