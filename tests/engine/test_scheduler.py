@@ -28,11 +28,12 @@ def limits(
     size: int = 32,
     caching: bool = False,
     steps: int = 1,
+    cached: int = 0,
 ) -> Limits:
-    """A sliding pool just large enough for all slots and two launches."""
+    """A sliding pool just large enough for all slots and two launches, and so many cached pages."""
     own = -(-(WINDOW - 1) // size) + -(-(size - 1 + 2 * steps) // size)
     in_flight = 2 * -(-tokens // size)
-    cache = CacheShape(slots, size, pages, slots * own + in_flight, pages, own + in_flight + 1)
+    cache = CacheShape(slots, size, pages, slots * own + in_flight + cached, pages, own + in_flight + 1)
     sizes = Pace.of("gpu", None, tokens, None, slots).token_sizes
     return Limits(cache, WINDOW, tokens, sizes, chunk or tokens, max(slots, 16), steps, slots, caching)
 
@@ -132,7 +133,7 @@ def state(scheduler: Scheduler) -> Any:
     pools = [(vars(rank.pages), vars(rank.sliding)) for rank in scheduler.ranks]
     sequences = [vars(s) for s in [*scheduler.waiting, *(s for rank in scheduler.ranks for s in rank.running)]]
     return copy.deepcopy(
-        (pools, [{n: v for n, v in s.items() if n not in ("leader", "_keys")} for s in sequences])
+        (pools, [{n: v for n, v in s.items() if n not in ("prompt", "leader", "_keys")} for s in sequences])
     )
 
 
@@ -318,14 +319,14 @@ def test_a_prompt_that_parts_from_another_is_taken_up_there_next_time() -> None:
 
 
 def test_windows_that_were_passed_are_evicted_first() -> None:
-    scheduler = Scheduler(limits(slots=1, pages=400, size=4, caching=True, tokens=16), 1)
+    scheduler = Scheduler(limits(slots=1, pages=800, size=4, caching=True, tokens=16, cached=24), 1)
     device = Device(scheduler)
     finish(device, sequence("a", [5] * 60))
-    for number in range(6):
-        finish(device, sequence(str(number), [number % 3 + 6] * 200))
+    finish(device, sequence("b", list(range(400))))
     again = sequence("again", [5] * 60 + [1])
     finish(device, again)
     assert again.prefix_hits == 60
+    assert scheduler.limits.cache.sliding_pages < 400 // 4
 
 
 def test_ranks_share_the_work_evenly_and_prefer_the_one_that_has_the_prefix() -> None:
