@@ -355,7 +355,7 @@ def _decode_kernel(
     tokens, _, head_dim = q_ref.shape
     if fills:
         clears = (item < tokens) & (owned_or_out_ref[jnp.minimum(item, tokens - 1)] == 0)
-        _clear(out_ref, _Rows.of(op, 1, kv_head, item, jnp.where(clears, 1, 0), tokens))
+        _clear(out_ref, _Rows.of(op, 1, kv_head, item, clears.astype(jnp.int32), tokens))
     record = [records_ref[item, field] for field in range(records_ref.shape[1])]
     rows = _Rows.of(op, op.few, kv_head, record[TOKEN], record[QUERIES], tokens)
 
