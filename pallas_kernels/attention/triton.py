@@ -376,9 +376,9 @@ def _decode_kernel(
 
         sink_R, denominator_R = rows.sinks(sinks_ref), jnp.ones(rows.here_R.shape, jnp.float32)
         if partial_refs:
-            # The sink is in the first part.
-            first = jnp.broadcast_to(record[BEGIN] <= _first_key(record[POSITION], op.window), sink_R.shape)
-            sink_R, denominator_R = jnp.where(first, sink_R, LOWEST), jnp.where(first, denominator_R, 0.0)
+            # All parts are relative to the sink or more, but it counts in the first only.
+            first = record[BEGIN] <= _first_key(record[POSITION], op.window)
+            denominator_R = jnp.where(jnp.broadcast_to(first, sink_R.shape), denominator_R, 0.0)
         initial = (sink_R, denominator_R, jnp.zeros((len(sink_R), head_dim), jnp.float32))
         blocks = pl.cdiv(record[END] - record[BEGIN], config.keys)
         largest_R, denominator_R, sum_RD = lax.fori_loop(0, blocks, step, initial)
