@@ -335,7 +335,9 @@ class _Rows(NamedTuple):
 
     def sinks(self, sinks_ref: Any) -> jax.Array:
         """The sinks float32 [R] in base 2."""
-        return plt.load(sinks_ref.at[self.head_R], mask=self.here_R, other=0.0).astype(jnp.float32) * math.log2(math.e)
+        return plt.load(sinks_ref.at[self.head_R], mask=self.here_R, other=0.0).astype(jnp.float32) * math.log2(
+            math.e
+        )
 
 
 def _decode_kernel(
