@@ -155,8 +155,6 @@ def _few(padded_group: int, most_queries: int) -> int:
 # of the first, and, in the decode kernel, the range of its keys and whether they are all that its sequence has.
 ROW, TOKEN, QUERIES, POSITION, BEGIN, END, ALONE = range(7)
 
-FIRST, PARTS_, JOINED_TOKEN, JOINED_QUERIES = range(4)
-
 
 class Items(NamedTuple):
     """The decode kernel's work: its blocks, and the sequences that have several, which are joined.
@@ -221,9 +219,8 @@ def _joins(splits_N: jax.Array, starts_N: jax.Array, queries_N: jax.Array, most:
     here_J = sequence_J < len(splits_N)
     sequence_J = jnp.minimum(sequence_J, len(splits_N) - 1)
     first_N = jnp.cumsum(splits_N) - splits_N
-    fields = [x[sequence_J] for x in (first_N, splits_N, starts_N, queries_N)]
-    fields[JOINED_QUERIES] = jnp.where(here_J, fields[JOINED_QUERIES], 0)
-    return jnp.stack(fields, axis=1).astype(jnp.int32)
+    first_J, splits_J, starts_J, queries_J = (x[sequence_J] for x in (first_N, splits_N, starts_N, queries_N))
+    return jnp.stack([first_J, splits_J, starts_J, jnp.where(here_J, queries_J, 0)], axis=1).astype(jnp.int32)
 
 
 def _owned(batch: RaggedBatch, tokens: int) -> jax.Array:
@@ -335,9 +332,8 @@ class _Rows(NamedTuple):
 
     def sinks(self, sinks_ref: Any) -> jax.Array:
         """The sinks float32 [R] in base 2."""
-        return plt.load(sinks_ref.at[self.head_R], mask=self.here_R, other=0.0).astype(jnp.float32) * math.log2(
-            math.e
-        )
+        sink_R = plt.load(sinks_ref.at[self.head_R], mask=self.here_R, other=0.0)
+        return sink_R.astype(jnp.float32) * math.log2(math.e)
 
 
 def _decode_kernel(
@@ -354,7 +350,7 @@ def _decode_kernel(
     fills: bool,
 ) -> None:
     kv_head, item = pl.program_id(0), pl.program_id(1)
-    tokens, _, head_dim = q_ref.shape
+    tokens, head_dim = q_ref.shape[0], q_ref.shape[2]
     if fills:
         clears = (item < tokens) & (owned_or_out_ref[jnp.minimum(item, tokens - 1)] == 0)
         _clear(out_ref, _Rows.of(op, 1, kv_head, item, clears.astype(jnp.int32), tokens))
@@ -388,17 +384,15 @@ def _decode_kernel(
         def finish() -> None:
             plt.store(out_ref.at[index], (sum_RD / denominator_R[:, None]).astype(out_ref.dtype), mask=mask_RD)
 
-        if not partial_refs:
-            finish()
-            return
-        pl.when(record[ALONE] != 0)(finish)
+        def leave_part() -> None:
+            for ref, value in zip(partial_refs, (sum_RD, largest_R, denominator_R), strict=True):
+                ref[item, kv_head] = value
 
-        @pl.when(record[ALONE] == 0)
-        def _() -> None:
-            sums_ref, largest_ref, denominators_ref = partial_refs
-            sums_ref[item, kv_head] = sum_RD
-            largest_ref[item, kv_head] = largest_R
-            denominators_ref[item, kv_head] = denominator_R
+        if partial_refs:
+            pl.when(record[ALONE] != 0)(finish)
+            pl.when(record[ALONE] == 0)(leave_part)
+        else:
+            finish()
 
 
 def _join_kernel(
@@ -453,7 +447,7 @@ def _prompt_kernel(
 ) -> None:
     # The last blocks of a prompt see the most keys, and start first.
     kv_head, block = pl.program_id(0), records_ref.shape[0] - 1 - pl.program_id(1)
-    tokens, _, head_dim = q_ref.shape
+    tokens, head_dim = q_ref.shape[0], q_ref.shape[2]
     chunk = _Rows.of(op, config.queries, kv_head, block * config.queries, config.queries, tokens)
     _clear_block(out_ref, owned_ref, chunk)
     row, token, queries, position = (records_ref[block, field] for field in range(4))
