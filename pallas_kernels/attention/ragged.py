@@ -49,8 +49,7 @@ def blocks_of(counts_N: jax.Array, size: jax.Array | int, most: int) -> Blocks:
     blocks_N = -(-counts_N // size)
     ends_N = jnp.cumsum(blocks_N)
     index_I = jnp.arange(most, dtype=jnp.int32)
-    sequence_I = jnp.searchsorted(ends_N, index_I, side="right", method="compare_all").astype(jnp.int32)
-    sequence_I = jnp.minimum(sequence_I, len(counts_N) - 1)
+    sequence_I = jnp.minimum(jnp.sum(ends_N <= index_I[:, None], axis=1, dtype=jnp.int32), len(counts_N) - 1)
     first_I = (index_I - (ends_N - blocks_N)[sequence_I]) * size
     count_I = jnp.where(index_I < ends_N[-1], jnp.minimum(counts_N[sequence_I] - first_I, size), 0)
     return Blocks(sequence_I, first_I.astype(jnp.int32), count_I.astype(jnp.int32))

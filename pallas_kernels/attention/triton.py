@@ -142,6 +142,7 @@ def _check(q_THD: jax.Array, kv_pages_PSKE: jax.Array, interpret: bool) -> None:
         raise NotImplementedError(f"queries of {q_THD.dtype}")
     if not interpret:
         gpu.check_converts(kv_pages_PSKE.dtype)
+        gpu.check_indexes(kv_pages_PSKE)
 
 
 def _few(padded_group: int, most_queries: int) -> int:
@@ -215,7 +216,7 @@ def _joins(splits_N: jax.Array, starts_N: jax.Array, queries_N: jax.Array, most:
     """See `Items.joins_JF`."""
     several_N = splits_N > 1
     before_N = jnp.cumsum(several_N)
-    sequence_J = jnp.searchsorted(before_N, jnp.arange(most), side="right", method="compare_all")
+    sequence_J = jnp.sum(before_N <= jnp.arange(most)[:, None], axis=1)
     here_J = sequence_J < len(splits_N)
     sequence_J = jnp.minimum(sequence_J, len(splits_N) - 1)
     first_N = jnp.cumsum(splits_N) - splits_N
@@ -351,10 +352,11 @@ def _decode_kernel(
 ) -> None:
     kv_head, item = pl.program_id(0), pl.program_id(1)
     tokens, head_dim = q_ref.shape[0], q_ref.shape[2]
+    record = [records_ref[item, field] for field in range(records_ref.shape[1])]
     if fills:
+        # Not before the record: a store waits for all loads before it, and the loads after it for the store.
         clears = (item < tokens) & (owned_or_out_ref[jnp.minimum(item, tokens - 1)] == 0)
         _clear(out_ref, _Rows.of(op, 1, kv_head, item, clears.astype(jnp.int32), tokens))
-    record = [records_ref[item, field] for field in range(records_ref.shape[1])]
     rows = _Rows.of(op, op.few, kv_head, record[TOKEN], record[QUERIES], tokens)
 
     @pl.when(record[QUERIES] > 0)
@@ -448,9 +450,9 @@ def _prompt_kernel(
     # The last blocks of a prompt see the most keys, and start first.
     kv_head, block = pl.program_id(0), records_ref.shape[0] - 1 - pl.program_id(1)
     tokens, head_dim = q_ref.shape[0], q_ref.shape[2]
+    row, token, queries, position = (records_ref[block, field] for field in range(4))
     chunk = _Rows.of(op, config.queries, kv_head, block * config.queries, config.queries, tokens)
     _clear_block(out_ref, owned_ref, chunk)
-    row, token, queries, position = (records_ref[block, field] for field in range(4))
 
     @pl.when(queries > 0)
     def _() -> None:
