@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.errors import relative_error, to_float32
-from pallas_kernels.attention import attention, paged_attention
+from benchmarks.kernels import PAGE_SIZE, Ragged
+from pallas_kernels.attention import attention, ragged_paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
@@ -32,17 +33,17 @@ from pallas_kernels.routing import route
 HIDDEN, HEADS, KV_HEADS, WIDTH = 2880, 64, 8, 64
 ALLOWED = 1.1
 
-ATTENTION_SHAPES: list[tuple[int, int, int, int | None]] = [
-    (1, 1, 128, 128),
-    (16, 1, 128, 128),
-    (1, 1, 1024, None),
-    (64, 1, 1024, None),
-    (1, 1, 131072, None),
-    (1, 512, 640, 128),
-    (1, 2048, 2048, None),
-    (1, 512, 131072, None),
-]
-"""Sequences, queries per sequence, keys and window."""
+BATCHES: dict[str, Ragged] = {
+    **{f"decode {n} x {s}": Ragged([1] * n, [s] * n, None) for n, s in ((1, 1024), (64, 1024), (1, 131072))},
+    **{f"decode {n} x 1000": Ragged([1] * n, [1000] * n, 128) for n in (1, 16)},
+    "decode 131072 beside 63 x 100": Ragged([1] * 64, [131072] + [100] * 63, None),
+    "decode 8 x 5000 with 3 drafts": Ragged([4] * 8, [5000] * 8, None),
+    "prompt 512 of 640": Ragged([512], [640], 128),
+    "prompt 2048": Ragged([2048], [2048], None),
+    "prompt 512 of 131072": Ragged([512], [131072], None),
+    "64 decodes of 1000, prompt 1984": Ragged([1] * 64 + [1984], [1000] * 64 + [1984], None),
+    "64 sliding decodes of 1000, prompt 1984": Ragged([1] * 64 + [1984], [1000] * 64 + [1984], 128),
+}
 
 Case = tuple[str, Callable[[], tuple[float, float]]]
 """A name, and a function that returns the error of the op and that of the bfloat16 reference."""
@@ -101,65 +102,41 @@ def expert_ids(count: int, experts: int, routing: str) -> jax.Array:
     return jnp.where(ids % 3 == 0, experts, ids) if routing == "absent" else ids
 
 
-def some_queries(q: jax.Array, positions: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """At most `most` evenly spaced queries, for which the reference fits in memory; with positions and indices."""
-    index = jnp.linspace(0, q.shape[1] - 1, min(most, q.shape[1])).astype(jnp.int32)
-    return q[:, index], positions[:, index], index
-
-
 def attention_cases() -> Iterator[Case]:
-    for shape in ATTENTION_SHAPES:
-        batch, length, keys, window = shape
-        name = f"{batch} x {length} queries, {keys} keys, window {window}"
-        yield f"attention {name}", partial(attention_errors, *shape, paged=False)
-        if window is None:
-            yield f"paged_attention {name}", partial(attention_errors, *shape, paged=True)
+    for name, ragged in BATCHES.items():
+        yield f"attention {name}", partial(attention_errors, ragged)
+    for batch, length, window in ((2, 300, None), (1, 1000, 128)):
+        q, kv = normal(1, batch, length, HEADS, WIDTH), normal(2, batch, length, KV_HEADS, 2 * WIDTH)
+
+        def whole(backend: str | None, q: Any, kv: Any, sinks: Any, window: int | None = window) -> Any:
+            return attention(q, kv, sinks, window=window, sm_scale=1 / math.sqrt(WIDTH), backend=backend)
+
+        name = f"attention of {batch} whole sequences of {length}, window {window}"
+        yield name, partial(compare, whole, q, kv, normal(0, HEADS))
 
 
-def attention_errors(
-    batch: int, length: int, keys: int, window: int | None, *, paged: bool
-) -> tuple[float, float]:
-    """Errors of the op and of the bfloat16 reference, with contiguous keys or with pages in random order."""
-    sinks = normal(0, HEADS)
-    q, kv = normal(1, batch, length, HEADS, WIDTH), normal(2, batch, keys, KV_HEADS, 2 * WIDTH)
-    kv_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
-    positions = kv_positions[:, keys - length :]
-    own, own_positions, index = some_queries(q, positions, max(1, min(64, (1 << 23) // (batch * keys * 4))))
-    options: dict[str, Any] = {"sm_scale": 1 / math.sqrt(WIDTH)}
-    reference = plain_attention(window)
-    want = reference(*to_float32((own, kv)), sinks, own_positions, kv_positions)
-    plain = relative_error(reference(own, kv, sinks, own_positions, kv_positions), want)
-    if paged:
-        table, stored = in_pages(kv)
-        got = jax.jit(partial(paged_attention, **options))(q, stored, table, sinks, positions)
-    else:
-        got = jax.jit(partial(attention, window=window, **options))(q, kv, sinks, positions, kv_positions)
-    return relative_error(got[:, index], want), plain
+def attention_errors(ragged: Ragged) -> tuple[float, float]:
+    """Errors of the op and of the bfloat16 reference, over pages in random order."""
+    layout, pages = ragged.layout()
+    q = normal(1, sum(ragged.counts), HEADS, WIDTH)
+    kv_pages = normal(2, pages, PAGE_SIZE, KV_HEADS, 2 * WIDTH)
+    options: dict[str, Any] = {"window": ragged.window, "max_queries": ragged.max_queries()}
 
+    def attend(backend: str | None, q: Any, kv_pages: Any, sinks: Any) -> jax.Array:
+        scale = 1 / math.sqrt(WIDTH)
+        return ragged_paged_attention(q, kv_pages, layout, sinks, sm_scale=scale, backend=backend, **options)
 
-@cache
-def plain_attention(window: int | None) -> Callable[..., jax.Array]:
-    """The reference, compiled once for contiguous and paged keys."""
-    return jax.jit(partial(attention, window=window, sm_scale=1 / math.sqrt(WIDTH), backend="reference"))
-
-
-def in_pages(kv: jax.Array, page_size: int = 32) -> tuple[jax.Array, jax.Array]:
-    """A page table in random order, and the pages with the keys and values."""
-    batch, keys = kv.shape[:2]
-    pages = keys // page_size
-    table = jax.random.permutation(jax.random.key(3), batch * pages).reshape(batch, pages).astype(jnp.int32)
-    stored = jnp.zeros((batch * pages, page_size, *kv.shape[2:]), kv.dtype)
-    return table, stored.at[table.reshape(-1)].set(kv.reshape(-1, page_size, *kv.shape[2:]))
+    return compare(attend, q, kv_pages, normal(0, HEADS))
 
 
 def rotary_cases() -> Iterator[Case]:
     frequencies = 150000.0 ** -(jnp.arange(WIDTH // 2) / (WIDTH // 2))
-    for batch in (1, 8, 256):
-        q, k, v = (normal(i, batch, 1, n, WIDTH) for i, n in enumerate((HEADS, KV_HEADS, KV_HEADS)))
-        positions = jax.random.randint(jax.random.key(0), (batch, 1), 0, 131072)
-        pages = jax.random.permutation(jax.random.key(1), 2 * batch)[:batch, None].astype(jnp.int32)
-        pages = pages.at[0].set(jnp.where(batch > 1, 2 * batch, pages[0]))
-        store = normal(5, 2 * batch, 32, KV_HEADS, 2 * WIDTH)
+    for tokens in (1, 8, 256, 2048):
+        q, k, v = (normal(i, tokens, n, WIDTH) for i, n in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+        positions = jax.random.randint(jax.random.key(0), (tokens,), 0, 131072)
+        pages = jax.random.permutation(jax.random.key(1), 2 * tokens)[:tokens].astype(jnp.int32)
+        pages = pages.at[0].set(jnp.where(tokens > 1, 2 * tokens, pages[0]))
+        store = normal(5, 2 * tokens, PAGE_SIZE, KV_HEADS, 2 * WIDTH)
 
         def turn(backend: str | None, q: Any, k: Any, v: Any, store: Any, positions: Any, pages: Any) -> Any:
             return rotate_and_store(
@@ -170,13 +147,13 @@ def rotary_cases() -> Iterator[Case]:
                 frequencies,
                 store,
                 pages,
-                positions % 32,
+                positions % PAGE_SIZE,
                 concentration=1.34657,
                 out_dtype=q.dtype,
                 backend=backend,
             )
 
-        yield f"rotate_and_store {batch} sequences", partial(compare, turn, q, k, v, store, positions, pages)
+        yield f"rotate_and_store {tokens} tokens", partial(compare, turn, q, k, v, store, positions, pages)
 
 
 def dense_cases() -> Iterator[Case]:

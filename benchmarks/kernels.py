@@ -8,23 +8,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.timing import chained_seconds, read_bandwidth
 from gptoss_jax.model.config import ModelConfig
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import RaggedBatch, ragged_paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
 from pallas_kernels.routing import route
 
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12}
-"""Dense bf16 operations per second, from the vendor's data sheet."""
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+"""Dense bf16 operations per second, from the vendor's data sheets."""
+
+MOST_KEYS = 8 << 20
+"""Most keys of a case: 16 GiB at the released shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,37 +79,91 @@ def expert_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
         yield Case(f"expert_mlp T={count}", step, x, sets, touched * one_expert, flops)
 
 
+PAGE_SIZE = 32
+MOST_DRAFTS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """A batch for the attention op: the queries and the length of each sequence, over pages in random order."""
+
+    counts: list[int]
+    lengths: list[int]
+    window: int | None
+
+    def first_page(self, n: int) -> int:
+        """The first page with a key that a query of a sequence sees; those before are not in memory."""
+        seen = 0 if self.window is None else max(0, self.lengths[n] - self.counts[n] - self.window + 1)
+        return seen // PAGE_SIZE
+
+    def layout(self, seed: int = 0) -> tuple[RaggedBatch, int]:
+        """The layout, and the number of pages that it needs."""
+        counts, lengths = (np.array(x, np.int32) for x in (self.counts, self.lengths))
+        ends = -(-lengths // PAGE_SIZE)
+        held = [int(end) - self.first_page(n) for n, end in enumerate(ends)]
+        free = np.random.default_rng(seed).permutation(sum(held)).astype(np.int32)
+        # Tables of windows are cyclic.
+        entries = max(64, 1 << max(held).bit_length())
+        tables = np.zeros((len(counts), entries), np.int32)
+        for n, end in enumerate(ends):
+            own, free = free[: held[n]], free[held[n] :]
+            tables[n, np.arange(self.first_page(n), end) % entries] = own
+        starts = (np.cumsum(counts) - counts).astype(np.int32)
+        arrays = (tables, np.arange(len(counts), dtype=np.int32), starts, counts, lengths)
+        return RaggedBatch(*(jnp.asarray(x) for x in arrays)), sum(held)
+
+    def keys(self) -> int:
+        """The keys that are read at least."""
+        seen = (0 if self.window is None else max(0, length - count - self.window + 1) for count, length in self)
+        return sum(self.lengths) - sum(seen)
+
+    def pairs(self) -> int:
+        """The scores that are needed."""
+        every = (range(length - count + 1, length + 1) for count, length in self)
+        return sum(min(seen, self.window or seen) for one in every for seen in one)
+
+    def max_queries(self) -> int | None:
+        """The most queries of a sequence where the engine knows that: a batch that only decodes, with drafts or not."""
+        return max(self.counts) if max(self.counts) <= MOST_DRAFTS + 1 else None
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self.counts, self.lengths, strict=True)
+
+
 def attention_cases(config: ModelConfig, batches: list[int], contexts: list[int]) -> Iterator[Case]:
-    """Decode of one token per sequence in a full and a sliding layer, then prefill of one whole prompt."""
-    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    sinks = jnp.zeros(heads, jnp.bfloat16)
-
-    def case(batch: int, length: int, keys: int, window: int | None) -> Case:
-        def one(i: int) -> Any:
-            kv = jax.random.normal(jax.random.key(i), (batch, keys, kv_heads, 2 * width), jnp.bfloat16)
-            kv_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
-            return kv, kv_positions[:, keys - length :], kv_positions
-
-        def step(q: jax.Array, own: Any) -> jax.Array:
-            kv, q_positions, kv_positions = own
-            return attention(q, kv, sinks, q_positions, kv_positions, window=window, sm_scale=width**-0.5)
-
-        first = one(0)
-        sets = [first] + [one(i) for i in range(1, max(1, min(8, int(2e8 // first[0].nbytes))))]
-        q = jax.random.normal(jax.random.key(9), (batch, length, heads, width), jnp.bfloat16)
-        pairs = sum(min(p + 1, window or p + 1) for p in range(keys - length, keys))
-        flops = 4 * batch * heads * width * pairs
-        name = f"attention B={batch} T={length} S={keys} window={window}"
-        return Case(name, step, q, sets, first[0].nbytes + 2 * q.nbytes, flops)
-
+    """Decode in a full and a sliding layer, prompts, and a step of both."""
+    window = config.sliding_window
     for batch in batches:
-        yield case(batch, 1, config.sliding_window, config.sliding_window)
+        yield ragged_case(config, f"decode N={batch} S=1000", Ragged([1] * batch, [1000] * batch, window))
         for context in contexts:
-            if batch * context <= 1 << 20:
-                yield case(batch, 1, context, None)
-    for length in (512, 2048, 8192):
-        yield case(1, length, length, None)
-        yield case(1, length, length, config.sliding_window)
+            if batch * context <= MOST_KEYS:
+                name = f"decode N={batch} S={context}"
+                yield ragged_case(config, name, Ragged([1] * batch, [context] * batch, None))
+    for own in (None, window):
+        for length in (512, 2048, 8192):
+            yield ragged_case(config, f"prompt T={length}", Ragged([length], [length], own))
+        yield ragged_case(config, "prompt T=2048 S=16384", Ragged([2048], [16384], own))
+        mixed = Ragged([1] * 64 + [1984], [1000] * 64 + [1984], own)
+        yield ragged_case(config, "64 decodes S=1000, prompt T=1984", mixed)
+
+
+def ragged_case(config: ModelConfig, name: str, ragged: Ragged) -> Case:
+    """The attention op on a batch, over so many copies of the keys that they exceed the cache."""
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    sinks = jax.random.normal(jax.random.key(8), (heads,), jnp.bfloat16)
+    layout, pages = ragged.layout()
+
+    def step(q: jax.Array, own: Any) -> jax.Array:
+        options: dict[str, Any] = {"window": ragged.window, "max_queries": ragged.max_queries()}
+        return ragged_paged_attention(q, own[0], own[1], sinks, sm_scale=width**-0.5, **options)
+
+    shape = (pages, PAGE_SIZE, kv_heads, 2 * width)
+    copies = max(1, min(8, int(2e8 // (math.prod(shape) * 2))))
+    sets = [(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16), layout) for i in range(copies)]
+    q = jax.random.normal(jax.random.key(9), (sum(ragged.counts), heads, width), jnp.bfloat16)
+    size = ragged.keys() * kv_heads * 2 * width * 2 + 2 * q.nbytes
+    flops = 4 * heads * width * ragged.pairs()
+    return Case(f"attention {name} window={ragged.window}", step, q, sets, size, flops)
 
 
 def linear_cases(config: ModelConfig, tokens: list[int]) -> Iterator[Case]:
@@ -160,8 +219,8 @@ def main() -> None:
     """Run the cases selected by the flags, and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=["expert_mlp", "attention", "linear", "route"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256, 2048, 8192])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 131072])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 256, 2048, 8192])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8000, 100000])
     parser.add_argument("--experts", type=int, default=32, help="32 for gpt-oss-20b, 128 for gpt-oss-120b")
     parser.add_argument("--json", action="store_true", help="print one JSON object per row")
     flags = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
@@ -29,3 +30,12 @@ def check_converts(dtype: DTypeLike) -> None:
     have = capability()
     if jnp.dtype(dtype) == jnp.float8_e4m3fn and have is not None and have < FLOAT8_CAPABILITY:
         raise NotImplementedError(f"compute capability {have / 10} does not convert {jnp.dtype(dtype)}")
+
+
+def check_indexes(x: jax.Array) -> None:
+    """Raise NotImplementedError if the indexes of an array's elements overflow in kernels.
+
+    Pallas computes them with 32 bits, signed, if the array has no more than 4 GiB.
+    """
+    if x.dtype.itemsize == 1 and 1 << 31 < x.size <= 1 << 32:
+        raise NotImplementedError(f"{x.dtype} arrays of 2 to 4 GiB, whose indexes overflow: {x.size} bytes")

@@ -58,7 +58,7 @@ class KeyValues(Protocol):
 
 
 class WholeSequence:
-    """Attention without a cache: queries see only the keys of the same call."""
+    """Attention without a cache: tokens see those before them in the same call, whose positions only rotate."""
 
     def attend(
         self,
@@ -104,7 +104,7 @@ def _attend_whole(
     q, k = (rotate(x, positions_BT, frequencies_F, concentration) for x in (q_BTHD, k_BTKD))
     kv = jnp.concatenate([k.astype(dtype), v_BTKD.astype(dtype)], axis=-1)
     sm_scale = q.shape[-1] ** -0.5
-    return attention(q.astype(dtype), kv, sinks_H, positions_BT, positions_BT, window=window, sm_scale=sm_scale)
+    return attention(q.astype(dtype), kv, sinks_H, window=window, sm_scale=sm_scale)
 
 
 @dataclasses.dataclass(frozen=True)

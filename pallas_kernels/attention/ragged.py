@@ -32,6 +32,29 @@ class RaggedBatch:
     lengths_N: jax.Array
 
 
+class Blocks(NamedTuple):
+    """Blocks of some of the elements of one sequence each; all int32 [I].
+
+    `sequence` is each block's sequence, `first` its first element among the sequence's, and `count` how many it has,
+    0 for the blocks of the static size I that are not needed.
+    """
+
+    sequence_I: jax.Array
+    first_I: jax.Array
+    count_I: jax.Array
+
+
+def blocks_of(counts_N: jax.Array, size: jax.Array | int, most: int) -> Blocks:
+    """The blocks of `size` elements of sequences that have `counts_N`, in order; there must be at most `most`."""
+    blocks_N = -(-counts_N // size)
+    ends_N = jnp.cumsum(blocks_N)
+    index_I = jnp.arange(most, dtype=jnp.int32)
+    sequence_I = jnp.minimum(jnp.sum(ends_N <= index_I[:, None], axis=1, dtype=jnp.int32), len(counts_N) - 1)
+    first_I = (index_I - (ends_N - blocks_N)[sequence_I]) * size
+    count_I = jnp.where(index_I < ends_N[-1], jnp.minimum(counts_N[sequence_I] - first_I, size), 0)
+    return Blocks(sequence_I, first_I.astype(jnp.int32), count_I.astype(jnp.int32))
+
+
 class QueryBlocks(NamedTuple):
     """Blocks of at most Q queries of one sequence each; all int32 [I].
 
@@ -44,14 +67,10 @@ class QueryBlocks(NamedTuple):
     queries_I: jax.Array
 
     @classmethod
-    def of(cls, counts_N: jax.Array, tokens: int, size: int) -> QueryBlocks:
-        """All blocks of `size` queries of sequences that have `tokens` queries together, in order."""
-        blocks_N = -(-counts_N // size)
-        ends_N = jnp.cumsum(blocks_N)
-        most = min(tokens, tokens // size + len(counts_N))
-        index_I = jnp.arange(most, dtype=jnp.int32)
-        sequence_I = jnp.searchsorted(ends_N, index_I, side="right", method="compare_all").astype(jnp.int32)
-        sequence_I = jnp.minimum(sequence_I, len(counts_N) - 1)
-        first_I = (index_I - (ends_N - blocks_N)[sequence_I]) * size
-        queries_I = jnp.where(index_I < ends_N[-1], jnp.minimum(counts_N[sequence_I] - first_I, size), 0)
-        return cls(sequence_I, first_I.astype(jnp.int32), queries_I.astype(jnp.int32))
+    def of(cls, counts_N: jax.Array, tokens: int, size: int, least: int = 1) -> QueryBlocks:
+        """All blocks of `size` queries of sequences that have `tokens` queries together, in order.
+
+        Sequences have 0 or at least `least` queries each.
+        """
+        most = min(tokens, tokens // size + min(len(counts_N), tokens // least))
+        return cls(*blocks_of(counts_N, size, most))

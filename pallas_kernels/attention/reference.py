@@ -21,32 +21,19 @@ Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def attention(
-    q_BTHD: jax.Array,
-    kv_BSKE: jax.Array,
-    sinks_H: jax.Array,
-    q_positions_BT: jax.Array,
-    kv_positions_BS: jax.Array,
-    *,
-    window: int | None,
-    sm_scale: float,
+    q_BTHD: jax.Array, kv_BTKE: jax.Array, sinks_H: jax.Array, *, window: int | None, sm_scale: float
 ) -> jax.Array:
-    """Defines `pallas_kernels.attention.attention`; see there. Computed in blocks of queries."""
+    """Defines `pallas_kernels.attention.attention`; see there. Computed in blocks of queries; differentiable."""
     batch, length, heads, head_dim = q_BTHD.shape
-    block = max(1, min(length, MAX_SCORES // (batch * heads * kv_BSKE.shape[1])))
-
-    def some_queries(q_and_positions: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, positions = q_and_positions
-        return _attend(q, kv_BSKE, sinks_H, positions, kv_positions_BS, window=window, sm_scale=sm_scale)
-
+    block = max(1, min(length, MAX_SCORES // (batch * heads * length)))
+    attend = functools.partial(_attend, kv_BSKE=kv_BTKE, sinks_H=sinks_H, window=window, sm_scale=sm_scale)
     if block == length:
-        return some_queries((q_BTHD, q_positions_BT))
+        return attend((q_BTHD, jnp.int32(0)))
     padding = -length % block
-    q = jnp.pad(q_BTHD, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    positions = jnp.pad(q_positions_BT, ((0, 0), (0, padding)), constant_values=-1)
-    q = q.reshape(batch, -1, block, heads, head_dim).swapaxes(0, 1)
-    positions = positions.reshape(batch, -1, block).swapaxes(0, 1)
-    out = lax.map(some_queries, (q, positions)).swapaxes(0, 1)
-    return out.reshape(batch, length + padding, heads, head_dim)[:, :length]
+    q_BTHD = jnp.pad(q_BTHD, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    q_XBTHD = q_BTHD.reshape(batch, -1, block, heads, head_dim).swapaxes(0, 1)
+    out_XBTHD = lax.map(attend, (q_XBTHD, block * jnp.arange(len(q_XBTHD), dtype=jnp.int32)))
+    return out_XBTHD.swapaxes(0, 1).reshape(batch, length + padding, heads, head_dim)[:, :length]
 
 
 def ragged_paged_attention(
@@ -66,8 +53,8 @@ def ragged_paged_attention(
     """
     tokens, heads, head_dim = q_THD.shape
     page_size, kv_heads = kv_pages_PSKE.shape[1:3]
-    blocks = QueryBlocks.of(batch.counts_N, tokens, min(QUERIES, max_queries or QUERIES))
     size = min(QUERIES, max_queries or QUERIES)
+    blocks = QueryBlocks.of(batch.counts_N, tokens, size)
     inner_Q = jnp.arange(size, dtype=jnp.int32)
     here_IQ = inner_Q < blocks.queries_I[:, None]
     starts_I, counts_I, lengths_I, rows_I = (
@@ -125,41 +112,29 @@ def _accumulate(
 
 
 def _attend(
-    q_BTHD: jax.Array,
+    q_and_first: tuple[jax.Array, jax.Array],
     kv_BSKE: jax.Array,
     sinks_H: jax.Array,
-    q_positions_BT: jax.Array,
-    kv_positions_BS: jax.Array,
-    *,
     window: int | None,
     sm_scale: float,
 ) -> jax.Array:
+    """Attention of queries [B, T, H, D] at consecutive positions from `first` on."""
+    q_BTHD, first = q_and_first
     batch, length, heads, head_dim = q_BTHD.shape
-    kv_heads = kv_BSKE.shape[2]
+    keys, kv_heads = kv_BSKE.shape[1:3]
     precision = lax.Precision.HIGHEST if q_BTHD.dtype == jnp.float32 else None
+    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     k_BSKD, v_BSKD = jnp.split(kv_BSKE.astype(q_BTHD.dtype), 2, axis=-1)
     q_BTKGD = q_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores_BKGTS = sm_scale * jnp.einsum(
-        "btkgd,bskd->bkgts",
-        q_BTKGD,
-        k_BSKD,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    q_positions, kv_positions = q_positions_BT[:, :, None], kv_positions_BS[:, None, :]
-    seen_BTS = (kv_positions >= 0) & (kv_positions <= q_positions)
+    scores_BKGTS = sm_scale * dot("btkgd,bskd->bkgts", q_BTKGD, k_BSKD)
+    q_positions_T1, kv_positions_S = first + jnp.arange(length)[:, None], jnp.arange(keys)
+    seen_TS = kv_positions_S <= q_positions_T1
     if window is not None:
-        seen_BTS &= kv_positions > q_positions - window
-    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+        seen_TS &= kv_positions_S > q_positions_T1 - window
+    scores_BKGTS = jnp.where(seen_TS, scores_BKGTS, -jnp.inf)
     sinks_KG11 = sinks_H.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
-    largest = jnp.maximum(jnp.max(scores_BKGTS, axis=-1, keepdims=True), sinks_KG11)
-    weights_BKGTS = jnp.exp(scores_BKGTS - largest)
-    denominator = jnp.sum(weights_BKGTS, axis=-1, keepdims=True) + jnp.exp(sinks_KG11 - largest)
-    out_BTKGD = jnp.einsum(
-        "bkgts,bskd->btkgd",
-        (weights_BKGTS / denominator).astype(q_BTHD.dtype),
-        v_BSKD,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    return out_BTKGD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+    largest_BKGT1 = jnp.maximum(jnp.max(scores_BKGTS, axis=-1, keepdims=True), sinks_KG11)
+    weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
+    denominator_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True) + jnp.exp(sinks_KG11 - largest_BKGT1)
+    weights_BKGTS = (weights_BKGTS / denominator_BKGT1).astype(q_BTHD.dtype)
+    return dot("bkgts,bskd->btkgd", weights_BKGTS, v_BSKD).reshape(q_BTHD.shape).astype(q_BTHD.dtype)

@@ -36,6 +36,7 @@ def rotate_and_store(
         raise NotImplementedError(f"head_dim {head_dim} is not a power of two")
     if not interpret:
         gpu.check_converts(kv_pages_PSKE.dtype)
+        gpu.check_indexes(kv_pages_PSKE)
     q_out_THD, kv_pages = pl.pallas_call(
         functools.partial(_kernel, group=heads // kv_heads, concentration=concentration),
         grid=(kv_heads, tokens),

@@ -14,8 +14,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from benchmarks import counters
-from benchmarks.counter_cases import OPS, Call, Shapes, _ring_positions
+from benchmarks.counter_cases import OPS, Call, Shapes
 from benchmarks.counters import METRICS, STALL_METRICS, known_metrics, read_csv, run_cases, text_row, with_cases
+from benchmarks.kernels import Ragged
 from gptoss_jax.model.config import ModelConfig
 from pallas_kernels import use_backend
 
@@ -135,32 +136,32 @@ def test_the_marker_of_a_case_has_its_number_of_blocks() -> None:
 
 def test_no_case_is_of_zeros(attention_calls: dict[str, Call]) -> None:
     for call in attention_calls.values():
-        for x in call.args:
+        for x in jax.tree.leaves(call.args):
             assert x.dtype == jnp.int32 or np.std(np.asarray(x, np.float32)) > 0.5, call.name
 
 
 def test_the_floor_counts_each_key_once(attention_calls: dict[str, Call]) -> None:
     """Four heads of queries, and two of keys and values in bfloat16, all 16 wide."""
     row, queries = 2 * 2 * 16 * 2, 2 * 4 * 16 * 2
-    decode = attention_calls["paged_attention B=3 T=1 S=40"]
+    decode = attention_calls["attention decode N=3 S=40 window=None"]
     assert decode.bytes == 3 * (40 * row + queries)
     assert decode.flops == 3 * 4 * 4 * 16 * 40
-    full = attention_calls["paged_attention B=1 T=16 S=37"]
+    full = attention_calls["attention prompt T=16 after 21 window=None"]
     assert full.flops == 4 * 4 * 16 * sum(p + 1 for p in range(21, 37))
-    sliding = attention_calls["attention T=16 after 21 window=8"]
+    sliding = attention_calls["attention prompt T=16 after 21 window=8"]
     assert sliding.bytes == (7 + 16) * row + 16 * queries
     assert sliding.flops == 4 * 4 * 16 * 16 * 8
+    drafts = attention_calls["attention decode N=3 T=4 S=908 window=8"]
+    assert drafts.bytes == 3 * ((7 + 4) * row + 4 * queries)
 
 
-def test_rings_hold_the_last_keys() -> None:
-    assert _ring_positions(0, 4).tolist() == [-1] * 4
-    assert _ring_positions(3, 4).tolist() == [0, 1, 2, -1]
-    assert _ring_positions(10, 4).tolist() == [8, 9, 6, 7]
-
-
-def test_paged_keys_are_those_of_the_sequence(attention_calls: dict[str, Call]) -> None:
-    """A sequence's pages are its own, and the table is as wide as the engine's."""
-    _, _, table, _, positions = attention_calls["paged_attention B=3 T=1 S=40"].args
-    assert table.shape == (3, 64)
-    assert np.unique(table[:, :2]).tolist() == list(range(6))
-    assert positions.tolist() == [[39]] * 3
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_pages_of_sequences_are_their_own(window: int | None) -> None:
+    """Sequences have the pages of the keys that their queries see, and tables are at least as wide as the engine's."""
+    layout, pages = Ragged([1, 70, 2], [300, 100, 33], window).layout()
+    tables = np.asarray(layout.page_tables_RM)
+    assert tables.shape == (3, 64)
+    blocks = [(0, 10), (0, 4), (0, 2)] if window is None else [(260 // 32, 10), (0, 4), (0, 2)]
+    used = np.concatenate([tables[n, first:end] for n, (first, end) in enumerate(blocks)])
+    assert sorted(used.tolist()) == list(range(pages))
+    assert layout.starts_N.tolist() == [0, 1, 71]

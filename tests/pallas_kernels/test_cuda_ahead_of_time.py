@@ -23,7 +23,7 @@ from gptoss_jax.model.placement import partition_for
 from gptoss_jax.planner.steps import abstract_model, decode_step
 from gptoss_jax.planner.work import held_bytes
 from pallas_kernels import backend
-from pallas_kernels.attention import attention, paged_attention
+from pallas_kernels.attention import RaggedBatch, attention, ragged_paged_attention
 from pallas_kernels.linear import linear
 from pallas_kernels.mxfp4_matmul import expert_mlp
 from pallas_kernels.mxfp4_matmul.gpu_layout import BLOCK, WORDS, GpuExperts
@@ -120,23 +120,39 @@ def test_many_rows_an_expert_run_the_hopper_kernel(card: Mesh, tokens: int, inne
     assert text.count(KERNELS[1]) == (2 if hopper and many else 0)
 
 
-@pytest.mark.parametrize(
-    ("batch", "length", "keys", "window"),
-    [(1, 1, 128, 128), (1, 1, 131072, None), (256, 1, 1024, None), (1, 512, 640, 128), (1, 8192, 8192, None)],
-)
-def test_attention(card: Mesh, batch: int, length: int, keys: int, window: int | None) -> None:
-    q, kv = bfloat16(batch, length, HEADS, WIDTH), bfloat16(batch, keys, KV_HEADS, 2 * WIDTH)
-    function = partial(attention, window=window, sm_scale=0.125)
-    assert kernels_in(function, card, q, kv, bfloat16(HEADS), int32(batch, length), int32(batch, keys)) >= 1
+def ragged(sequences: int, table: int = 4096) -> RaggedBatch:
+    """The shapes of a layout over the engine's page tables."""
+    return RaggedBatch(int32(256, table), *(int32(sequences) for _ in range(4)))
 
 
+@pytest.mark.parametrize("window", [None, 128])
 @pytest.mark.parametrize(
-    ("batch", "length", "page_size", "pages"), [(1, 1, 16, 8192), (64, 1, 64, 32), (4, 512, 64, 128)]
+    ("sequences", "tokens", "most", "kernels"),
+    [
+        (1, 1, 1, 2),
+        (64, 64, 1, 2),
+        (256, 256, 1, 2),
+        (64, 256, 4, 2),
+        (1, 2048, None, 3),
+        (256, 2048, None, 3),
+        pytest.param(64, 256, None, 3, marks=SLOW),
+        pytest.param(1, 8192, None, 3, marks=SLOW),
+    ],
 )
-def test_paged_attention(card: Mesh, batch: int, length: int, page_size: int, pages: int) -> None:
-    q, kv = bfloat16(batch, length, HEADS, WIDTH), bfloat16(9000, page_size, KV_HEADS, 2 * WIDTH)
-    shapes = (q, kv, int32(batch, pages), bfloat16(HEADS), int32(batch, length))
-    assert kernels_in(partial(paged_attention, sm_scale=0.125), card, *shapes) >= 1
+def test_attention(
+    card: Mesh, sequences: int, tokens: int, most: int | None, kernels: int, window: int | None
+) -> None:
+    """The kernels for few and for many queries, and one that joins parts of long sequences, which windows are not."""
+    shapes = (bfloat16(tokens, HEADS, WIDTH), bfloat16(9000, 32, KV_HEADS, 2 * WIDTH))
+    function = partial(ragged_paged_attention, window=window, sm_scale=0.125, max_queries=most)
+    found = kernels_in(function, card, *shapes, ragged(sequences), bfloat16(HEADS))
+    assert found == kernels - (window is not None)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1000), pytest.param(4, 8192, marks=SLOW)])
+def test_attention_of_whole_sequences(card: Mesh, batch: int, length: int) -> None:
+    shapes = (bfloat16(batch, length, HEADS, WIDTH), bfloat16(batch, length, KV_HEADS, 2 * WIDTH), bfloat16(HEADS))
+    assert kernels_in(partial(attention, window=128, sm_scale=0.125), card, *shapes) == 2
 
 
 @pytest.mark.parametrize(
@@ -156,27 +172,23 @@ def test_caches_of_other_dtypes(
     card: Mesh, tokens: DTypeLike, cache: DTypeLike, length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ampere cannot convert float8: its ops fall back to the reference, and each logs a warning."""
-    q, k = (jax.ShapeDtypeStruct((2, length, heads, WIDTH), tokens) for heads in (HEADS, KV_HEADS))
-    kv, pages = (jax.ShapeDtypeStruct((*shape, KV_HEADS, 2 * WIDTH), cache) for shape in ((2, 640), (100, 64)))
-    sinks, at = jax.ShapeDtypeStruct((HEADS,), tokens), int32(2, length)
+    q, k = (jax.ShapeDtypeStruct((2 * length, heads, WIDTH), tokens) for heads in (HEADS, KV_HEADS))
+    pages = jax.ShapeDtypeStruct((100, 64, KV_HEADS, 2 * WIDTH), cache)
+    sinks, at = jax.ShapeDtypeStruct((HEADS,), tokens), int32(2 * length)
     frequencies = jax.ShapeDtypeStruct((WIDTH // 2,), jnp.float32)
-    sliding = partial(attention, window=128, sm_scale=0.125)
-    full = partial(paged_attention, sm_scale=0.125)
+    attend = partial(ragged_paged_attention, window=None, sm_scale=0.125, max_queries=length)
     rotated = partial(rotate_and_store, concentration=1.3, out_dtype=tokens)
     backend._warned.clear()
     found = [
-        kernels_in(sliding, card, q, kv, sinks, at, int32(2, 640)),
-        kernels_in(full, card, q, pages, int32(2, 32), sinks, at),
+        kernels_in(attend, card, q, pages, ragged(2, 32), sinks),
         kernels_in(rotated, card, q, k, k, at, frequencies, pages, at, at),
     ]
     said = [record.args[0] for record in caplog.records if record.name == backend.__name__]  # type: ignore[index]
-    rotating = ["rotate_and_store"] if length == 1 else []
     if cache == jnp.float8_e4m3fn and "A100" in card.devices.flat[0].device_kind:
-        assert found == [0, 0, 0]
-        assert said == ["attention", "paged_attention", *rotating]
+        assert found == [0, 0]
+        assert said == ["ragged_paged_attention", "rotate_and_store"]
     else:
-        assert min(found[:2]) >= 1
-        assert found[2] == len(rotating)
+        assert found == [2 if length == 1 else 3, 1]
         assert not said
 
 
@@ -192,8 +204,8 @@ def test_a_token_s_small_ops(card: Mesh, dtype: DTypeLike) -> None:
     assert kernels_in(normed, card, floats(1, HIDDEN), weights, biases, floats(HIDDEN)) == 1
     router = (floats(1, HIDDEN), floats(HIDDEN), floats(128, HIDDEN), floats(128))
     assert kernels_in(partial(route, k=4, eps=1e-5), card, *router) == 2
-    turned = (*(floats(2, 1, n, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS)), int32(2, 1))
-    cache = (floats(100, 64, KV_HEADS, 2 * WIDTH), int32(2, 1), int32(2, 1))
+    turned = (*(floats(2, n, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS)), int32(2))
+    cache = (floats(100, 64, KV_HEADS, 2 * WIDTH), int32(2), int32(2))
     frequencies = jax.ShapeDtypeStruct((WIDTH // 2,), jnp.float32)
     function = partial(rotate_and_store, concentration=1.3, out_dtype=dtype)
     assert kernels_in(function, card, *turned, frequencies, *cache) == 1

@@ -1,4 +1,4 @@
-"""Ragged paged attention: every backend against attention computed query by query in float64."""
+"""Ragged paged attention, and attention of whole sequences, against attention query by query in float64."""
 
 import dataclasses
 from functools import partial
@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.attention import RaggedBatch, reference
+from pallas_kernels.attention import RaggedBatch, attention, reference, triton
+from pallas_kernels.attention.triton import Config, Decode, Prompt
 
 SCALE = 0.3
 
@@ -119,3 +121,166 @@ def test_a_batch_that_only_decodes(lengths: list[int], window: int | None, seed:
     case = Case(tuple((1, length) for length in lengths), window=window, seed=seed)
     got = computed(reference.ragged_paged_attention, case, max_queries=1)
     np.testing.assert_allclose(got, naive(case), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=10)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([16, 32]),
+    st.sampled_from([None, 1, 7, 128]),
+    st.integers(0, 2**32),
+)
+def test_whole_sequences_equal_a_naive_computation(
+    batch: int, length: int, kv_heads: int, group: int, head_dim: int, window: int | None, seed: int
+) -> None:
+    arrays, want = whole_sequences(batch, length, kv_heads, group, head_dim, window, seed)
+    got = jax.jit(partial(attention, window=window, sm_scale=SCALE))(*arrays)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def whole_sequences(
+    batch: int, length: int, kv_heads: int, group: int, head_dim: int, window: int | None, seed: int = 0
+) -> tuple[list[jax.Array], np.ndarray]:
+    """Queries, keys and sinks of `attention`, and what it gives."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((batch, length, kv_heads * group, head_dim))
+    kv = rng.standard_normal((batch, length, kv_heads, 2 * head_dim))
+    sinks = rng.standard_normal(kv_heads * group)
+    out = np.zeros(q.shape)
+    for b, t, h in np.ndindex(batch, length, kv_heads * group):
+        rows = kv[b, max(0, t + 1 - (window or t + 1)) : t + 1, h // group]
+        weights = np.exp(rows[:, :head_dim] @ q[b, t, h] * SCALE)
+        out[b, t, h] = weights @ rows[:, head_dim:] / (weights.sum() + np.exp(sinks[h]))
+    return [jnp.asarray(x, jnp.float32) for x in (q, kv, sinks)], out
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_whole_sequences_in_blocks_of_queries(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, want = whole_sequences(2, 17, 2, 2, 16, window)
+    monkeypatch.setattr(reference, "MAX_SCORES", 5 * 2 * 4 * 17)
+    got = jax.jit(partial(attention, window=window, sm_scale=SCALE))(*arrays)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, None), (16, 7), (37, None), (130, 128)])
+def test_whole_sequences_as_pages(length: int, window: int | None) -> None:
+    arrays, want = whole_sequences(2, length, 1, 3, 16, window)
+    got = attention(*arrays, window=window, sm_scale=SCALE, backend="triton")
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_whole_sequences_has_gradients() -> None:
+    arrays, _ = whole_sequences(1, 6, 2, 2, 16, 4)
+    q, *others = arrays
+    loss = jax.jit(lambda q: jnp.sum(jnp.sin(attention(q, *others, window=4, sm_scale=SCALE))))
+    direction = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
+    want = (loss(q + 1e-2 * direction) - loss(q - 1e-2 * direction)) / 2e-2
+    np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(q), direction), want, rtol=1e-2)
+
+
+SMALL = Config(Decode(keys=16, chunk=32, programs=16), Prompt(queries=4, keys=16))
+"""Several splits and several blocks for the lengths of CASES."""
+
+
+def triton_equals_naive(case: Case, **options: Any) -> None:
+    got = computed(triton.ragged_paged_attention, case, interpret=True, **options)
+    np.testing.assert_allclose(got, naive(case), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=8)
+@given(CASES, st.sampled_from([None, SMALL]))
+def test_triton_on_any_batch(case: Case, config: Config | None) -> None:
+    triton_equals_naive(case, config=config)
+
+
+@pytest.mark.long
+@settings(max_examples=60)
+@given(CASES, st.sampled_from([None, SMALL, Config(Decode(32, 32, 64), Prompt(16, 32))]), st.booleans())
+def test_triton_on_more_batches(case: Case, config: Config | None, bounded: bool) -> None:
+    most = max(count for count, _ in case.sequences) if bounded else None
+    triton_equals_naive(case, config=config, max_queries=most)
+
+
+@pytest.mark.parametrize("max_queries", [None, 1])
+@pytest.mark.parametrize("programs", [4, 200])
+def test_triton_splits_a_long_sequence_beside_short_ones(max_queries: int | None, programs: int) -> None:
+    """Into two parts, or into more than are joined at a time."""
+    case = Case(((1, 70), (1, 3000), (0, 0), (1, 1), (1, 33)), group=3, padding=2)
+    config = Config(Decode(16, 32, programs, 4, 1), SMALL.prompt)
+    triton_equals_naive(case, config=config, max_queries=max_queries)
+
+
+def test_the_keys_of_one_sequence_fill_the_programs() -> None:
+    """Whatever the batch: its splits are as many as there are programs, and those of others are not fewer than one."""
+    op = triton._Op(group=8, few=1, window=None, scale=1.0)
+    config = Decode(keys=128, chunk=256, programs=512)
+    for lengths in ([100_000], [100_000, *[50] * 63], [100_000, *[0] * 255], [5], [8000] * 64, [1000] * 256):
+        length_N = jnp.asarray(lengths, jnp.int32)
+        index_N = jnp.arange(len(lengths), dtype=jnp.int32)
+        batch = RaggedBatch(jnp.zeros((1, 1), jnp.int32), index_N, index_N, jnp.minimum(length_N, 1), length_N)
+        items = triton.Items.of(batch, 1 << 17, 8, op, config)
+        records = np.asarray(items.records_IF)[np.asarray(items.records_IF)[:, triton.QUERIES] > 0]
+        keys = records[:, triton.END] - records[:, triton.BEGIN]
+        assert keys.min() > 0
+        assert np.bincount(records[:, triton.ROW], keys, len(lengths)).tolist() == lengths
+        if lengths[0] == 100_000:
+            assert 60 <= np.sum(records[:, triton.ROW] == 0) <= 64
+            assert items.joins_JF is not None
+            assert np.asarray(items.joins_JF)[:, 1].max() <= items.parts
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("queries", [1, 2])
+def test_triton_decodes_over_a_window(queries: int, seed: int) -> None:
+    """In one block of keys for one query, at lengths around the window."""
+    lengths = (1, 2, 127, 128, 129, 130, 140, 300)
+    case = Case(tuple((min(queries, n), n) for n in lengths), group=8, kv_heads=1, window=128, seed=seed)
+    triton_equals_naive(case, max_queries=queries)
+    op = triton._Op(group=8, few=queries, window=128, scale=1.0)
+    config = triton.choose(op, queries, 4096, jnp.float32).decode
+    batch = jax.tree.map(jnp.asarray, case.arrays()[2])
+    items = triton.Items.of(batch, 4096, 1, op, config)
+    keys = np.asarray(items.records_IF)[:, triton.END] - np.asarray(items.records_IF)[:, triton.BEGIN]
+    assert items.joins_JF is None
+    assert keys.tolist() == [min(n, 127 + min(queries, n)) for n in lengths]
+    assert config.keys == 128
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_triton_mixes_decodes_prompts_and_gaps(window: int | None) -> None:
+    """Sequences of as many queries as the decode kernel takes (16 rows of 4 heads), and of one more."""
+    sequences = ((1, 90), (37, 37), (4, 50), (0, 0), (5, 60), (1, 1), (3, 3), (20, 120))
+    triton_equals_naive(Case(sequences, group=4, kv_heads=1, window=window, padding=6), config=SMALL)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_triton_computes_drafts(window: int | None) -> None:
+    """Where no sequence has many queries, all are the decode kernel's, with more rows."""
+    case = Case(((4, 90), (1, 37), (3, 3), (2, 120)), group=8, kv_heads=1, window=window, padding=3)
+    triton_equals_naive(case, config=SMALL, max_queries=4)
+    assert triton._few(8, 4) == 4
+
+
+@pytest.mark.parametrize("cache", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.float32])
+def test_triton_in_bfloat16_is_no_worse_than_the_reference(cache: Any) -> None:
+    case = Case(((1, 60), (30, 75), (2, 9)), group=4, head_dim=64)
+    q, kv, batch, sinks = case.arrays()
+    q, sinks = (jnp.asarray(x, jnp.bfloat16) for x in (q, sinks))
+    pages, layout = jnp.asarray(kv, cache), jax.tree.map(jnp.asarray, batch)
+
+    def run(function: Any, q: jax.Array, pages: jax.Array, **options: Any) -> np.ndarray:
+        compute = jax.jit(partial(function, window=None, sm_scale=0.125, **options))
+        return np.asarray(compute(q, pages, layout, sinks), np.float64)
+
+    exact = run(reference.ragged_paged_attention, q.astype(jnp.float32), pages.astype(jnp.float32))
+    plain = run(reference.ragged_paged_attention, q, pages)
+    got = run(triton.ragged_paged_attention, q, pages, interpret=True, config=SMALL)
+    assert np.linalg.norm(got - exact) < 1.1 * np.linalg.norm(plain - exact)
+
+
+def test_a_head_size_that_is_not_a_power_of_two_is_unsupported() -> None:
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        triton_equals_naive(Case(((2, 3),), head_dim=24))
