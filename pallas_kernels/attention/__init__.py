@@ -10,10 +10,7 @@ from pallas_kernels.backend import Backend, dispatch
 
 __all__ = ["RaggedBatch", "attention", "ragged_paged_attention"]
 
-_BACKENDS = (
-    Backend("triton", frozenset({"cuda"}), triton.attention),
-    Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.attention),
-)
+_BACKENDS = (Backend("triton", frozenset({"cuda"}), triton.attention),)
 _RAGGED_BACKENDS = (
     Backend("triton", frozenset({"cuda"}), triton.ragged_paged_attention),
     Backend("mosaic_tpu", frozenset({"tpu"}), mosaic_tpu.ragged_paged_attention),
