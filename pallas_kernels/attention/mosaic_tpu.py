@@ -85,11 +85,12 @@ class Blocks:
     window: int | None
 
     @classmethod
-    def of(cls, page_size: int, entries: int, window: int | None, keys: int) -> Blocks:
-        """Blocks of at most `keys` keys, but at least a page that is not divisible."""
+    def of(cls, page_size: int, kv_heads: int, entries: int, window: int | None, keys: int) -> Blocks:
+        """Blocks of at most `keys` keys, but at least a page if none of its parts fills tiles of bfloat16."""
         most = keys if window is None else min(keys, LANES)
         unit = page_size if page_size <= most else math.gcd(page_size, most)
-        unit = page_size if unit < 2 * SUBLANES else unit
+        if unit * kv_heads % (2 * SUBLANES):
+            unit = page_size
         parts = page_size // unit
         units = min(_power_of_two(keys // unit), pl.next_power_of_2(entries * parts), LANES)
         return cls(unit, parts, units, window)
@@ -166,7 +167,7 @@ def ragged_paged_attention(
     group = heads // kv_heads + padding
     most = tokens if max_queries is None else min(tokens, max_queries)
     config = config or Config.of(kv_heads, group, page_size, window, most)
-    blocks = Blocks.of(page_size, batch.page_tables_RM.shape[1], window, config.keys)
+    blocks = Blocks.of(page_size, kv_heads, batch.page_tables_RM.shape[1], window, config.keys)
     cores = (chip or Chip.current()).cores
 
     def grouped(x: jax.Array, lanes: int) -> jax.Array:
@@ -248,6 +249,9 @@ def _call(
     )
     programs = jnp.maximum(-(-jnp.sum(items.queries > 0, dtype=jnp.int32) // cores), 1)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    if not interpret:
+        # Left to choose, XLA copies a table of a few MiB to VMEM for every call.
+        tables_RW, kv_UXE = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (tables_RW, kv_UXE))
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
