@@ -161,7 +161,7 @@ def ragged_paged_attention(
 ) -> jax.Array:
     """See `pallas_kernels.attention.ragged_paged_attention`."""
     _check(q_THD, kv_pages_PSKE, interpret)
-    tokens, heads, head_dim = q_THD.shape
+    tokens, heads = q_THD.shape[:2]
     page_size, kv_heads, width = kv_pages_PSKE.shape[1:]
     padding = -(heads // kv_heads) % SUBLANES
     group = heads // kv_heads + padding
@@ -524,7 +524,8 @@ def _divide(memory: Memory, queries: Any, slot: Any) -> None:
         rows = _rows(memory, start, size)
         for k in range(kv_heads):
             out_RD = memory.sum_KRE[k, rows][:, head_dim:] * (1 / memory.denominator_KRL[k, rows][:, :1])
-            memory.out[slot, pl.ds(start, size), k] = out_RD.reshape(size, group, head_dim).astype(memory.out.dtype)
+            out_QGD = out_RD.reshape(size, group, head_dim)
+            memory.out[slot, pl.ds(start, size), k] = out_QGD.astype(memory.out.dtype)
 
     _by_steps(memory, queries, some)
 
