@@ -110,13 +110,14 @@ def attention_case(name: str, sequences: list[tuple[int, int]], window: int | No
     entries = 131072 // page if window is None else (window + 2048) // page + 2
     # Only the numbers of pages matter, not which they are.
     pages = -(-int(lengths.max()) // page)
-    batch = RaggedBatch(
-        np.broadcast_to(np.arange(entries, dtype=np.int32) % pages, (256, entries)),  # type: ignore[arg-type]
-        np.arange(len(counts), dtype=np.int32),  # type: ignore[arg-type]
-        (np.cumsum(counts) - counts).astype(np.int32),  # type: ignore[arg-type]
-        counts,  # type: ignore[arg-type]
-        lengths,  # type: ignore[arg-type]
+    layout: Any = (
+        np.broadcast_to(np.arange(entries, dtype=np.int32) % pages, (256, entries)),
+        np.arange(len(counts), dtype=np.int32),
+        (np.cumsum(counts) - counts).astype(np.int32),
+        counts,
+        lengths,
     )
+    batch = RaggedBatch(*layout)
     arguments = (shape(tokens, HEADS, WIDTH), shape(pages, page, KV_HEADS, 2 * WIDTH), batch, shape(HEADS))
     keys = lengths if window is None else np.minimum(lengths, window + counts - 1)
     function = functools.partial(

@@ -540,7 +540,8 @@ def _clear(copies: Copies, item: Any, block: Any, slot: Any) -> None:
         def one(i: Any, carry: None) -> None:
             at = pl.ds(pl.multiple_of(unit * (blocks.unit * heads) + i * size, size), size)
             row = i * size + lax.broadcasted_iota(jnp.int32, (size, kv.shape[2]), 0)
-            rest = jnp.where((row >= first) & (row < past), 0.0, kv[slot, at].astype(jnp.float32))
+            seen = jnp.logical_or(row < first, row >= past)
+            rest = lax.select(seen, kv[slot, at].astype(jnp.float32), jnp.zeros(row.shape, jnp.float32))
             kv[slot, at] = rest.astype(kv.dtype)
 
         lax.fori_loop(lax.div(first, size), lax.div(past + size - 1, size), one, None)
