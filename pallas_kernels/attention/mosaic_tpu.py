@@ -540,24 +540,24 @@ def _clear(copies: Copies, item: Any, block: Any, slot: Any) -> None:
         def one(i: Any, carry: None) -> None:
             at = pl.ds(pl.multiple_of(unit * (blocks.unit * heads) + i * size, size), size)
             row = i * size + lax.broadcasted_iota(jnp.int32, (size, kv.shape[2]), 0)
-            seen = jnp.logical_or(row < first, row >= past)
-            rest = lax.select(seen, kv[slot, at].astype(jnp.float32), jnp.zeros(row.shape, jnp.float32))
+            rest = jnp.where((row >= first) & (row < past), 0.0, kv[slot, at].astype(jnp.float32))
             kv[slot, at] = rest.astype(kv.dtype)
 
         lax.fori_loop(lax.div(first, size), lax.div(past + size - 1, size), one, None)
 
-    if blocks.window is not None:
+    def before() -> None:
+        assert blocks.window is not None
+        seen = jnp.maximum(items.position[item] - blocks.window + 1, 0)
+        clear(0, 0, (seen - items.first[item] * blocks.unit) * heads)
 
-        @pl.when(block == 0)
-        def _() -> None:
-            seen = jnp.maximum(items.position[item] - blocks.window + 1, 0)
-            clear(0, 0, (seen - items.first[item] * blocks.unit) * heads)
-
-    @pl.when(block + 1 == copies.count(item))
-    def _() -> None:
+    def after() -> None:
         last = items.last[item] - 1
         keys = items.position[item] + items.queries[item] - last * blocks.unit
         clear(last - copies.first(item, block), keys * heads, blocks.unit * heads)
+
+    if blocks.window is not None:
+        pl.when(block == 0)(before)
+    pl.when(block + 1 == copies.count(item))(after)
 
 
 def _rows_of_head(buffer_ref: Any, slot: Any, head: int, heads: int, by_words: bool) -> jax.Array:
