@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import attention, mosaic_tpu, paged_attention, reference, triton
-from pallas_kernels.tpu import Chip
-
-BACKENDS = pytest.mark.parametrize("backend", [triton, mosaic_tpu], ids=["triton", "mosaic_tpu"])
+from pallas_kernels.attention import attention, paged_attention, reference, triton
 
 
 def naive(q, kv, sinks, q_positions, kv_positions, window, sm_scale):
@@ -106,13 +101,12 @@ def test_paged_attention_equals_contiguous_attention(seed, batch, length, page_s
     )
 
 
-def agrees(backend: ModuleType, arguments, window: int | None, interpret=True, **options) -> None:
-    options |= {"window": window, "sm_scale": 0.3, "interpret": interpret}
+def agrees(backend: ModuleType, arguments, window: int | None, **options) -> None:
+    options |= {"window": window, "sm_scale": 0.3, "interpret": True}
     got = computed(backend.attention, *as_arrays(*arguments), **options)
     np.testing.assert_allclose(got, naive(*arguments, window, 0.3), rtol=1e-4, atol=1e-5)
 
 
-@BACKENDS
 @settings(max_examples=5)
 @given(
     st.integers(0, 2**32),
@@ -125,9 +119,9 @@ def agrees(backend: ModuleType, arguments, window: int | None, interpret=True, *
     st.sampled_from([None, 1, 7, 128]),
 )
 def test_the_kernel_equals_a_naive_computation(
-    backend, seed, batch, length, keys, kv_heads, group, head_dim, window
+    seed, batch, length, keys, kv_heads, group, head_dim, window
 ) -> None:
-    agrees(backend, case(seed, batch, length, keys, kv_heads, group, head_dim), window)
+    agrees(triton, case(seed, batch, length, keys, kv_heads, group, head_dim), window)
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -155,39 +149,7 @@ def test_a_chunk_over_an_existing_cache_skips_what_it_cannot_see(window: int | N
         assert int(jnp.max(blocks[..., 1] - blocks[..., 0])) <= 3
 
 
-@pytest.mark.parametrize(("window", "cores"), [(None, 1), (9, 2)])
-def test_the_tpu_kernel_skips_blocks_without_races(window: int | None, cores: int) -> None:
-    """On the TPU interpreter, where uninitialised memory is NaN."""
-    arguments = chunk_over_a_cache()
-    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
-    agrees(mosaic_tpu, arguments, window, interpret, config=mosaic_tpu.Config(8, 16), chip=Chip(cores=cores))
-    assert not interpret_pallas_call.races.races_found
-    queries = mosaic_tpu._blocks_of_queries(jnp.asarray(arguments[3]), 8)
-    keys = jnp.pad(jnp.asarray(arguments[4]), ((0, 0), (0, 6)), constant_values=-1).reshape(2, 6, 16)
-    first, last, _ = mosaic_tpu._visible(queries, keys, window)
-    if window == 9:
-        assert int(jnp.max(last - first)) <= 2
-
-
-def test_sequences_without_keys_between_others_do_not_race() -> None:
-    """Copies are started for the next program, which may have no keys."""
-    q, kv, sinks, _, _ = case(5, 5, 1, 32, 1, 2, 16)
-    positions = np.array([[20], [-1], [31], [-1], [0]])
-    table = np.random.default_rng(0).permutation(40).reshape(5, 8)
-    pages = np.full((40, 4, 1, 32), np.nan)
-    pages[table.reshape(-1)] = kv.reshape(40, 4, 1, 32)
-    for b in range(5):
-        pages[table[b, positions[b, 0] // 4 + 1 :]] = np.nan
-    arrays = as_arrays(q, pages, sinks, positions, table)
-    got = mosaic_tpu.paged_attention(
-        *(arrays[i] for i in (0, 1, 4, 2, 3)), sm_scale=0.3, interpret=pltpu.InterpretParams(detect_races=True)
-    )
-    want = naive(q, kv, sinks, positions, np.tile(np.arange(32), (5, 1)), None, 0.3)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    assert not interpret_pallas_call.races.races_found
-
-
-@pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
+@pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize(("length", "page_size", "pages"), [(1, 4, 9), (1, 16, 3), (12, 8, 5), (33, 16, 4)])
 def test_the_kernel_over_pages(backend: str, length: int, page_size: int, pages: int) -> None:
     keys, batch = page_size * pages, 2
@@ -205,7 +167,7 @@ def test_the_kernel_over_pages(backend: str, length: int, page_size: int, pages:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
+@pytest.mark.parametrize("backend", ["triton"])
 def test_the_kernel_in_bfloat16_is_no_worse_than_the_reference(backend: str) -> None:
     arguments = case(7, 2, 5, 60, 2, 4, 64)
     halves = [jnp.asarray(x, jnp.bfloat16) for x in arguments[:3]]
@@ -222,27 +184,3 @@ def test_the_kernel_in_bfloat16_is_no_worse_than_the_reference(backend: str) -> 
 def test_a_head_size_that_is_not_a_power_of_two_is_unsupported() -> None:
     with pytest.raises(NotImplementedError, match="head_dim"):
         agrees(triton, case(0, 1, 2, 3, 1, 1, 24), None)
-
-
-@pytest.mark.parametrize(("head_dim", "kv_heads", "reason"), [(32, 2, "64 lanes"), (64, 3, "3 bfloat16")])
-def test_the_compiled_tpu_kernel_names_what_it_does_not_support(head_dim: int, kv_heads: int, reason: str) -> None:
-    arguments = case(0, 1, 2, 3, kv_heads, 1, head_dim)
-    arrays = [x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in as_arrays(*arguments)]
-    with pytest.raises(NotImplementedError, match=reason):
-        mosaic_tpu.attention(*arrays, window=None, sm_scale=0.3, interpret=False)
-
-
-@pytest.mark.slow
-@settings(max_examples=10)
-@given(
-    st.integers(0, 2**32),
-    st.integers(1, 3),
-    st.integers(1, 40),
-    st.integers(1, 300),
-    st.integers(1, 3),
-    st.integers(1, 4),
-    st.sampled_from([None, 1, 7, 128]),
-    st.sampled_from([None, mosaic_tpu.Config(4, 16), mosaic_tpu.Config(16, 128)]),
-)
-def test_the_tpu_kernel_on_any_shape(seed, batch, length, keys, kv_heads, group, window, config) -> None:
-    agrees(mosaic_tpu, case(seed, batch, length, keys, kv_heads, group, 16), window, config=config)
