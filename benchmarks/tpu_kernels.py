@@ -3,9 +3,9 @@
 python -m benchmarks.tpu_kernels --chips v5e v6e                (extra: aot)
 
 Bytes are counted, not measured: a kernel's grid is iterated with a real routing or real lengths, and a block is
-counted when its index changes, as the pipeline copies it then. The minimum is the released bytes of the experts that
-tokens chose, or the keys and values that queries attend to, plus inputs and outputs. VMEM is as reported by the
-compiler.
+counted when its index changes, as the pipeline copies it then; of attention, which makes its own copies, the copies of
+all items are. The minimum is the released bytes of the experts that tokens chose, or the keys and values that queries
+attend to, plus inputs and outputs. VMEM is as reported by the compiler.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from gptoss_jax.model.mxfp4 import GROUP, MXFP4Tensor  # noqa: E402
 from pallas_kernels import platform  # noqa: E402
-from pallas_kernels.attention import attention, paged_attention  # noqa: E402
+from pallas_kernels.attention import RaggedBatch, mosaic_tpu, ragged_paged_attention  # noqa: E402
 from pallas_kernels.mxfp4_matmul import expert_mlp, tpu_layout  # noqa: E402
+from pallas_kernels.tpu import LANES  # noqa: E402
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 EXPERTS = {"20b": 32, "120b": 128}
-HIDDEN, HEADS, KV_HEADS, WIDTH, TOP, WINDOW, PAGE = 2880, 64, 8, 64, 4, 128, 64
+HIDDEN, HEADS, KV_HEADS, WIDTH, TOP, WINDOW, PAGE = 2880, 64, 8, 64, 4, 128, 32
 ROW_BYTES = KV_HEADS * 2 * WIDTH * 2
 """A token's keys and values of one layer, bfloat16."""
 
@@ -56,12 +57,15 @@ def cases(models: list[str]) -> Iterator[Case]:
     for model in models:
         for tokens in (1, 8, 64, 2048):
             yield expert_case(model, tokens)
-    for batch, context in ((1, 1024), (64, 1024), (1, 131072)):
-        yield pages_case(f"decode, batch {batch}, {context} keys in pages", batch, 1, context, PAGE)
-    yield pages_case("decode, batch 64, rings", 64, 1, WINDOW, WINDOW)
-    yield pages_case("chunk of 512 after 1536, pages", 1, 512, 2048, PAGE)
-    yield prompt_case("prompt of 2048", 2048, None)
-    yield prompt_case("prompt of 2048, window", 2048, WINDOW)
+    for window in (None, WINDOW):
+        for batch in (1, 64, 256):
+            yield attention_case(f"decode, {batch} of 1024 keys", [(1, 1024)] * batch, window)
+        for context in (2048, 16384):
+            yield attention_case(f"chunk of 2048, {context} keys", [(2048, context)], window)
+        yield attention_case("255 of 1024 keys and chunk of 1793", [(1, 1024)] * 255 + [(1793, 1793)], window)
+    yield attention_case("decode, 1 of 131072 keys", [(1, 131072)], None)
+    yield attention_case("decode, 64 of 1024 keys, pages of 256", [(1, 1024)] * 64, None, page=256)
+    yield attention_case("64 chunks of 32, 1024 keys, pages of 1024", [(32, 1024)] * 64, None, page=1024)
 
 
 def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -99,23 +103,28 @@ def expert_case(model: str, tokens: int) -> Case:
     )
 
 
-def pages_case(name: str, batch: int, length: int, context: int, page: int) -> Case:
-    pages = context // page
-    table = np.arange(batch * pages, dtype=np.int32).reshape(batch, pages)
-    positions = np.broadcast_to(np.arange(context - length, context, dtype=np.int32), (batch, length))
-    q = shape(batch, length, HEADS, WIDTH)
-    kv = shape(batch * pages, page, KV_HEADS, 2 * WIDTH)
-    least = batch * (context * ROW_BYTES + 2 * length * HEADS * WIDTH * 2)
-    function = functools.partial(paged_attention, sm_scale=0.125)
-    return Case(f"attention, {name}", function, (q, kv, table, shape(HEADS), positions), least)
-
-
-def prompt_case(name: str, length: int, window: int | None) -> Case:
-    positions = np.arange(length, dtype=np.int32)[None]
-    q, kv = shape(1, length, HEADS, WIDTH), shape(1, length, KV_HEADS, 2 * WIDTH)
-    least = length * (ROW_BYTES + 2 * HEADS * WIDTH * 2)
-    function = functools.partial(attention, window=window, sm_scale=0.125)
-    return Case(f"attention, {name}", function, (q, kv, shape(HEADS), positions, positions), least)
+def attention_case(name: str, sequences: list[tuple[int, int]], window: int | None, page: int = PAGE) -> Case:
+    """Sequences of (queries, keys) over the tables of a pool: one for long contexts, or a cyclic one for windows."""
+    counts, lengths = np.array(sequences, np.int32).T
+    most, tokens = int(counts.max()), int(counts.sum())
+    entries = 131072 // page if window is None else (window + 2048) // page + 2
+    # Only the numbers of pages matter, not which they are.
+    pages = -(-int(lengths.max()) // page)
+    layout: Any = (
+        np.broadcast_to(np.arange(entries, dtype=np.int32) % pages, (256, entries)),
+        np.arange(len(counts), dtype=np.int32),
+        (np.cumsum(counts) - counts).astype(np.int32),
+        counts,
+        lengths,
+    )
+    batch = RaggedBatch(*layout)
+    arguments = (shape(tokens, HEADS, WIDTH), shape(pages, page, KV_HEADS, 2 * WIDTH), batch, shape(HEADS))
+    keys = lengths if window is None else np.minimum(lengths, window + counts - 1)
+    function = functools.partial(
+        ragged_paged_attention, window=window, sm_scale=0.125, max_queries=1 if most == 1 else None
+    )
+    name = f"attention, {name}" + ("" if window is None else ", window")
+    return Case(name, function, arguments, int(keys.sum()) * ROW_BYTES + 2 * tokens * HEADS * WIDTH * 2)
 
 
 def compiled(case: Case, chip: str) -> str:
@@ -144,9 +153,12 @@ def copied_bytes(case: Case) -> dict[str, int]:
     """Bytes that each kernel of a case copies to and from VMEM."""
     counts: dict[str, int] = {}
 
-    def recorded(_: Any, **options: Any) -> Callable[..., jax.Array]:
+    def recorded(kernel: Any, **options: Any) -> Callable[..., jax.Array]:
         def call(*arguments: Any) -> jax.Array:
-            counts[options["name"]] = _copied(options["grid_spec"], options["out_shape"], arguments)
+            copied = _copied(options["grid_spec"], options["out_shape"], arguments)
+            if options["name"] == "attention":
+                copied += _copied_by_attention(kernel.keywords["blocks"], options["out_shape"], arguments)
+            counts[options["name"]] = copied
             return jnp.zeros(options["out_shape"].shape, options["out_shape"].dtype)
 
         return call
@@ -166,19 +178,25 @@ def _copied(spec: Any, out: Any, arguments: tuple[Any, ...]) -> int:
     total = 0
     for block, array in blocks:
         if block.block_shape is None:
-            # The attention kernel copies pages itself: each program, all pages that its queries attend to. If a block
-            # of keys is not a page, the first one is 0.
-            _, first, _, pages = scalars
-            total += int(np.maximum(pages - first, 0).sum()) * math.prod(array.shape[1:]) * array.dtype.itemsize
             continue
         last = None
-        for point in itertools.product(*(range(n) for n in spec.grid)):
+        for point in itertools.product(*(range(int(n)) for n in spec.grid)):
             index = tuple(int(i) for i in block.index_map(*point, *scalars))
             if index != last:
                 last = index
                 sizes = zip(block.block_shape, index, array.shape, strict=True)
                 total += math.prod(min(b, n - i * b) for b, i, n in sizes) * array.dtype.itemsize
     return total
+
+
+def _copied_by_attention(blocks: mosaic_tpu.Blocks, out: Any, arguments: tuple[Any, ...]) -> int:
+    """What the attention kernel copies itself: entries of tables, queries, the keys of each item, and results."""
+    items = mosaic_tpu.Items(*(np.asarray(x) for x in arguments[: len(mosaic_tpu.Items._fields)]))
+    _, q, kv, _ = arguments[len(items) :]
+    units = items.last - items.first
+    numbers = ((items.queries, q), (items.queries, out), (units, kv))
+    rows = sum(int(n.sum()) * math.prod(x.shape[1:]) * x.dtype.itemsize for n, x in numbers)
+    return rows + int((-(-units // blocks.units)).sum()) * 2 * LANES * 4
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import tpu_kernels as bench
 from gptoss_jax.model.mxfp4 import GROUP, MXFP4Tensor
-from pallas_kernels.attention import attention, paged_attention
+from pallas_kernels.attention import RaggedBatch, ragged_paged_attention
 from pallas_kernels.mxfp4_matmul import expert_mlp, tpu_layout
 from pallas_kernels.tpu import VMEM_LIMIT
 from sharding.compiled.topologies import parse_topology
@@ -27,6 +27,7 @@ pytestmark = [
 CASES = {case.name: case for case in bench.cases(["20b", "120b"])}
 HIDDEN, HEADS, KV_HEADS, WIDTH = bench.HIDDEN, bench.HEADS, bench.KV_HEADS, bench.WIDTH
 EXPERTS, TOKENS, PROMPT = 128, 64, 1024
+ROWS = 256
 
 
 @pytest.mark.parametrize("chip", bench.CHIPS)
@@ -37,7 +38,9 @@ def test_released_shapes(name: str, chip: str) -> None:
     assert max(memory.values()) < VMEM_LIMIT
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if re.search(r" (1|8|64) tokens|1024 keys|rings", name)])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if re.search(r" (1|8|64) tokens|decode, (64|256|1 of 131072)", name)]
+)
 def test_decoding_copies_little_more_than_it_must(name: str) -> None:
     (copied,) = bench.copied_bytes(CASES[name]).values()
     assert copied < 1.05 * CASES[name].least_bytes
@@ -81,32 +84,22 @@ def experts(mesh: Mesh, tokens: int) -> tuple[Callable[..., jax.Array], list[P],
     return partial(expert_mlp, swiglu_limit=7.0), specs, arrays
 
 
-def pages(mesh: Mesh, page: int, count: int) -> tuple[Callable[..., jax.Array], list[P], list[Any]]:
-    kv_heads = max(KV_HEADS, mesh.shape["tensor"])
-    specs = [P("data", None, "tensor"), P("data", None, "tensor"), P("data", None), P("tensor"), P("data", None)]
+def ragged(mesh: Mesh, tokens: int, sequences: int, page: int, entries: int, **options: Any) -> Any:
+    """Each data-parallel rank's own sequences and pages."""
+    data, kv_heads = mesh.shape["data"], max(KV_HEADS, mesh.shape["tensor"])
+    specs = [P("data", "tensor"), P("data", None, "tensor"), P("data"), *[P("data")] * 4, P("tensor")]
     arrays = [
-        bench.shape(TOKENS, 1, HEADS, WIDTH),
-        bench.shape(TOKENS * count, page, kv_heads, 2 * WIDTH),
-        bench.shape(TOKENS, count, dtype=jnp.int32),
+        bench.shape(data * tokens, HEADS, WIDTH),
+        bench.shape(data * 64, page, kv_heads, 2 * WIDTH),
+        bench.shape(data * ROWS, entries, dtype=jnp.int32),
+        *(bench.shape(data * sequences, dtype=jnp.int32) for _ in range(4)),
         bench.shape(HEADS),
-        bench.shape(TOKENS, 1, dtype=jnp.int32),
     ]
-    return partial(paged_attention, sm_scale=0.125), specs, arrays
+    return partial(over_pages, sm_scale=0.125, **options), specs, arrays
 
 
-def prompts(mesh: Mesh) -> tuple[Callable[..., jax.Array], list[P], list[Any]]:
-    """A chunk that attends to the preceding ring."""
-    batch, keys = mesh.shape["data"], 128 + PROMPT
-    kv_heads = max(KV_HEADS, mesh.shape["tensor"])
-    specs = [P("data", None, "tensor"), P("data", None, "tensor"), P("tensor"), P("data", None), P("data", None)]
-    arrays = [
-        bench.shape(batch, PROMPT, HEADS, WIDTH),
-        bench.shape(batch, keys, kv_heads, 2 * WIDTH),
-        bench.shape(HEADS),
-        bench.shape(batch, PROMPT, dtype=jnp.int32),
-        bench.shape(batch, keys, dtype=jnp.int32),
-    ]
-    return partial(attention, window=128, sm_scale=0.125), specs, arrays
+def over_pages(q: jax.Array, kv: jax.Array, *rest: jax.Array, **options: Any) -> jax.Array:
+    return ragged_paged_attention(q, kv, RaggedBatch(*rest[:-1]), rest[-1], **options)
 
 
 def reduced(op: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
@@ -135,11 +128,12 @@ def test_inside_shard_map(topology: str, data: int, expert: int, tensor: int) ->
     for op, specs, arrays in (
         experts(mesh, data * TOKENS),
         experts(mesh, data * PROMPT),
-        pages(mesh, 64, 16),
-        pages(mesh, 128, 1),
-        prompts(mesh),
+        ragged(mesh, 64, 64, 32, 4096, window=None, max_queries=1),
+        ragged(mesh, 64, 64, 32, 70, window=128, max_queries=1),
+        ragged(mesh, PROMPT, 64, 32, 4096, window=None),
+        ragged(mesh, PROMPT, 64, 128, 18, window=128),
     ):
-        out_spec = P("data", None, "tensor")
+        out_spec = P("data", "tensor")
         if op.func is expert_mlp:
             op, out_spec = partial(reduced, op), P("data", None)
         mapped = jax.shard_map(op, mesh=mesh, in_specs=tuple(specs), out_specs=out_spec, check_vma=False)
