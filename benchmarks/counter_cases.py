@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import kernels
-from gptoss_jax.engine.pace import Pace
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import rope_frequencies
 from pallas_kernels.attention import attention, paged_attention
@@ -105,10 +104,7 @@ def _sinks(config: ModelConfig) -> jax.Array:
 def _over_pages(config: ModelConfig, batch: int, length: int, context: int) -> Call:
     """A full layer's queries at the last positions of `context`, with page tables of the engine's width."""
     pages = -(-context // PAGE_SIZE)
-    pace = Pace.of("gpu", None, None, None)
-    width = pace.least_pages
-    while width < pages:
-        width *= pace.pages_factor
+    width = -(-config.max_position_embeddings // PAGE_SIZE)
     table = np.pad(some_of(batch * pages, batch, pages), ((0, 0), (0, width - pages)))
     return _call(
         config,

@@ -11,6 +11,7 @@ import numpy as np
 
 from gptoss_jax.benching.workload import random_prompt
 from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.pace import Pace
 from gptoss_jax.types import SamplingParams
 
 TRACED_STEPS = 16
@@ -26,14 +27,22 @@ class Workload:
     output_tokens: int
 
 
+def new_tokens(pace: Pace, slots: int, drafts: int, workload: Workload) -> int:
+    """The most tokens that a request generates in all measurements, on ranks with so many slots."""
+    # The requests that are prefilled first must still be decoding when the last prompt has been prefilled. At worst the
+    # prompts follow each other, in what the requests before them leave of the steps' tokens.
+    chunks = 0
+    for before in range(min(workload.batch, slots)):
+        left = max(1, pace.token_sizes[-1] - before * (1 + drafts))
+        chunks += -(-workload.prompt_tokens // min(pace.long_prefill_token_threshold, left))
+    after = 2 * TRACED_STEPS * pace.num_decode_steps
+    return (workload.output_tokens + chunks) * (1 + drafts) + after
+
+
 def start(engine: Engine, params: SamplingParams, workload: Workload, rng: np.random.Generator) -> None:
     """Add all requests, each with enough new tokens for the measurements that follow."""
-    # The requests that are prefilled first must still be decoding when the last prompt has been prefilled.
-    chunks = workload.batch * -(-workload.prompt_tokens // engine.pace.long_prefill_token_threshold)
-    ahead = chunks * (1 + engine.options.num_speculative_tokens)
-    room = engine.max_model_len - workload.prompt_tokens
-    after = 2 * TRACED_STEPS * engine.pace.num_decode_steps
-    most = min(workload.output_tokens * (1 + engine.options.num_speculative_tokens) + ahead + after, room)
+    needed = new_tokens(engine.pace, engine.shape.slots, engine.options.num_speculative_tokens, workload)
+    most = min(needed, engine.max_model_len - workload.prompt_tokens)
     params = dataclasses.replace(params, max_tokens=most)
     for i in range(workload.batch):
         engine.add(str(i), random_prompt(rng, engine.config.vocab_size, workload.prompt_tokens), params)

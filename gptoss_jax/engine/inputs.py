@@ -12,7 +12,7 @@ from gptoss_jax.engine.adjusting import Adjustments, Penalties
 from gptoss_jax.engine.sampling import SAMPLING_MODES, SamplingState
 from gptoss_jax.engine.scheduler import Plan, Work
 from gptoss_jax.engine.sequence import Sequence
-from gptoss_jax.engine.step import BIASES, ForwardInputs, RowInputs, seed_key
+from gptoss_jax.engine.step import BIASES, ForwardInputs, RowInputs, StepShape, seed_key
 from gptoss_jax.model.kv_cache import CacheShape, Sequences
 from gptoss_jax.types import SamplingParams, TokenConstraint
 
@@ -159,6 +159,23 @@ def row_inputs(
         features[:, 2] |= params.logprobs is not None
     features[:, :2] = mode, adjusted
     return RowInputs(slots, positions, drafts, heads, settings.state, features)
+
+
+def idle_inputs(
+    shape: StepShape, ranks: int, cache: CacheShape, gathered: int
+) -> tuple[ForwardInputs | None, RowInputs | None]:
+    """The inputs of a program with nothing to do, None for those that it has not.
+
+    A forward pass that does not sample gathers so many rows.
+    """
+    forward = rows = None
+    if shape.tokens:
+        nothing: list[list[Work]] = [[] for _ in range(ranks)]
+        gathered = shape.rows or gathered
+        forward = forward_inputs(nothing, shape.steps, shape.tokens, gathered, cache, shape.prompt_logprobs)
+    if shape.rows:
+        rows = row_inputs([], shape.rows, cache, Settings(ranks, cache.slots), adjusted=False)
+    return forward, rows
 
 
 def sampling_mode(sequence: Sequence) -> int:
