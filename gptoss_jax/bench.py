@@ -258,6 +258,7 @@ def _start_here(options: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
+    from gptoss_jax.benching.batch import step
     from gptoss_jax.benching.workload import load, random_prompt
     from gptoss_jax.engine.engine import Engine
 
@@ -277,11 +278,11 @@ def _start_here(options: argparse.Namespace) -> int:
     for request in ("first", "second"):
         engine.add(request, random_prompt(rng, model.config.vocab_size, options.input_len), params)
         second.lap("added")
-        while not engine.step():
+        while not step(engine):
             pass
         (watch if request == "first" else second).lap("first_token")
         while engine.unfinished:
-            engine.step()
+            step(engine)
         if request == "first":
             watch.lap("more_tokens")
     found = {"phases": watch.phases, "total": watch.total, "second_request": second.phases["first_token"]}

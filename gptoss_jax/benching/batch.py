@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gptoss_jax.benching.workload import random_prompt
-from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.engine import Engine, TokenEvent
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.types import SamplingParams
 
@@ -39,6 +39,15 @@ def new_tokens(pace: Pace, slots: int, drafts: int, workload: Workload) -> int:
     return (workload.output_tokens + chunks) * (1 + drafts) + after
 
 
+def step(engine: Engine) -> list[TokenEvent]:
+    """The events of the engine's next step. Raises the error of a request that failed."""
+    events = engine.step()
+    for event in events:
+        if event.error:
+            raise event.error
+    return events
+
+
 def start(engine: Engine, params: SamplingParams, workload: Workload, rng: np.random.Generator) -> None:
     """Add all requests, each with enough new tokens for the measurements that follow."""
     needed = new_tokens(engine.pace, engine.shape.slots, engine.options.num_speculative_tokens, workload)
@@ -52,7 +61,7 @@ def prefill(engine: Engine, workload: Workload) -> dict[str, float]:
     """Step until every request has a token; return the time of each request's first one, by request id."""
     first: dict[str, float] = {}
     while len(first) < workload.batch:
-        events = engine.step()
+        events = step(engine)
         now = time.perf_counter()
         for event in events:
             first.setdefault(event.request_id, now)
@@ -64,7 +73,7 @@ def stop(engine: Engine, workload: Workload) -> None:
     for i in range(workload.batch):
         engine.cancel(str(i))
     while engine.unfinished:
-        engine.step()
+        step(engine)
 
 
 @contextlib.contextmanager
@@ -78,6 +87,6 @@ def decoding(
     start(engine, params, workload, rng)
     prefill(engine, workload)
     for _ in range(4):
-        engine.step()
+        step(engine)
     yield
     stop(engine, workload)

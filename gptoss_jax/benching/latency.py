@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptoss_jax.benching import batch
 from gptoss_jax.benching.batch import REPLAYED_STEPS, TRACED_STEPS, Workload, decoding, prefill, start, stop
 from gptoss_jax.benching.ceilings import Ceilings
 from gptoss_jax.benching.launches import count_launches
@@ -178,7 +179,7 @@ def _run(engine: Engine, params: SamplingParams, workload: Workload, rng: np.ran
     steps, tokens, last = [], 0, time.perf_counter()
     decoding_since = last
     while tokens < (workload.output_tokens - 1) * workload.batch:
-        events = engine.step()
+        events = batch.step(engine)
         if engine.unfinished < workload.batch or not events:
             break
         tokens += len(events)
@@ -216,7 +217,7 @@ def _device(
         if profile and jax.default_backend() == "gpu":
             with count_launches() as launches:
                 for _ in range(TRACED_STEPS):
-                    tokens += len(engine.step())
+                    tokens += len(batch.step(engine))
         seconds, (program, steps) = engine.replay(REPLAYED_STEPS), engine.program()
     kernels = count_kernels(program) / steps
     if launches is None:

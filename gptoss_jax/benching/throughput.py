@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gptoss_jax.benching.batch import step
 from gptoss_jax.benching.workload import Arrival, random_prompt
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.types import SamplingParams
@@ -141,7 +142,7 @@ def _serve(
         if not engine.unfinished:
             time.sleep(max(0.0, timings[added].arrived - time.perf_counter()))
             continue
-        events = engine.step()
+        events = step(engine)
         now = time.perf_counter()
         max_running = max(max_running, engine.load.running)
         for event in events:

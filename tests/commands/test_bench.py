@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gptoss_jax import bench
-from gptoss_jax.benching.batch import TRACED_STEPS, Workload, new_tokens
+from gptoss_jax.benching.batch import TRACED_STEPS, Workload, new_tokens, step
 from gptoss_jax.benching.launches import Launches, count_launches
 from gptoss_jax.benching.sampling import SAMPLING_MODES
 from gptoss_jax.benching.workload import Arrival
 from gptoss_jax.checkpoints.loading import EMBEDDED
 from gptoss_jax.commands.traces import read_trace
+from gptoss_jax.engine.engine import TokenEvent
 from gptoss_jax.engine.pace import Pace
 from sharding.compiled.program import count_kernels
 
@@ -172,6 +174,19 @@ def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, line: str, named: str) -
     with pytest.raises(Exception, match="line 2") as caught:
         read_trace(file)
     assert named in str(caught.value)
+
+
+def test_a_request_that_fails_ends_the_measurement() -> None:
+    class Failing:
+        def step(self) -> list[TokenEvent]:
+            return [
+                TokenEvent("0", 0, 7),
+                TokenEvent("1", 0, -1, finish_reason="error", error=MemoryError("full")),
+            ]
+
+    engine: Any = Failing()
+    with pytest.raises(MemoryError, match="full"):
+        step(engine)
 
 
 def test_requests_decode_until_the_last_prompt_has_been_prefilled() -> None:
