@@ -351,48 +351,41 @@ def logits_of(
 
 
 def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
-    """An engine with compiled steps for each batch size, prepared in parallel; a failure emits a row with the error."""
+    """An engine with compiled programs for each batch size; a failure emits a row with the error."""
     from gptoss_jax.benching import latency
     from gptoss_jax.benching.batch import Workload
     from gptoss_jax.engine.engine import EngineOptions
     from gptoss_jax.types import SamplingParams
 
-    def one(batch: int) -> Prepared | None:
+    found = {}
+    for batch in job.batch:
         workload = Workload(batch, job.prompt_tokens, job.output_tokens)
-        options = EngineOptions(enable_prefix_caching=False, kv_cache_memory=cache_memory(model, workload))
         with errors_as_rows(job, "speed", batch=batch):
-            return latency.prepare(model, options, SamplingParams(temperature=0), workload, 0, progress=False)
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip(job.batch, pool.map(one, job.batch), strict=True))
-    return {batch: prepared for batch, prepared in found.items() if prepared is not None}
+            options = EngineOptions(
+                max_num_seqs=batch, enable_prefix_caching=False, kv_cache_memory=cache_memory(model, workload)
+            )
+            found[batch] = latency.prepare(
+                model, options, SamplingParams(temperature=0), workload, 0, progress=False
+            )
+    return found
 
 
 def cache_memory(model: GptOss, workload: Workload) -> int:
-    """Bytes of KV cache per device for the workload, for the most tokens that `benching.batch.start` asks for.
-
-    The prompts beside which a sequence decodes share steps, so they add fewer tokens than `start` assumes.
-    """
-    import jax
-
-    from gptoss_jax.benching.batch import TRACED_STEPS
-    from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.engine.pace import Pace
-    from gptoss_jax.model.kv_cache import page_bytes, ring_bytes
+    """Bytes of KV cache per device for the workload, for the most tokens that `benching.batch.start` asks for."""
+    from gptoss_jax.benching.batch import new_tokens
+    from gptoss_jax.model.kv_cache import page_bytes
+    from gptoss_jax.planner.steps import sizes
 
     partition, config, dtype = model.partition, model.config, model.embed_tokens[...].dtype
-    slots = -(-workload.batch // partition.degree("batch"))
     heads = len(partition.heads.kv_sources) // partition.degree("kv_heads")
-    pace = Pace.of(jax.default_backend(), None, None, None)
-    beside = -(-workload.batch * workload.prompt_tokens // pace.max_num_batched_tokens)
-    tokens = (
-        workload.prompt_tokens + workload.output_tokens + max(beside, 1) + 2 * TRACED_STEPS * pace.num_decode_steps
+    pace, cache = sizes(config, partition, workload.batch, config.max_position_embeddings, None, dtype)
+    needed = workload.prompt_tokens + new_tokens(pace, cache.slots, 0, workload)
+    tokens = min(needed, config.max_position_embeddings)
+    page, sliding_page = (
+        page_bytes(config, layers, cache.page_size, dtype, heads)
+        for layers in ("full_attention", "sliding_attention")
     )
-    # Page tables have at least 64 pages, as with a cache that uses all free memory.
-    pages = max(slots * -(-tokens // EngineOptions.page_size), 64)
-    page = page_bytes(config, EngineOptions.page_size, dtype, heads)
-    return slots * ring_bytes(config, config.sliding_window, dtype, heads) + pages * page
+    return cache.slots * -(-tokens // cache.page_size) * page + cache.sliding_pages * sliding_page
 
 
 def speed(job: Job, prepared: Prepared, lock: MachineLock) -> tuple[Row, list[Collectives]]:

@@ -7,18 +7,25 @@ the output of `python -m gptoss_jax.plan --mesh MESH --json` from another machin
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.commands.running import run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gptoss_jax.engine.step import ForwardInputs, RowInputs
+    from gptoss_jax.model.gpt_oss import GptOss
+    from gptoss_jax.model.kv_cache import CacheShape
+    from gptoss_jax.planner.steps import Step
 
 GIB = 2**30
 
@@ -109,55 +116,131 @@ def run(
     timed within `exclusive`, for processes that share the devices.
     """
     with shared():
-        compiled, arguments, found = prepare(options)
+        launch, found = prepare(options)
     with exclusive():
-        seconds, dispatch_seconds = in_flight(compiled, *arguments)
+        seconds, dispatch_seconds = in_flight(launch)
     return found | {"seconds": seconds, "dispatch_seconds": dispatch_seconds}
 
 
-def prepare(options: argparse.Namespace) -> tuple[Any, tuple[Any, Any, Any], dict[str, Any]]:
-    """Run the step; returns it compiled, its arguments for another call, and bytes: peak, peak before, and compiled."""
+def prepare(options: argparse.Namespace) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Run the step; returns a function that launches it again, and bytes: peak, peak before, and compiled."""
     import jax
-    import numpy as np
 
     from gptoss_jax.checkpoints.loading import random_model
     from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
-    from gptoss_jax.engine.step import DeviceState, Structure
+    from gptoss_jax.engine.runner import GRAPHED_TOKENS
     from gptoss_jax.model.config import ModelConfig
-    from gptoss_jax.model.kv_cache import KVCache
-    from gptoss_jax.planner.steps import cache_shape, decode_step, prefill_step
+    from gptoss_jax.planner.plans import memory_of
+    from gptoss_jax.planner.steps import decode_step, prefill_step
     from sharding import BATCH_OVER_EXPERTS
-    from sharding.compiled.program import ProgramMemory
 
     config = ModelConfig.from_file(options.model)
     model = random_model(config, options.mesh, rules=BATCH_OVER_EXPERTS if options.batch_over_experts else None)
-    partition = model.partition
-    if options.step == "decode":
-        step = decode_step(config, partition, options.batch, options.context)
-    else:
-        step = prefill_step(config, partition, options.batch, options.context, options.chunk)
-    graphed = options.step == "decode" and graphs_collectives(partition.mesh)
-    compiled = step.lower().compile(compiler_options(partition.mesh, collectives=graphed))
-    _, weights = Structure.of(model)
-    shape = cache_shape(partition, options.batch, options.context)
-    cache = KVCache.empty(config, shape, model.embed_tokens[...].dtype, partition)
-    # Equal tokens would choose the same experts, so few would be read.
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(0, config.vocab_size, step.state.last.shape, np.int32)
-    state = DeviceState(cache, jax.device_put(drawn, step.state.last.sharding))
-    inputs = late_inputs(step.inputs, shape.slots, options.context)
-    prompts = rng.integers(0, config.vocab_size, inputs.prefill_tokens.shape, np.int32)
-    inputs = dataclasses.replace(inputs, prefill_tokens=prompts)
-    jax.block_until_ready((weights, state))
+    mesh = model.partition.mesh
+    make = decode_step if options.step == "decode" else prefill_step
+    step = make(config, model.partition, options.batch, options.context, options.chunk)
+    compiled = []
+    for program in step.programs:
+        few = 0 < program.shape.tokens <= GRAPHED_TOKENS and not program.shape.rows
+        graphed = graphs_collectives(mesh) and (program.shape.plain or few)
+        compiled.append(program.lower().compile(compiler_options(mesh, collectives=graphed)))
+    launch = launcher(step, compiled, model, options.context)
     before = stats()
     for _ in range(WARM_UP):
-        result, state = compiled(weights, state, inputs)
-        jax.block_until_ready((result, state))
-    found = {"peak": stats(), "peak_before": before, "compiled": ProgramMemory.of(compiled).total}
-    return compiled, (weights, state, inputs), found
+        jax.block_until_ready(launch())
+    return launch, {"peak": stats(), "peak_before": before, "compiled": memory_of(step, compiled).total}
 
 
-def in_flight(compiled: Any, weights: Any, state: Any, inputs: Any) -> tuple[float, float]:
+def launcher(step: Step, compiled: Sequence[Any], model: GptOss, context: int) -> Callable[[], Any]:
+    """A function that launches the step at the end of the context, and returns its outputs."""
+    import jax
+    import numpy as np
+
+    from gptoss_jax.engine.inputs import no_adjustments
+    from gptoss_jax.engine.step import DeviceState, Generated, Structure
+    from gptoss_jax.model.kv_cache import KVCache
+    from sharding import put, zeros
+
+    partition, cache, config = model.partition, step.cache, model.config
+    _, weights = Structure.of(model)
+    head = (model.norm[...], model.lm_head[...])
+    abstract, last = step.state
+    full, sliding = tables(cache, partition.degree("batch"), config.sliding_window, step.tokens, context)
+    state = DeviceState(
+        KVCache.empty(config, cache, model.embed_tokens[...].dtype, partition),
+        put(full, abstract.tables.sharding),
+        put(sliding, abstract.sliding_tables.sharding),
+    )
+    generated = Generated(zeros(last.last.shape, np.int32, last.last.sharding))
+    sampling = step.programs[-1].shape
+    tokens, rows = inputs(step, config.vocab_size, context)
+    unchanged = no_adjustments(partition.degree("batch"), sampling.rows, config.vocab_size, sampling.biases)
+    jax.block_until_ready((weights, state, generated))
+
+    def launch() -> Any:
+        nonlocal state, generated
+        if len(compiled) == 1:
+            outputs, (state, generated) = compiled[0](weights, state, generated, tokens, rows, unchanged)
+            return outputs
+        (hidden, _), state = compiled[0](weights, state, generated.last, tokens)
+        outputs, generated = compiled[1](head, generated, hidden, rows, unchanged)
+        return outputs
+
+    return launch
+
+
+def tables(cache: CacheShape, ranks: int, window: int, tokens: int, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Page tables int32 [B, slots, M] of both pools, in which sequences of the whole context have their own pages.
+
+    In the sliding pool these are the pages that the last `tokens` positions see.
+    """
+    import numpy as np
+
+    full = np.arange(cache.slots * cache.table, dtype=np.int32).reshape(cache.slots, cache.table)
+    sliding = np.zeros((cache.slots, cache.sliding_table), np.int32)
+    blocks = np.arange(max(0, context - tokens - window + 1) // cache.page_size, -(-context // cache.page_size))
+    # Sequences that do not run have pages of others where the pool has no more.
+    pages = np.arange(cache.slots * len(blocks), dtype=np.int32) % cache.sliding_pages
+    sliding[:, blocks % cache.sliding_table] = pages.reshape(cache.slots, len(blocks))
+    every_rank = np.broadcast_to(full, (ranks, *full.shape)), np.broadcast_to(sliding, (ranks, *sliding.shape))
+    return every_rank
+
+
+def inputs(step: Step, vocab_size: int, context: int) -> tuple[ForwardInputs, RowInputs]:
+    """What the host sends for random sequences, each with its last tokens of the context to compute and sample from.
+
+    Equal tokens would choose the same experts, so few would be read.
+    """
+    import numpy as np
+
+    from gptoss_jax.engine.inputs import SampledRow, Settings, forward_inputs, row_inputs
+    from gptoss_jax.engine.scheduler import Work
+    from gptoss_jax.engine.sequence import Sequence
+    from gptoss_jax.types import SamplingParams
+
+    rng, cache, params = np.random.default_rng(0), step.cache, SamplingParams(temperature=1)
+    forward, sampling = step.programs[0], step.programs[-1].shape
+    ranks, gathered = forward.inputs[0].rows.shape
+    running = step.sequences // ranks
+    settings = Settings(ranks, cache.slots)
+    works: list[list[Work]] = []
+    rows = []
+    for rank in range(ranks):
+        works.append([])
+        for slot in range(running):
+            prompt = rng.integers(0, vocab_size, context, np.int32)
+            sequence = Sequence(str(slot), 0, prompt, params, 1, slot)
+            work = Work(sequence, 0, slot, context - step.tokens, step.tokens, [], True, [], {})
+            settings.update(rank, work)
+            rows.append(SampledRow(rank, slot, context - 1, work, 0))
+            works[rank].append(work)
+    return (
+        forward_inputs(works, 1, forward.shape.tokens, gathered, cache),
+        row_inputs(rows, sampling.rows, cache, settings, adjusted=False),
+    )
+
+
+def in_flight(launch: Callable[[], Any]) -> tuple[float, float]:
     """Seconds between the ends of consecutive launches, and of the host's call that dispatches one.
 
     Each launch is dispatched while the device is busy with the previous one, so that it does not wait for the host,
@@ -168,42 +251,14 @@ def in_flight(compiled: Any, weights: Any, state: Any, inputs: Any) -> tuple[flo
     before, calls, ends = None, [], []
     for _ in range(TIMED + 2):
         started = time.perf_counter()
-        result, state = compiled(weights, state, inputs)
+        outputs = launch()
         calls.append(time.perf_counter() - started)
         if before is not None:
             jax.block_until_ready(before)
             ends.append(time.perf_counter())
-        before = result
-    jax.block_until_ready(state)
+        before = outputs
+    jax.block_until_ready(before)
     return (ends[-1] - ends[0]) / TIMED, statistics.median(calls)
-
-
-def late_inputs(inputs: Any, slots: int, context: int) -> Any:
-    """Inputs of a step at the end of the context: every sequence has its own pages, and the last positions."""
-    import jax
-    import numpy as np
-
-    def segments(of: Any) -> Any:
-        rows, pages = of.tables.shape[1:]
-        own_pages = np.arange(rows * pages, dtype=np.int32).reshape(rows, pages)
-        return dataclasses.replace(
-            of,
-            slots=np.broadcast_to(np.arange(rows, dtype=np.int32) % slots, of.slots.shape),
-            tables=np.broadcast_to(own_pages, of.tables.shape),
-            snapshots=np.full(of.snapshots.shape, slots, np.int32),
-        )
-
-    filled = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
-    idle = filled.prefill_tokens.size > 0
-    ends = np.full_like(filled.decode_positions, -1 if idle else context - 1)
-    chunk = context - filled.prefill_tokens.shape[-1] + np.arange(filled.prefill_tokens.shape[-1], dtype=np.int32)
-    return dataclasses.replace(
-        filled,
-        decode=segments(filled.decode),
-        prefill=segments(filled.prefill),
-        decode_positions=ends,
-        prefill_positions=np.broadcast_to(chunk, filled.prefill_tokens.shape),
-    )
 
 
 def stats() -> int | None:

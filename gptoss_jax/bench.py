@@ -45,6 +45,12 @@ def flags() -> argparse.ArgumentParser:
         commands, "latency", "Time to first token and decode step time of a batch of equally long requests."
     )
     latency.add_argument("--batch-size", type=integers, default=[1], metavar="N,...", help="requests (default: 1)")
+    latency.add_argument(
+        "--max-num-seqs",
+        type=int,
+        metavar="N",
+        help="maximum number of concurrent sequences of each batch's engine (default: the batch)",
+    )
     latency.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: 3)")
     latency.add_argument(
         "--sampling",
@@ -131,6 +137,13 @@ def _check(options: argparse.Namespace) -> None:
                 raise UsageError(f"expected 1 or more, found {one}", flag_name(name))
     if options.command == "latency" and options.output_len < 8:
         raise UsageError(f"expected 8 or more steps to measure, found {options.output_len}", "--output-len")
+    if options.command == "latency" and (options.max_num_seqs or max(options.batch_size)) < max(
+        options.batch_size
+    ):
+        raise UsageError(
+            f"expected at least the batch of {max(options.batch_size)}, found {options.max_num_seqs}",
+            "--max-num-seqs",
+        )
     if options.command == "throughput":
         for name, default in UNTRACED.items():
             if getattr(options, name) is None:
@@ -181,7 +194,8 @@ def _latency(options: argparse.Namespace) -> int:
             workload = Workload(batch, prompt_tokens, options.output_len)
             # The KV cache takes a share of the free memory, so the previous engine's must have been freed.
             gc.collect()
-            prepared = prepare(model, engine_options, params, workload, options.seed, warm_up=options.warm_up)
+            own = dataclasses.replace(engine_options, max_num_seqs=options.max_num_seqs or batch)
+            prepared = prepare(model, own, params, workload, options.seed, warm_up=options.warm_up)
             one = measure(prepared, ceilings, options.repeats, sampling=modes)
             del prepared
             _progress(
@@ -199,7 +213,7 @@ def _latency(options: argparse.Namespace) -> int:
 def _throughput(options: argparse.Namespace) -> int:
     engine_options, params = _prepare(options)
     from gptoss_jax.benching import report
-    from gptoss_jax.benching.throughput import measure, median_run, rehearse, simultaneous
+    from gptoss_jax.benching.throughput import measure, median_run, simultaneous
     from gptoss_jax.commands.traces import read_trace
     from gptoss_jax.engine.engine import Engine
 
@@ -212,7 +226,8 @@ def _throughput(options: argparse.Namespace) -> int:
     named = f"--trace: {options.trace}: prompt_tokens" if options.trace else "--input-len"
     _check_room(model, named, longest.prompt_tokens, longest.output_tokens)
     engine = Engine(model, engine_options, eos_token_ids=())
-    engine.warm_up(rehearse=None if options.warm_up else lambda: rehearse(engine, params, arrivals))
+    if options.warm_up:
+        engine.warm_up()
     _progress(
         f"{len(arrivals)} requests; {options.repeats} measured runs, each repeated until it compiles nothing"
     )
@@ -244,6 +259,7 @@ def _start_here(options: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
+    from gptoss_jax.benching.batch import step
     from gptoss_jax.benching.workload import load, random_prompt
     from gptoss_jax.engine.engine import Engine
 
@@ -263,11 +279,11 @@ def _start_here(options: argparse.Namespace) -> int:
     for request in ("first", "second"):
         engine.add(request, random_prompt(rng, model.config.vocab_size, options.input_len), params)
         second.lap("added")
-        while not engine.step():
+        while not step(engine):
             pass
         (watch if request == "first" else second).lap("first_token")
         while engine.unfinished:
-            engine.step()
+            step(engine)
         if request == "first":
             watch.lap("more_tokens")
     found = {"phases": watch.phases, "total": watch.total, "second_request": second.phases["first_token"]}

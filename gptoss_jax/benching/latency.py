@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptoss_jax.benching import batch
 from gptoss_jax.benching.batch import REPLAYED_STEPS, TRACED_STEPS, Workload, decoding, prefill, start, stop
 from gptoss_jax.benching.ceilings import Ceilings
 from gptoss_jax.benching.launches import count_launches
@@ -73,7 +74,7 @@ class _Run:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A workload with its engine, whose steps are compiled."""
+    """A workload with its engine, whose programs are compiled."""
 
     model: GptOss
     engine: Engine
@@ -92,30 +93,23 @@ def prepare(
     warm_up: bool = False,
     progress: bool | None = None,
 ) -> Prepared:
-    """Compile the step shapes that the workload needs, several in parallel; with `warm_up`, every step shape."""
-    options = dataclasses.replace(options, max_num_seqs=workload.batch)
+    """Run the workload once, to compile its programs; with `warm_up`, compile all programs before."""
     engine = Engine(model, options, eos_token_ids=(), constrain=half_vocabulary)
-    one = Prepared(model, engine, params, workload, np.random.default_rng(seed))
-    engine.warm_up(progress, None if warm_up else lambda: _rehearse(one))
-    return one
-
-
-def _rehearse(one: Prepared) -> None:
-    rng = np.random.default_rng(0)
-    _run(one.engine, one.params, one.workload, rng)
-    with decoding(one.engine, one.params, one.workload, rng):
-        pass
+    if warm_up:
+        engine.warm_up(progress)
+    rng = np.random.default_rng(seed)
+    _run(engine, params, workload, rng)
+    return Prepared(model, engine, params, workload, rng)
 
 
 def measure(
     one: Prepared, ceilings: Ceilings, repeats: int, *, sampling: Iterable[str] = (), profile: bool = True
 ) -> Latency:
-    """Measure a workload, after one warm-up run; then the sampling modes named in `sampling`.
+    """Measure a workload, and then the sampling modes named in `sampling`.
 
     With `profile`, launches on GPUs are counted, which takes seconds.
     """
     model, engine, params, workload, rng = one.model, one.engine, one.params, one.workload, one.rng
-    _run(engine, params, workload, rng)
     before = engine.load
     runs = [_run(engine, params, workload, rng) for _ in range(repeats)]
     load = engine.load
@@ -185,7 +179,7 @@ def _run(engine: Engine, params: SamplingParams, workload: Workload, rng: np.ran
     steps, tokens, last = [], 0, time.perf_counter()
     decoding_since = last
     while tokens < (workload.output_tokens - 1) * workload.batch:
-        events = engine.step()
+        events = batch.step(engine)
         if engine.unfinished < workload.batch or not events:
             break
         tokens += len(events)
@@ -203,7 +197,7 @@ def _run(engine: Engine, params: SamplingParams, workload: Workload, rng: np.ran
 class _Device:
     """A step without host work: seconds, kernels, and launches (None where they were not counted).
 
-    `program` is the compiled text of a launch of `steps_per_launch` steps.
+    `program` is the compiled text of the programs of a launch of `steps_per_launch` steps.
     """
 
     seconds: float
@@ -223,7 +217,7 @@ def _device(
         if profile and jax.default_backend() == "gpu":
             with count_launches() as launches:
                 for _ in range(TRACED_STEPS):
-                    tokens += len(engine.step())
+                    tokens += len(batch.step(engine))
         seconds, (program, steps) = engine.replay(REPLAYED_STEPS), engine.program()
     kernels = count_kernels(program) / steps
     if launches is None:

@@ -108,8 +108,10 @@ def throughput_table(one: Throughput) -> str:
         f"{one.requests} requests in {one.seconds:.2f} s: {one.output_rate:.1f} output tok/s, {one.total_rate:.1f} "
         f"with prompts, {one.request_rate:.2f} requests/s",
         f"{one.prompt_tokens} prompt and {one.output_tokens} output tokens in {one.steps} steps, {one.max_running} "
-        f"requests at once, {one.preemptions} preemptions, {one.compiled_shapes} compiled step shapes",
-        f"{_share(one.late_launch_share)} of launches came after the device had become idle",
+        f"requests at once, {one.preemptions} preemptions, {one.compiled_programs} programs compiled, "
+        f"{one.compiled_after_warm_up} since the warm-up",
+        f"{_share(one.late_launch_share)} of launches came after the device had become idle; "
+        f"{_share(one.padding_share)} of the computed tokens were padding",
     ]
     if one.drafted:
         lines.append(_drafts(one.drafted, one.accepted))

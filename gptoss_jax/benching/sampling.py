@@ -47,6 +47,8 @@ def sampling_modes(text: str) -> tuple[str, ...]:
 class HalfVocabulary:
     """A constraint that always allows every other token of the vocabulary."""
 
+    unrestricted = False
+
     def fill(self, bitmask: np.ndarray) -> None:
         """Set the bits of the allowed tokens."""
         bitmask[:] = 0x55555555

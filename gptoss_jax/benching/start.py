@@ -20,8 +20,9 @@ PHASES = ("import", "devices", "weights", "engine", "first_token", "more_tokens"
 class Start:
     """Seconds of a process's consecutive phases; `total` is from its start to its last token.
 
-    `first_token` includes compiling, or reading from the cache, both the prefill step and the decode step after it,
-    which the engine launches before it reads the first token. `second_request` is the time to first token of a second
+    `first_token` includes compiling, or reading from the cache, the programs of the prefill step and of the decode step
+    after it, which the engine launches before it reads the first token, and `more_tokens` those of the launches of
+    several decode steps that follow. `second_request` is the time to first token of a second
     request. `compile_cache` is "cold" or "warm".
     """
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gptoss_jax.benching.batch import step
 from gptoss_jax.benching.workload import Arrival, random_prompt
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.types import SamplingParams
 
 MAX_RUNS = 5
-"""Limit of the runs. The step shapes depend on when requests arrive and end, so even a second run may compile some."""
+"""Limit of the runs. The programs depend on when requests arrive and end, so even a second run may compile some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Throughput:
     `seconds` is from the first arrival to the last token. `first_token` and `end_to_end` are latencies from a
     request's arrival; `per_output_token` is the mean time between a request's tokens. `max_running` is the most
     requests that ran at once. `late_launch_share` is the fraction of launches that came after the device had become
-    idle. `compiled_shapes` is the number of step shapes that were compiled during the run, which slows it down.
+    idle, and `padding_share` the fraction of padding among the tokens that were computed. `compiled_programs` is the
+    number of programs that were compiled during the run, which slows it down, and `compiled_after_warm_up` that of all
+    that the engine has compiled since its warm-up, or since its start without one.
     """
 
     requests: int
@@ -57,7 +60,9 @@ class Throughput:
     steps: int
     late_launch_share: float
     preemptions: int
-    compiled_shapes: int
+    padding_share: float
+    compiled_programs: int
+    compiled_after_warm_up: int
     drafted: int
     accepted: int
 
@@ -78,10 +83,10 @@ def measure(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival],
     rng = np.random.default_rng(seed)
     for _ in range(MAX_RUNS):
         one = _measured(engine, params, arrivals, rng)
-        if not one.compiled_shapes:
+        if not one.compiled_programs:
             break
         print(
-            f"  {one.seconds:.1f} s, including the compilation of {one.compiled_shapes} step shapes",
+            f"  {one.seconds:.1f} s, including the compilation of {one.compiled_programs} programs",
             file=sys.stderr,
         )
     return one
@@ -96,6 +101,7 @@ def _measured(
     ended, after = time.perf_counter(), engine.load
     seconds = ended - started - arrivals[0].arrival_s
     prompt, output = sum(a.prompt_tokens for a in arrivals), sum(one.tokens for one in timings)
+    padding = after.padding - before.padding
     gaps = [(one.last - one.first) / (one.tokens - 1) for one in timings if one.tokens > 1]
     return Throughput(
         requests=len(timings),
@@ -112,16 +118,12 @@ def _measured(
         steps=after.steps - before.steps,
         late_launch_share=(after.idle_launches - before.idle_launches) / max(1, after.launches - before.launches),
         preemptions=after.preemptions - before.preemptions,
-        compiled_shapes=after.programs_compiled - before.programs_compiled,
+        padding_share=padding / (after.tokens - before.tokens + padding),
+        compiled_programs=after.programs - before.programs,
+        compiled_after_warm_up=after.compiled_after_warm_up,
         drafted=after.drafted - before.drafted,
         accepted=after.accepted - before.accepted,
     )
-
-
-def rehearse(engine: Engine, params: SamplingParams, arrivals: Sequence[Arrival]) -> None:
-    """Run the requests all at once, for `Engine.warm_up`. Requests that arrive later may need further step shapes."""
-    together = [dataclasses.replace(arrival, arrival_s=0.0) for arrival in arrivals]
-    _serve(engine, params, together, np.random.default_rng(0))
 
 
 def _serve(
@@ -140,7 +142,7 @@ def _serve(
         if not engine.unfinished:
             time.sleep(max(0.0, timings[added].arrived - time.perf_counter()))
             continue
-        events = engine.step()
+        events = step(engine)
         now = time.perf_counter()
         max_running = max(max_running, engine.load.running)
         for event in events:

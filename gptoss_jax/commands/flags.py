@@ -161,13 +161,14 @@ def add_engine_flags(flags: argparse.ArgumentParser, max_num_seqs: bool = True) 
         "--long-prefill-token-threshold",
         type=int,
         metavar="N",
-        help="maximum number of prompt tokens of one sequence in a step (default: 2048; on CPUs 512)",
+        help="maximum number of prompt tokens of one sequence in a step (default: as many as a step has)",
     )
     group.add_argument(
         "--max-num-batched-tokens",
         type=int,
         metavar="N",
-        help="maximum number of prompt tokens of all sequences in a step (default: that of one sequence)",
+        help="maximum number of tokens of a step, prompts and decodes of all sequences together (default: 2048; on "
+        "CPUs 512)",
     )
     group.add_argument(
         "--enable-prefix-caching",
@@ -184,7 +185,7 @@ def add_engine_flags(flags: argparse.ArgumentParser, max_num_seqs: bool = True) 
     group.add_argument(
         "--warm-up",
         action="store_true",
-        help="compile all step shapes before the first request",
+        help="compile all programs before the first request",
     )
 
 

@@ -161,6 +161,23 @@ def row_inputs(
     return RowInputs(slots, positions, drafts, heads, settings.state, features)
 
 
+def idle_inputs(
+    shape: StepShape, ranks: int, cache: CacheShape, gathered: int
+) -> tuple[ForwardInputs | None, RowInputs | None]:
+    """The inputs of a program with nothing to do, None for those that it has not.
+
+    A forward pass that does not sample gathers so many rows.
+    """
+    forward = rows = None
+    if shape.tokens:
+        nothing: list[list[Work]] = [[] for _ in range(ranks)]
+        gathered = shape.rows or gathered
+        forward = forward_inputs(nothing, shape.steps, shape.tokens, gathered, cache, shape.prompt_logprobs)
+    if shape.rows:
+        rows = row_inputs([], shape.rows, cache, Settings(ranks, cache.slots), adjusted=False)
+    return forward, rows
+
+
 def sampling_mode(sequence: Sequence) -> int:
     """The cheapest sampling mode that covers a sequence, as an index of SAMPLING_MODES."""
     params = sequence.params

@@ -23,6 +23,7 @@ from gptoss_jax.engine.inputs import (
     adjust_rows,
     admitted_updates,
     forward_inputs,
+    idle_inputs,
     needed_shape,
     no_adjustments,
     row_inputs,
@@ -32,7 +33,7 @@ from gptoss_jax.engine.inputs import (
 from gptoss_jax.engine.pace import Pace, padded
 from gptoss_jax.engine.packing import Packed
 from gptoss_jax.engine.sampling import SAMPLING_MODES
-from gptoss_jax.engine.scheduler import Plan, Work
+from gptoss_jax.engine.scheduler import Plan
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.step import (
     DeviceState,
@@ -343,16 +344,9 @@ class Runner:
         if not (shape.tokens or shape.rows):
             updates = np.full((self.ranks, UPDATES, 3), self._cache.slots, np.int32)
             return self._state, updates, updates
-        rows = unchanged = inputs = None
-        if shape.rows:
-            none: list[SampledRow] = []
-            rows = Packed.of(row_inputs(none, shape.rows, self._cache, self._settings, adjusted=False))
-            unchanged = self._adjustments(shape, [])
-        if shape.tokens:
-            nothing: list[list[Work]] = [[] for _ in range(self.ranks)]
-            gathered = shape.rows or self._pace.row_sizes[-1]
-            asked = shape.prompt_logprobs
-            inputs = Packed.of(forward_inputs(nothing, shape.steps, shape.tokens, gathered, self._cache, asked))
+        own = idle_inputs(shape, self.ranks, self._cache, self._pace.row_sizes[-1])
+        inputs, rows = (part and Packed.of(part) for part in own)
+        unchanged = self._adjustments(shape, []) if shape.rows else None
         if shape.tokens and shape.rows:
             return self._weights, self._state, self._generated, inputs, rows, unchanged
         if shape.tokens:

@@ -195,33 +195,33 @@ def describe(mesh: dict[str, int]) -> str:
 
 def _step(request: Request, partition: Partition, name: StepName) -> Step:
     dtype = check_dtype(request.dtype)
-    common = (request.config, partition, request.batch, request.context)
-    if name == "decode":
-        return decode_step(*common, dtype)
-    return prefill_step(*common, request.chunk, dtype)
+    make = decode_step if name == "decode" else prefill_step
+    return make(request.config, partition, request.batch, request.context, request.chunk, dtype)
 
 
 def _compile(request: Request, partition: Partition, name: StepName, planned: StepPlan) -> StepPlan:
     assert partition.mesh is not None
     started = time.perf_counter()
+    step = _step(request, partition, name)
     try:
-        compiled = _step(request, partition, name).lower().compile()
+        with ThreadPoolExecutor(len(step.programs)) as pool:
+            programs = list(pool.map(lambda program: program.lower().compile(), step.programs))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return dataclasses.replace(planned, error=_out_of_memory(str(error)))
     seconds = time.perf_counter() - started
-    collectives = read_collectives(compiled.as_text() or "", partition.mesh.shape)
-    costs = _costs(compiled)
+    text = "\n".join(program.as_text() or "" for program in programs)
+    collectives = read_collectives(text, partition.mesh.shape)
     bound, expected = _times(request, planned.work, collectives)
     return dataclasses.replace(
         planned,
         collectives=collectives,
         bound=bound,
         expected_seconds=expected,
-        memory=ProgramMemory.of(compiled),
-        program_flops=costs.get("flops"),
-        program_bytes=costs.get("bytes accessed"),
+        memory=memory_of(step, programs),
+        program_flops=_cost(programs, "flops"),
+        program_bytes=_cost(programs, "bytes accessed"),
         compile_seconds=seconds,
     )
 
@@ -236,9 +236,24 @@ def _times(request: Request, work: Work, collectives: Sequence[Collectives]) -> 
     return bound, expected
 
 
-def _costs(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """The compiler's cost analysis; empty on platforms without one."""
-    return dict(compiled.cost_analysis() or {})
+def memory_of(step: Step, programs: Sequence[jax.stages.Compiled]) -> ProgramMemory:
+    """The memory of a step's compiled programs, which run one after the other."""
+    memories = [ProgramMemory.of(program) for program in programs]
+    # What a program takes over from the one before is among the state and the outputs of that one.
+    taken = sum(held_bytes(program.held[1:]) for program in step.programs[1:])
+    return ProgramMemory(
+        sum(memory.arguments for memory in memories) - taken,
+        sum(memory.outputs for memory in memories),
+        sum(memory.reused for memory in memories),
+        max(memory.temporaries for memory in memories),
+        sum(memory.code for memory in memories),
+    )
+
+
+def _cost(programs: Sequence[jax.stages.Compiled], name: str) -> float | None:
+    """A figure of the compiler's cost analysis, summed over the programs; None on platforms without one."""
+    costs = [dict(program.cost_analysis() or {}).get(name) for program in programs]
+    return None if None in costs else sum(cost for cost in costs if cost is not None)
 
 
 def _out_of_memory(message: str) -> str:

@@ -86,16 +86,17 @@ _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\
 
 
 def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collectives]:
-    """The collectives in the HLO text of a compiled program, summed by kind and sorted by descending bytes.
+    """The collectives in the HLO text of compiled programs, summed by kind and sorted by descending bytes.
 
-    `mesh_shape` maps the axes of the mesh that the program is partitioned over, in order, to their sizes.
+    `mesh_shape` maps the axes of the mesh that the programs are partitioned over, in order, to their sizes.
     """
-    entry, computations = _parse(text, math.prod(mesh_shape.values()))
     totals: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
-    for times, conditional, (op, num_bytes, group) in _executed(entry, computations, 1, False):
-        total = totals[op, _axes(group, mesh_shape), group, conditional]
-        total[0] += times
-        total[1] += times * num_bytes
+    for module in _modules(text):
+        entry, computations = _parse(module, math.prod(mesh_shape.values()))
+        for times, conditional, (op, num_bytes, group) in _executed(entry, computations, 1, False):
+            total = totals[op, _axes(group, mesh_shape), group, conditional]
+            total[0] += times
+            total[1] += times * num_bytes
     found = [
         Collectives(op, axes, group, conditional, count, num_bytes)
         for (op, axes, group, conditional), (count, num_bytes) in totals.items()
@@ -109,11 +110,20 @@ NO_KERNEL |= {"partition-id", "replica-id", "opt-barrier", "domain"}
 
 
 def count_kernels(text: str) -> int:
-    """The number of kernels that a call of a compiled program launches, from its HLO text.
+    """The number of kernels that a call of each compiled program launches, from their HLO text.
 
     A loop of unknown length counts as one iteration, an asynchronous operation at its start, and a conditional as its
     branch with the most kernels.
     """
+    return sum(map(_count_kernels, _modules(text)))
+
+
+def _modules(text: str) -> list[str]:
+    """The text of each program, whose computations have names of its own."""
+    return re.split(r"^(?=HloModule )", text, flags=re.MULTILINE)
+
+
+def _count_kernels(text: str) -> int:
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():

@@ -1,5 +1,6 @@
 """The benchmark of several GPUs on virtual devices: its figures must be complete and consistent."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -53,6 +54,8 @@ def test_isolated_collectives_are_those_of_the_program(op: str) -> None:
     programs = [_program(mesh, [some(op)], communicate) for communicate in (True, False)]
     texts = [program.lower(*arrays).compile().as_text() for program in programs]
     assert [read_collectives(text, mesh.shape) for text in texts] == [[some(op)], []]
+    twice = dataclasses.replace(some(op), count=6, num_bytes=6 * 4096)
+    assert read_collectives("\n".join([*texts, texts[0]]), mesh.shape) == [twice]
 
 
 def test_isolated_time_is_the_difference_with_and_without_collectives(monkeypatch: pytest.MonkeyPatch) -> None:

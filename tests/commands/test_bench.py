@@ -2,20 +2,25 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gptoss_jax import bench
+from gptoss_jax.benching.batch import TRACED_STEPS, Workload, new_tokens, step
 from gptoss_jax.benching.launches import Launches, count_launches
 from gptoss_jax.benching.sampling import SAMPLING_MODES
 from gptoss_jax.benching.workload import Arrival
 from gptoss_jax.checkpoints.loading import EMBEDDED
 from gptoss_jax.commands.traces import read_trace
+from gptoss_jax.engine.engine import TokenEvent
+from gptoss_jax.engine.pace import Pace
 from sharding.compiled.program import count_kernels
 
 FAST = ("--input-len", "20", "--output-len", "8", "--json")
+MORE_SLOTS = ("--max-num-seqs", "3")
 
 
 @pytest.fixture
@@ -59,7 +64,9 @@ def test_latency_compares_a_step_with_its_floor(command, config: Path) -> None:
 
 @pytest.mark.long
 def test_every_sampling_mode_is_measured(command, config: Path) -> None:
-    code, out, _ = command(bench.main, "latency", "--model", config, "--repeats", "1", "--sampling", *FAST)
+    code, out, _ = command(
+        bench.main, "latency", "--model", config, "--repeats", "1", *MORE_SLOTS, "--sampling", *FAST
+    )
     assert code == 0
     [row] = json.loads(out)["rows"]
     assert set(row["sampling"]) == set(SAMPLING_MODES)
@@ -79,6 +86,9 @@ def test_throughput_follows_a_trace(command, config: Path, tmp_path: Path) -> No
     assert result["output_rate"] == pytest.approx(12 / result["seconds"])
     assert result["first_token"]["p50"] <= result["end_to_end"]["p50"]
     assert 0 <= result["late_launch_share"] <= 1
+    # Prompts of 5, 14 and 23 tokens are computed as 8 and 64.
+    assert 0 < result["padding_share"] < 1
+    assert 0 <= result["compiled_programs"] <= result["compiled_after_warm_up"]
     code, out, _ = command(bench.main, "throughput", "--model", config, "--num-prompts", 2, *FAST[:-1])
     assert code == 0
     assert "2 requests in" in out
@@ -118,6 +128,10 @@ def test_plot_writes_a_figure(
         ((), "latency|throughput|start"),
         (("latency", "--batch-size", "1,x"), "--batch-size"),
         (("latency", "--batch-size", "0"), "--batch-size"),
+        (
+            ("latency", "--batch-size", "1,4", "--max-num-seqs", "3"),
+            "--max-num-seqs: expected at least the batch of 4, found 3",
+        ),
         (("latency", "--output-len", "2"), "--output-len"),
         (("latency", "--top-p", "2"), "--top-p"),
         (("latency", "--input-len", "9,5000"), "--input-len"),
@@ -162,6 +176,28 @@ def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, line: str, named: str) -
     assert named in str(caught.value)
 
 
+def test_a_request_that_fails_ends_the_measurement() -> None:
+    class Failing:
+        def step(self) -> list[TokenEvent]:
+            return [
+                TokenEvent("0", 0, 7),
+                TokenEvent("1", 0, -1, finish_reason="error", error=MemoryError("full")),
+            ]
+
+    engine: Any = Failing()
+    with pytest.raises(MemoryError, match="full"):
+        step(engine)
+
+
+def test_requests_decode_until_the_last_prompt_has_been_prefilled() -> None:
+    """Of steps of 8 tokens, the prompts of 8 find 8, 7 and 6 left, so they take 1, 2 and 2 steps."""
+    pace = Pace.of("cpu", None, 8, None, 3)
+    workload = Workload(3, prompt_tokens=8, output_tokens=10)
+    assert new_tokens(pace, 3, 0, workload) == 10 + 5 + 2 * TRACED_STEPS
+    # With two drafts, each sequence that decodes takes up to three tokens: 8, 5 and 2 are left.
+    assert new_tokens(pace, 3, 2, workload) == 3 * (10 + 1 + 2 + 4) + 2 * TRACED_STEPS
+
+
 def test_kernels_of_a_program_are_counted() -> None:
     def program(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 7, lambda i, x: jnp.sin(x @ x), x)
@@ -169,6 +205,7 @@ def test_kernels_of_a_program_are_counted() -> None:
     text = jax.jit(program).lower(jnp.ones((64, 64))).compile().as_text()
     # One matrix product and one sine per iteration, and a few kernels outside the loop.
     assert 14 <= count_kernels(text) < 50
+    assert count_kernels(f"{text}\n{text}") == 2 * count_kernels(text)
 
 
 def test_launches_of_graphs_and_of_kernels_outside_them_are_counted() -> None:

@@ -44,6 +44,8 @@ class Speaker:
         out: list[list[int]] = [[] for _ in prompts]
         while self.engine.unfinished:
             for event in self.engine.step():
+                if event.error:
+                    raise event.error
                 out[int(event.request_id)].append(event.token_id)
         return out
 
