@@ -174,7 +174,7 @@ def launcher(step: Step, compiled: Sequence[Any], model: GptOss, context: int) -
     generated = Generated(zeros(last.last.shape, np.int32, last.last.sharding))
     sampling = step.programs[-1].shape
     tokens, rows = inputs(step, config.vocab_size, context)
-    unchanged = no_adjustments(partition.degree("batch"), sampling.rows, config.vocab_size, sampling.biases)
+    unchanged = no_adjustments(partition.degree("batch"), sampling.rows, sampling, config.vocab_size)
     jax.block_until_ready((weights, state, generated))
 
     def launch() -> Any:

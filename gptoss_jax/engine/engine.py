@@ -17,14 +17,14 @@ import numpy as np
 
 from gptoss_jax.engine.compiling import as_in_this_thread, collected_once
 from gptoss_jax.engine.drafts import Drafter, DrafterFactory, PromptLookup
-from gptoss_jax.engine.inputs import SampledRow, needs_adjusting
+from gptoss_jax.engine.inputs import SampledRow
 from gptoss_jax.engine.interrupts import uninterrupted
 from gptoss_jax.engine.memory import cache_budget, cache_shape, kv_dtype
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.runner import Launched, Runner
 from gptoss_jax.engine.scheduler import Limits, Scheduler, Work
 from gptoss_jax.engine.sequence import Sequence
-from gptoss_jax.engine.step import Logprobs, StepOutputs
+from gptoss_jax.engine.step import Logprobs
 from gptoss_jax.errors import UsageError, expect, named
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.types import (
@@ -120,7 +120,7 @@ class EngineOptions:
             kv_dtype(self.kv_cache_dtype)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TokenEvent:
     """A new token of completion `index` of a request, or the error that ended it.
 
@@ -424,9 +424,9 @@ class Engine:
         plan = self._scheduler.plan(lambda sequence: sequence in self._constraints)
         if not plan.work:
             return None, []
-        waited = self._in_flight is not None and self._in_flight.done
         try:
             launched = self._runner.prepare(plan, lambda sequence: sequence in self._constraints)
+            waited = self._in_flight is not None and self._in_flight.done
             with uninterrupted():
                 self._runner.start(launched)
                 self._commit(launched, waited)
@@ -472,7 +472,7 @@ class Engine:
         for rank in self._scheduler.ranks:
             for sequence in rank.running:
                 most = min(self.options.num_speculative_tokens, sequence.max_tokens - sequence.generated - 1)
-                exact = not needs_adjusting(sequence) and sequence not in self._constraints
+                exact = not sequence.adjusted and sequence not in self._constraints
                 if not (sequence.decoding and exact and most > 0):
                     sequence.drafts = []
                     continue
@@ -507,48 +507,51 @@ class Engine:
     def _advance(self, launched: Launched, outputs: Any, prompt_logprobs: Logprobs | None) -> list[TokenEvent]:
         """Advance the sequences by what a launch has computed."""
         events: list[TokenEvent] = []
-        sampled = {id(at.work): at for at in launched.sampled}
         for rank, works in enumerate(launched.plan.by_rank):
             token = 0
             for work in works:
                 if work.sequence.epoch == work.epoch:
                     if prompt_logprobs is not None and work.sequence.params.prompt_logprobs is not None:
                         self._keep_prompt_logprobs(work, prompt_logprobs, rank, token)
-                    if at := sampled.get(id(work)):
-                        events += self._new_tokens(launched, at, outputs)
-                    else:
+                    if not work.samples:
                         self._scheduler.settle(work.sequence, work.start + work.count)
                 token += work.tokens
+        if launched.sampled:
+            tokens, ends = outputs.tokens.tolist(), outputs.ends.tolist()
+            for at in launched.sampled:
+                if at.work.sequence.epoch == at.work.epoch:
+                    events += self._new_tokens(launched, at, tokens[at.rank], ends[at.rank], outputs.logprobs)
         return events
 
-    def _new_tokens(self, launched: Launched, at: SampledRow, outputs: StepOutputs) -> list[TokenEvent]:
-        """A sequence's new tokens, up to the one that ends it."""
+    def _new_tokens(
+        self, launched: Launched, at: SampledRow, tokens: list[Any], ends: list[Any], logprobs: Logprobs | None
+    ) -> list[TokenEvent]:
+        """A sequence's new tokens, up to the one that ends it, from the tokens and the ends of its rank's rows."""
         sequence, several = at.work.sequence, launched.plan.steps > 1
-        end = at.row if several else int(outputs.ends[at.rank, at.row])
-        own = outputs.tokens[at.rank, at.row] if several else outputs.tokens[at.rank, at.row : end + 1]
-        accepted = end - at.row
+        accepted = 0 if several else ends[at.row] - at.row
         sequence.ahead -= launched.plan.steps
-        sequence.computed += accepted
-        sequence.drafted += len(at.work.drafts)
-        sequence.accepted += accepted
-        self._load.drafted += len(at.work.drafts)
-        self._load.accepted += accepted
+        if at.work.drafts:
+            sequence.computed += accepted
+            sequence.drafted += len(at.work.drafts)
+            sequence.accepted += accepted
+            self._load.drafted += len(at.work.drafts)
+            self._load.accepted += accepted
         events = []
-        for i, token in enumerate(own.tolist()):
-            place = (at.rank, at.row, i) if several else (at.rank, at.row + i)
-            try:
-                events.append(self._token(sequence, token, outputs.logprobs, place))
-            except Exception as error:
-                return events + self._fail([sequence], error)
-            if events[-1].finish_reason:
-                return events
+        try:
+            for i, token in enumerate(tokens[at.row] if several else tokens[at.row : at.row + accepted + 1]):
+                place = (at.rank, at.row, i) if several else (at.rank, at.row + i)
+                events.append(self._token(sequence, token, logprobs, place))
+                if events[-1].finish_reason:
+                    return events
+        except Exception as error:
+            return events + self._fail([sequence], error)
         self._scheduler.settle(sequence, sequence.known_length - 1)
         return events
 
     def _token(self, sequence: Sequence, token: int, logprobs: Logprobs | None, at: tuple[int, ...]) -> TokenEvent:
         params = sequence.params
         sequence.tokens.append(token)
-        if sequence in self._constraints:
+        if self._constraints and sequence in self._constraints:
             self._constraints[sequence].accept(token)
         stops = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         finish: FinishReason | None = None
@@ -561,7 +564,7 @@ class Engine:
             sequence.index,
             token,
             _token_logprobs(token, logprobs, at, params.logprobs),
-            self._prompt_logprobs.pop(sequence, None),
+            self._prompt_logprobs.pop(sequence, None) if self._prompt_logprobs else None,
             finish,
             sequence.prefix_hits,
             sequence.drafted,

@@ -52,29 +52,24 @@ def forward_inputs(
     gathered = np.zeros((ranks, rows), np.int32)
     updates, sliding = (np.full((ranks, updates_of(tokens, cache), 3), cache.slots, np.int32) for _ in range(2))
     for rank, own in enumerate(by_rank):
-        at = row = changed = sliding_changed = 0
-        for n, work in enumerate(own):
-            count = work.tokens if steps == 1 else 1
-            here, stop = slice(at, at + count), work.start + count
-            ids[rank, here] = _tokens(work)[:count]
-            positions[rank, here] = np.arange(work.start, stop)
-            slots[rank, here] = work.slot
-            layout[:, rank, n] = work.slot, at, count, stop
-            if prompt_logprobs:
-                known = work.sequence.span(work.start + 1, min(stop + 1, work.sequence.known_length))
+        counts = np.asarray([work.tokens if steps == 1 else 1 for work in own], np.int32)
+        starts = np.asarray([work.start for work in own], np.int32)
+        slot_N = np.asarray([work.slot for work in own], np.int32)
+        first_N = np.cumsum(counts) - counts
+        used = int(counts.sum())
+        layout[:, rank, : len(own)] = slot_N, first_N, counts, starts + counts
+        slots[rank, :used] = np.repeat(slot_N, counts)
+        positions[rank, :used] = np.repeat(starts - first_N, counts) + np.arange(used)
+        ids[rank, :used] = _tokens(own, counts)
+        sampled = _sampled_tokens(own, first_N, counts)
+        gathered[rank, : len(sampled)] = sampled
+        for pool, changes in zip((updates, sliding), _page_changes(own, cache), strict=True):
+            pool[rank, : len(changes)] = changes
+        if prompt_logprobs:
+            for work, at in zip(own, first_N.tolist(), strict=True):
+                stop = min(work.start + work.tokens + 1, work.sequence.known_length)
+                known = work.sequence.span(work.start + 1, stop)
                 following[rank, at : at + len(known)] = known
-            if work.samples:
-                rows_here = 1 + len(work.drafts)
-                gathered[rank, row : row + rows_here] = np.arange(at + count - rows_here, at + count)
-                row += rows_here
-            first = len(work.sequence.pages) if work.sequence.rank >= 0 else _first_block(work, cache)
-            for entry, page in enumerate(work.pages, first):
-                updates[rank, changed] = work.slot, entry, page
-                changed += 1
-            for block, page in work.sliding.items():
-                sliding[rank, sliding_changed] = work.slot, block % cache.sliding_table, page
-                sliding_changed += 1
-            at += count
     return ForwardInputs(
         ids,
         positions,
@@ -87,16 +82,44 @@ def forward_inputs(
     )
 
 
-def _first_block(work: Work, cache: CacheShape) -> int:
-    """The first block of an admitted sequence's work, which starts after whole blocks."""
-    return work.start // cache.page_size
+def _tokens(works: list[Work], counts: np.ndarray) -> np.ndarray:
+    """The first tokens and drafts of each work; -1 for a token that only the device knows yet."""
+    parts: list[int] = []
+    for work, count in zip(works, counts.tolist(), strict=True):
+        sequence, known = work.sequence, work.sequence.known_length - work.start
+        if count == 1:
+            parts.append(sequence.newest if known == 1 else -1 if known < 1 else int(sequence.prompt[work.start]))
+            continue
+        own = sequence.span(work.start, work.start + min(known, work.count)).tolist() if known > 0 else []
+        parts += own
+        parts += [-1] * (work.count - len(own))
+        parts += work.drafts
+    return np.asarray(parts, np.int32)
 
 
-def _tokens(work: Work) -> np.ndarray:
-    """The work's tokens and drafts; -1 for a token that only the device knows yet."""
-    known = work.sequence.span(work.start, min(work.start + work.count, work.sequence.known_length))
-    unknown = np.full(work.count - len(known), -1, np.int32)
-    return np.concatenate([known, unknown, np.asarray(work.drafts, np.int32)])
+def _sampled_tokens(works: list[Work], first_N: np.ndarray, counts: np.ndarray) -> list[int]:
+    """The tokens of a rank whose hidden states are sampled from."""
+    ends = (first_N + counts).tolist()
+    return [
+        token
+        for work, end in zip(works, ends, strict=True)
+        if work.samples
+        for token in range(end - 1 - len(work.drafts), end)
+    ]
+
+
+def _page_changes(works: list[Work], cache: CacheShape) -> Iterator[np.ndarray]:
+    """The page-table entries [U, 3] of each pool that works change."""
+    full: list[tuple[int, int, int]] = []
+    sliding: list[tuple[int, int, int]] = []
+    for work in works:
+        if work.pages:
+            # An admitted sequence, which has no rank yet, starts after whole blocks.
+            admitted = work.sequence.rank < 0
+            first = work.start // cache.page_size if admitted else len(work.sequence.pages)
+            full += [(work.slot, entry, page) for entry, page in enumerate(work.pages, first)]
+        sliding += [(work.slot, block % cache.sliding_table, page) for block, page in work.sliding.items()]
+    return (np.asarray(changes, np.int32).reshape(-1, 3) for changes in (full, sliding))
 
 
 def updates_of(tokens: int, cache: CacheShape) -> int:
@@ -143,21 +166,23 @@ def row_inputs(
     sampled: list[SampledRow], rows: int, cache: CacheShape, settings: Settings, adjusted: bool
 ) -> RowInputs:
     """The inputs of sampling so many rows on each rank."""
-    shape = (len(settings.state.temperature), rows)
-    slots, positions, drafts = (np.full(shape, fill, np.int32) for fill in (cache.slots, 0, -1))
-    heads = np.zeros(shape, bool)
-    features = np.zeros((shape[0], 3), np.int32)
-    mode = len(SAMPLING_MODES) - 1 if adjusted else 0
+    ranks = len(settings.state.temperature)
+    slots, positions, drafts = (np.full((ranks, rows), fill, np.int32) for fill in (cache.slots, 0, -1))
+    heads = np.zeros((ranks, rows), bool)
+    features = np.zeros((ranks, 3), np.int32)
+    if sampled:
+        where = np.asarray([(at.rank, at.row, at.work.slot, at.position) for at in sampled], np.int32).T
+        rank_N, row_N, slots[*where[:2]], positions[*where[:2]] = where
+        heads[rank_N, row_N] = True
     for at in sampled:
-        work, params = at.work, at.work.sequence.params
-        here = (at.rank, slice(at.row, at.row + 1 + len(work.drafts)))
-        slots[here] = work.slot
-        positions[here] = np.arange(at.position, at.position + 1 + len(work.drafts))
-        drafts[at.rank, at.row : at.row + len(work.drafts)] = work.drafts
-        heads[at.rank, at.row] = True
-        mode = max(mode, sampling_mode(work.sequence))
-        features[:, 2] |= params.logprobs is not None
-    features[:, :2] = mode, adjusted
+        if at.work.drafts:
+            here = (at.rank, slice(at.row, at.row + 1 + len(at.work.drafts)))
+            slots[here] = at.work.slot
+            positions[here] = np.arange(at.position, at.position + 1 + len(at.work.drafts))
+            drafts[at.rank, at.row : at.row + len(at.work.drafts)] = at.work.drafts
+    mode = max((at.work.sequence.mode for at in sampled), default=0)
+    logprobs = any(at.work.sequence.params.logprobs is not None for at in sampled)
+    features[:] = len(SAMPLING_MODES) - 1 if adjusted else mode, adjusted, logprobs
     return RowInputs(slots, positions, drafts, heads, settings.state, features)
 
 
@@ -176,14 +201,6 @@ def idle_inputs(
     if shape.rows:
         rows = row_inputs([], shape.rows, cache, Settings(ranks, cache.slots), adjusted=False)
     return forward, rows
-
-
-def sampling_mode(sequence: Sequence) -> int:
-    """The cheapest sampling mode that covers a sequence, as an index of SAMPLING_MODES."""
-    params = sequence.params
-    cuts = params.top_k > 0 or params.top_p < 1
-    name = "greedy" if params.temperature == 0 else "truncated" if cuts else "random"
-    return SAMPLING_MODES.index(name)
 
 
 def no_adjustments(ranks: int, rows: int, shape: StepShape, vocab_size: int) -> Any:
@@ -250,12 +267,6 @@ def _biases(params: SamplingParams, generated: int, eos: frozenset[int]) -> dict
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else eos)
         biases |= dict.fromkeys(ends, -np.inf)
     return biases
-
-
-def needs_adjusting(sequence: Sequence) -> bool:
-    """Whether a sequence's logits are changed before sampling, by other than a constraint."""
-    params = sequence.params
-    return params.penalised or bool(params.logit_bias) or sequence.generated < params.min_tokens
 
 
 class Settings:

@@ -28,7 +28,6 @@ from gptoss_jax.engine.inputs import (
     no_adjustments,
     row_inputs,
     sampled_rows,
-    sampling_mode,
 )
 from gptoss_jax.engine.pace import Pace, padded
 from gptoss_jax.engine.packing import Packed
@@ -244,7 +243,7 @@ class Runner:
     def _sampling_shape(self, launched: Launched, rows: int, adjusted: list[RowAdjustment]) -> StepShape:
         cuts = SAMPLING_MODES.index("truncated")
         plain = self._graphed and not adjusted
-        plain = plain and all(sampling_mode(at.work.sequence) < cuts for at in launched.sampled)
+        plain = plain and all(at.work.sequence.mode < cuts for at in launched.sampled)
         shape = StepShape(0, rows, plain=plain, penalised=self._generated.counts is not None)
         return needed_shape(adjusted, shape)
 
@@ -266,6 +265,8 @@ class Runner:
         """The rows whose logits are changed; a constraint that allows everything changes nothing."""
         found = []
         for at in sampled:
+            if not (constraints or at.work.sequence.may_be_adjusted):
+                continue
             mask = None
             if at.work.sequence in constraints and at.work.sequence.epoch == at.work.epoch:
                 mask = np.full(-(-self._config.vocab_size // 32), 0xFFFFFFFF, np.uint32)

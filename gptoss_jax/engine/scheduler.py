@@ -266,17 +266,20 @@ class Scheduler:
     def _steps(self, single: Callable[[Sequence], bool]) -> int:
         """How many steps to launch at once: several if nothing waits, and all that runs decodes that many more."""
         steps = self.limits.decode_steps
-        running = [s for rank in self.ranks for s in rank.running if s.generated < s.max_tokens]
-        # A first token that has not been read back yet would arrive only after all of these steps.
-        able = all(s.decoding and s.tokens and s.max_tokens - s.generated >= steps for s in running)
-        if self.waiting or not able or any(len(rank.running) > self.limits.decodes for rank in self.ranks):
+        if steps == 1 or self.waiting or any(len(rank.running) > self.limits.decodes for rank in self.ranks):
             return 1
-        for s in running:
-            # Before `min_tokens` tokens that end the sequence are excluded, and not after.
-            if single(s) or s.drafts or s.generated < s.params.min_tokens < s.generated + steps:
-                return 1
         for rank in self.ranks:
-            missing = sum(self.limits.blocks(s.computed + steps) - len(s.pages) for s in rank.running)
+            missing = 0
+            for s in rank.running:
+                left = s.max_tokens - s.generated
+                if left == 0:
+                    continue
+                # A first token that has not been read back yet would arrive only after all of these steps, and before
+                # `min_tokens` tokens that end the sequence are excluded, after them not.
+                changes = s.generated < s.params.min_tokens < s.generated + steps
+                if left < steps or not s.decoding or not s.tokens or s.drafts or changes or single(s):
+                    return 1
+                missing += max(0, self.limits.blocks(s.computed + steps) - len(s.pages))
             if missing > rank.pages.available:
                 return 1
         return steps
@@ -287,8 +290,10 @@ class Scheduler:
             ends = sequence.generated >= sequence.max_tokens
             if sequence in plan.preempted or not sequence.decoding or ends:
                 continue
-            drafts = sequence.drafts[: max(0, rows)]
-            if self._make_room(plan, sequence, steps + len(drafts)):
+            drafts = sequence.drafts[: max(0, rows)] if sequence.drafts else []
+            count = steps + len(drafts)
+            fits = sequence.computed + count <= len(sequence.pages) * self.limits.cache.page_size
+            if fits or self._make_room(plan, sequence, count):
                 rows -= len(drafts)
                 self._add_work(plan, sequence, steps, drafts)
 
@@ -347,7 +352,8 @@ class Scheduler:
 
     def _plan_prompts(self, plan: RankPlan) -> None:
         """Continue the prompts of running sequences, the first to arrive first."""
-        prompts = sorted((s for s in plan.running if not s.decoding), key=lambda s: s.arrival)
+        prompts = [s for s in plan.running if s not in plan.work and not s.decoding]
+        prompts.sort(key=lambda s: s.arrival)
         for index, sequence in enumerate(prompts):
             if sequence in plan.preempted:
                 continue

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from gptoss_jax.engine.pages import block_key
+from gptoss_jax.engine.sampling import SAMPLING_MODES
 from gptoss_jax.types import SamplingParams
 
 
@@ -53,6 +55,31 @@ class Sequence:
     drafted: int = 0
     accepted: int = 0
     _keys: list[bytes] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def mode(self) -> int:
+        """The cheapest sampling mode that covers it, as an index of SAMPLING_MODES."""
+        cuts = self.params.top_k > 0 or self.params.top_p < 1
+        return SAMPLING_MODES.index(
+            "greedy" if self.params.temperature == 0 else "truncated" if cuts else "random"
+        )
+
+    @functools.cached_property
+    def may_be_adjusted(self) -> bool:
+        """Whether its parameters ever change its logits before sampling."""
+        return self.params.penalised or bool(self.params.logit_bias) or self.params.min_tokens > 0
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether its parameters change the logits of its next token before sampling."""
+        if not self.may_be_adjusted:
+            return False
+        return self.params.penalised or bool(self.params.logit_bias) or self.generated < self.params.min_tokens
+
+    @property
+    def newest(self) -> int:
+        """The last known token."""
+        return self.tokens[-1] if self.tokens else int(self.prompt[-1])
 
     @property
     def known_length(self) -> int:

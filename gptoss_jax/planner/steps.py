@@ -156,7 +156,7 @@ def _step(
     def program(shape: StepShape) -> Program:
         shape = dataclasses.replace(shape, plain=shape.rows > 0 and graphs_collectives(partition.mesh))
         forward, rows = idle_inputs(shape, ranks, cache, gathered)
-        adjustments = no_adjustments(ranks, shape.rows, config.vocab_size, shape.biases)
+        adjustments = no_adjustments(ranks, shape.rows, shape, config.vocab_size)
         forward, rows, adjustments = jax.eval_shape(lambda: (forward, rows, adjustments))
         if shape.tokens and shape.rows:
             decode, held = partial(run_decode, structure, shape), (weights, state, generated)
