@@ -57,17 +57,17 @@ class Decode:
     chunk: int = 256
     programs: int = 512
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """Queries and keys per block, and Triton's warps and pipeline stages."""
 
-    queries: int = 16
+    queries: int = 8
     keys: int = 64
-    num_warps: int = 8
-    num_stages: int = 3
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
