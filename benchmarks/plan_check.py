@@ -127,8 +127,6 @@ def prepare(options: argparse.Namespace) -> tuple[Callable[[], Any], dict[str, A
     import jax
 
     from gptoss_jax.checkpoints.loading import random_model
-    from gptoss_jax.engine.compiling import compiler_options, graphs_collectives
-    from gptoss_jax.engine.runner import GRAPHED_TOKENS
     from gptoss_jax.model.config import ModelConfig
     from gptoss_jax.planner.plans import memory_of
     from gptoss_jax.planner.steps import decode_step, prefill_step
@@ -141,9 +139,7 @@ def prepare(options: argparse.Namespace) -> tuple[Callable[[], Any], dict[str, A
     step = make(config, model.partition, options.batch, options.context, options.chunk)
     compiled = []
     for program in step.programs:
-        few = 0 < program.shape.tokens <= GRAPHED_TOKENS and not program.shape.rows
-        graphed = graphs_collectives(mesh) and (program.shape.plain or few)
-        compiled.append(program.lower().compile(compiler_options(mesh, collectives=graphed)))
+        compiled.append(program.lower().compile(program_options(mesh, program.shape)))
     launch = launcher(step, compiled, model, options.context)
     before = stats()
     for _ in range(WARM_UP):
@@ -236,7 +232,7 @@ def inputs(step: Step, vocab_size: int, context: int) -> tuple[ForwardInputs, Ro
             works[rank].append(work)
     return (
         forward_inputs(works, 1, forward.shape.tokens, gathered, cache),
-        row_inputs(rows, sampling.rows, cache, settings, adjusted=False),
+        row_inputs(rows, sampling.rows, cache, settings),
     )
 
 

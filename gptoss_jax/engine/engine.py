@@ -615,15 +615,16 @@ class Engine:
         """The compiled HLO text of the last launch, and the number of its decode steps."""
         return self._runner.program()
 
-    def warm_up(self, progress: bool | None = None) -> int:
-        """Compile all programs that requests can need; returns their number.
+    def warm_up(self, progress: bool | None = None, every_feature: bool = False) -> int:
+        """Compile the programs that requests can need; returns their number.
 
-        Programs with penalties and with prompt log-probabilities are left out: they compile on first use. `progress`
-        shows or hides the progress bar; None shows it.
+        These are the programs of requests without log-probabilities, penalties, biases and constraints; with
+        `every_feature` all but those of prompt log-probabilities. What is left out compiles when it is first needed.
+        `progress` shows or hides the progress bar; None shows it.
         """
         from tqdm import tqdm
 
-        shapes = list(self._runner.shapes())
+        shapes = list(self._runner.shapes(every_feature))
         # Without a terminal, the bar is printed as a line every 10 seconds.
         often = 0.1 if sys.stderr.isatty() else 10
         # Several processes must compile in the same order, since their compilers may wait for each other.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gptoss_jax.engine.adjusting import AdjustedRows, Adjustments, Penalties
-from gptoss_jax.engine.sampling import SAMPLING_MODES, SamplingState
+from gptoss_jax.engine.sampling import SamplingState
 from gptoss_jax.engine.scheduler import Plan, Work
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.step import ADJUSTED, BIASES, ForwardInputs, RowInputs, StepShape, seed_key
@@ -162,14 +162,11 @@ def sampled_rows(plan: Plan) -> list[SampledRow]:
     return found
 
 
-def row_inputs(
-    sampled: list[SampledRow], rows: int, cache: CacheShape, settings: Settings, adjusted: bool
-) -> RowInputs:
+def row_inputs(sampled: list[SampledRow], rows: int, cache: CacheShape, settings: Settings) -> RowInputs:
     """The inputs of sampling so many rows on each rank."""
     ranks = len(settings.state.temperature)
     slots, positions, drafts = (np.full((ranks, rows), fill, np.int32) for fill in (cache.slots, 0, -1))
     heads = np.zeros((ranks, rows), bool)
-    features = np.zeros((ranks, 3), np.int32)
     if sampled:
         where = np.asarray([(at.rank, at.row, at.work.slot, at.position) for at in sampled], np.int32).T
         rank_N, row_N, slots[*where[:2]], positions[*where[:2]] = where
@@ -180,10 +177,8 @@ def row_inputs(
             slots[here] = at.work.slot
             positions[here] = np.arange(at.position, at.position + 1 + len(at.work.drafts))
             drafts[at.rank, at.row : at.row + len(at.work.drafts)] = at.work.drafts
-    mode = max((at.work.sequence.mode for at in sampled), default=0)
-    logprobs = any(at.work.sequence.params.logprobs is not None for at in sampled)
-    features[:] = len(SAMPLING_MODES) - 1 if adjusted else mode, adjusted, logprobs
-    return RowInputs(slots, positions, drafts, heads, settings.state, features)
+    random = np.full((ranks, 1), any(at.work.sequence.mode > 0 for at in sampled), np.int32)
+    return RowInputs(slots, positions, drafts, heads, settings.state, random)
 
 
 def idle_inputs(
@@ -199,7 +194,7 @@ def idle_inputs(
         gathered = shape.rows or gathered
         forward = forward_inputs(nothing, shape.steps, shape.tokens, gathered, cache, shape.prompt_logprobs)
     if shape.rows:
-        rows = row_inputs([], shape.rows, cache, Settings(ranks, cache.slots), adjusted=False)
+        rows = row_inputs([], shape.rows, cache, Settings(ranks, cache.slots))
     return forward, rows
 
 

@@ -64,14 +64,13 @@ class Pace:
 
 
 def _token_sizes(most: int) -> tuple[int, ...]:
-    """Few sizes where a step is bound by the weights that it reads, then more, whose padding is at most a third."""
-    few = (1, 4, 16, 64, 128, 256, 512)
-    more = itertools.chain.from_iterable((1024 << i, 1536 << i) for i in range(16))
-    return _up_to(most, itertools.chain(few, more))
+    """Few sizes where a step is bound by the weights that it reads, then more; prompts are cut to fill them."""
+    few = (1, 16, 64, 128, 256, 512, 1024, 1536)
+    return _up_to(most, itertools.chain(few, (2048 << i for i in range(16))))
 
 
 def _row_sizes(most: int) -> tuple[int, ...]:
-    return _up_to(most, (16, 64, 128, 256))
+    return _up_to(most, (16, 64, 256))
 
 
 def _sizes(least: int, factor: int, most: int, bound: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine.adjusting import AdjustedRows
@@ -36,6 +37,7 @@ from gptoss_jax.engine.scheduler import Plan
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.step import (
     DeviceState,
+    Features,
     Generated,
     HeadStructure,
     Logprobs,
@@ -53,13 +55,10 @@ from gptoss_jax.model.kv_cache import CacheShape, KVCache
 from gptoss_jax.runtime.xla_options import in_order
 from gptoss_jax.types import TokenConstraint
 from pallas_kernels import dispatch_settings, use_backend
-from sharding import put, replicate, zeros
+from sharding import replicate, zeros
 
 UPDATES = 1024
 """Page-table entries of a pool that the program for cached prefixes changes at once."""
-
-GRAPHED_TOKENS = 256
-"""Most tokens of a forward pass whose collectives are put into CUDA graphs: such steps are launched repeatedly."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,9 +119,7 @@ class Runner:
         self._cache, self._pace, self._dtype, self._eos, self._kernels = cache, pace, dtype, eos, kernels
         self.ranks = model.partition.degree("batch")
         self._in_order = in_order(self._partition.mesh)
-        self._graphed = graphs_collectives(self._partition.mesh)
         self._programs: dict[StepShape, Program] = {}
-        self._unchanged: dict[StepShape, Packed[AdjustedRows]] = {}
         weights = tuple((x.shape, x.dtype, x.sharding) for x in self._weights)
         self._signature = (cache, pace.row_sizes, jnp.dtype(dtype), weights)
         self._set_counts = jax.jit(_set_counts, donate_argnums=0, compiler_options=self._in_order)
@@ -152,7 +149,8 @@ class Runner:
         launched = Launched(plan, sampled, [], [], any(constrained(at.work.sequence) for at in sampled))
         for at in sampled:
             self._settings.update(at.rank, at.work)
-        self._allocate_counts(sampled)
+        if any(at.work.sequence.params.penalised for at in sampled):
+            self._allocate_counts()
         if plan.steps > 1:
             self._prepare_decode(launched)
         else:
@@ -182,9 +180,9 @@ class Runner:
     def _run(self, launched: Launched) -> None:
         program, inputs = self._program(launched.shapes[0]), launched.inputs
         if launched.plan.steps > 1:
-            arguments = (self._weights, self._state, self._generated, *inputs)
-            launched.outputs, (self._state, self._generated) = program(*arguments)
-            self._send(launched)
+            arguments = (self._weights, self._state, self._counted_for(launched.shapes[0]), *inputs)
+            launched.outputs, (self._state, generated) = program(*arguments)
+            self._keep(launched, generated)
             return
         arguments = (self._weights, self._state, self._generated.last, inputs[0])
         (launched.hidden, launched.prompt_logprobs), self._state = program(*arguments)
@@ -193,9 +191,14 @@ class Runner:
             self._run_sampling(launched)
 
     def _run_sampling(self, launched: Launched) -> None:
-        arguments = (self._head_weights, self._generated, launched.hidden, *launched.inputs[1:])
-        launched.outputs, self._generated = self._program(launched.shapes[1])(*arguments)
-        self._send(launched)
+        generated = self._counted_for(launched.shapes[1])
+        arguments = (self._head_weights, generated, launched.hidden, *launched.inputs[1:])
+        launched.outputs, generated = self._program(launched.shapes[1])(*arguments)
+        self._keep(launched, generated)
+
+    def _counted_for(self, shape: StepShape) -> Generated:
+        """What was generated, with token counts if the program takes them."""
+        return self._generated if shape.features == "penalties" else Generated(self._generated.last)
 
     def _prepare_decode(self, launched: Launched) -> None:
         plan = launched.plan
@@ -204,7 +207,7 @@ class Runner:
         shape = self._sampling_shape(launched, sequences, adjusted)
         launched.shapes = [dataclasses.replace(shape, tokens=sequences, steps=plan.steps)]
         inputs = forward_inputs(plan.by_rank, plan.steps, sequences, sequences, self._cache)
-        rows = row_inputs(launched.sampled, sequences, self._cache, self._settings, bool(adjusted))
+        rows = row_inputs(launched.sampled, sequences, self._cache, self._settings)
         launched.inputs = [Packed.of(inputs), Packed.of(rows), self._adjustments(launched.shapes[0], adjusted)]
 
     def _prepare_forward(self, launched: Launched) -> None:
@@ -221,17 +224,16 @@ class Runner:
         adjusted = self._adjusted(launched.sampled, constraints)
         most = max(at.row + 1 + len(at.work.drafts) for at in launched.sampled)
         count = padded(most, self._pace.row_sizes)
-        rows = row_inputs(launched.sampled, count, self._cache, self._settings, bool(adjusted))
+        rows = row_inputs(launched.sampled, count, self._cache, self._settings)
         shape = self._sampling_shape(launched, count, adjusted)
         launched.shapes.append(shape)
         launched.inputs += [Packed.of(rows), self._adjustments(shape, adjusted)]
 
-    def _send(self, launched: Launched) -> None:
-        """Start copying the outputs that the host needs as they become ready."""
-        assert launched.outputs is not None
-        wanted = any(at.work.sequence.params.logprobs is not None for at in launched.sampled)
-        if not wanted:
-            launched.outputs = dataclasses.replace(launched.outputs, logprobs=None)  # type: ignore[arg-type]
+    def _keep(self, launched: Launched, generated: Generated) -> None:
+        """Keep what a program returned, and start copying its outputs to the host."""
+        if generated.counts is None:
+            generated = dataclasses.replace(self._generated, last=generated.last)
+        self._generated = generated
         launched.outputs = self._sent(launched.outputs)
 
     def _sent[Tree](self, tree: Tree) -> Tree:
@@ -241,23 +243,19 @@ class Runner:
         return tree
 
     def _sampling_shape(self, launched: Launched, rows: int, adjusted: list[RowAdjustment]) -> StepShape:
-        cuts = SAMPLING_MODES.index("truncated")
-        plain = self._graphed and not adjusted
-        plain = plain and all(at.work.sequence.mode < cuts for at in launched.sampled)
-        shape = StepShape(0, rows, plain=plain, penalised=self._generated.counts is not None)
-        return needed_shape(adjusted, shape)
+        sequences = [at.work.sequence for at in launched.sampled]
+        features: Features = "cuts" if any(s.mode == len(SAMPLING_MODES) - 1 for s in sequences) else "plain"
+        if adjusted or any(s.params.logprobs is not None for s in sequences):
+            features = "penalties" if any(s.params.penalised for s in sequences) else "all"
+        return needed_shape(adjusted, StepShape(0, rows, features=features))
 
-    def _adjustments(self, shape: StepShape, adjusted: list[RowAdjustment]) -> Packed[AdjustedRows]:
-        """What changes the rows' logits; if nothing does, arrays that are on the device already."""
-        if adjusted or shape not in self._unchanged:
-            made = no_adjustments(self.ranks, shape.rows, shape, self._config.vocab_size)
-            adjust_rows(made, adjusted)
-            packed: Packed[AdjustedRows] = Packed.of(made)
-            if adjusted:
-                return packed
-            words = put(packed.words, self._partition.sharding((None, None)))
-            self._unchanged[shape] = dataclasses.replace(packed, words=words)
-        return self._unchanged[shape]
+    def _adjustments(self, shape: StepShape, adjusted: list[RowAdjustment]) -> Packed[AdjustedRows] | None:
+        """What changes the rows' logits, if the program takes it."""
+        if shape.features in ("plain", "cuts"):
+            return None
+        made = no_adjustments(self.ranks, shape.rows, shape, self._config.vocab_size)
+        adjust_rows(made, adjusted)
+        return Packed.of(made)
 
     def _adjusted(
         self, sampled: list[SampledRow], constraints: dict[Sequence, TokenConstraint]
@@ -276,9 +274,9 @@ class Runner:
                 found.append(one)
         return found
 
-    def _allocate_counts(self, sampled: list[SampledRow]) -> None:
-        """Make room for token counts once a sequence has penalties."""
-        if self._generated.counts is None and any(at.work.sequence.params.penalised for at in sampled):
+    def _allocate_counts(self) -> None:
+        """Make room for token counts, once a sequence has penalties."""
+        if self._generated.counts is None:
             shape = (self.ranks, self._cache.slots, self._config.vocab_size)
             where = self._partition.sharding(("batch", None, None))
             counts, in_prompt = (zeros(shape, dtype, where) for dtype in (jnp.int32, jnp.bool_))
@@ -299,8 +297,7 @@ class Runner:
     def _program(self, shape: StepShape) -> Callable[..., Any]:
         """The compiled program of a shape; it takes over the state that it returns."""
         if shape not in self._programs:
-            graphed = self._graphed and (shape.plain or (0 < shape.tokens <= GRAPHED_TOKENS and not shape.rows))
-            options = compiler_options(self._partition.mesh, collectives=graphed)
+            options = program_options(self._partition.mesh, shape)
             run, donated = self._function(shape)
             own = (run.func, run.args, self._signature, self._kernels, dispatch_settings())
             key = (*own, frozenset((options or {}).items()))
@@ -323,18 +320,18 @@ class Runner:
             return partial(run_sampling, self._head, shape), (1,)
         return partial(run_updates, self._partition), (0,)
 
-    def shapes(self) -> Iterator[StepShape]:
-        """All programs of requests without penalties and prompt log-probabilities."""
+    def shapes(self, every_feature: bool = False) -> Iterator[StepShape]:
+        """All programs of requests with plain parameters, or of all but those for prompt log-probabilities."""
         yield StepShape(0, 0)
-        plain = (False, True) if self._graphed else (False,)
         for tokens in self._pace.token_sizes:
             yield StepShape(tokens, 0)
-        for own in plain:
+        kinds: tuple[Features, ...] = ("plain", "cuts", "all", "penalties") if every_feature else ("plain", "cuts")
+        for features in kinds:
             for rows in self._pace.row_sizes:
-                yield needed_shape([], StepShape(0, rows, plain=own))
+                yield needed_shape([], StepShape(0, rows, features=features))
             for sequences in self._pace.decode_sizes:
-                shape = StepShape(sequences, sequences, self._pace.num_decode_steps, plain=own)
-                yield needed_shape([], shape)
+                steps = self._pace.num_decode_steps
+                yield needed_shape([], StepShape(sequences, sequences, steps, features))
 
     def compile(self, shape: StepShape) -> None:
         """Compile a program of `shapes`, without running it."""
@@ -348,14 +345,17 @@ class Runner:
         own = idle_inputs(shape, self.ranks, self._cache, self._pace.row_sizes[-1])
         inputs, rows = (part and Packed.of(part) for part in own)
         unchanged = self._adjustments(shape, []) if shape.rows else None
+        if shape.features == "penalties":
+            self._allocate_counts()
+        generated = self._counted_for(shape)
         if shape.tokens and shape.rows:
-            return self._weights, self._state, self._generated, inputs, rows, unchanged
+            return self._weights, self._state, generated, inputs, rows, unchanged
         if shape.tokens:
             return self._weights, self._state, self._generated.last, inputs
         size = (self.ranks, self._pace.row_sizes[-1], self._config.hidden_size)
         where = self._partition.sharding(("batch", None, None))
         hidden = jax.ShapeDtypeStruct(size, self._head_weights[1].dtype, sharding=where)
-        return self._head_weights, self._generated, hidden, rows, unchanged
+        return self._head_weights, generated, hidden, rows, unchanged
 
     @property
     def intact(self) -> bool:
@@ -389,6 +389,12 @@ class Runner:
         launched = self._last
         texts = [str(self._programs[shape].compiled.as_text()) for shape in launched.shapes]
         return "\n".join(texts), launched.plan.steps
+
+
+def program_options(mesh: Mesh | None, shape: StepShape) -> dict[str, str | bool] | None:
+    """The XLA options of a shape's program: CUDA graphs only where it samples, and so is short or repeats itself."""
+    collectives = graphs_collectives(mesh) and shape.rows > 0 and shape.features == "plain"
+    return compiler_options(mesh, collectives=collectives, graphs=shape.rows > 0)
 
 
 def _computed_by[T](kernels: str, run: Callable[..., T]) -> Callable[..., T]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,13 @@ from sharding import Partition, constrain, on_shards
 
 TOP_LOGPROBS = 20
 """How many of the most likely tokens are reported with log-probabilities."""
+
+Features = Literal["plain", "cuts", "all", "penalties"]
+"""What sampling can do: greedy and random rows; top-k and top-p, too; also biases, masks and log-probabilities; and
+also penalties, with token counts on the device.
+
+They are programs of their own and not conditions on the device, which cost a small step more than they save.
+"""
 
 ADJUSTED, BIASES = 16, 320
 """Rows that are adjusted in a step, or all of them, and tokens of a row that may be biased, or twice as many each time.
@@ -45,8 +52,7 @@ class StepShape:
       tokens: tokens of the forward pass; 0 for a program that only samples.
       rows: rows that are sampled; 0 for a program that only runs the forward pass.
       steps: decode steps of a program that does both.
-      plain: whether no row needs top-k, top-p or adjustments; such a program has no loops that end by logits.
-      penalised: whether the state has token counts.
+      features: what a program that samples can do; see Features.
       adjusted, biases: rows that may be adjusted, and tokens of each that may be biased.
       prompt_logprobs: whether the forward pass reports the log-probabilities of the prompts' tokens.
     """
@@ -54,8 +60,7 @@ class StepShape:
     tokens: int
     rows: int
     steps: int = 1
-    plain: bool = False
-    penalised: bool = False
+    features: Features = "plain"
     adjusted: int = ADJUSTED
     biases: int = BIASES
     prompt_logprobs: bool = False
@@ -119,8 +124,7 @@ class RowInputs:
       drafts: int32 [B, R], the draft that follows the row's token; -1 for none.
       heads: bool [B, R], whether the row is the first of its sequence.
       settings: the sampling settings of the slots.
-      features: int32 [B, 3], the same on all ranks: the index of the sampling mode, which covers all rows, whether
-        there are adjustments, which need the last mode, and whether log-probabilities are needed.
+      random: int32 [B, 1], the same on all ranks: whether any row is not greedy.
     """
 
     slots: ArrayLike
@@ -128,7 +132,7 @@ class RowInputs:
     drafts: ArrayLike
     heads: ArrayLike
     settings: SamplingState
-    features: ArrayLike
+    random: ArrayLike
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +148,7 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutputs:
-    """The sampled tokens int32 [B, R], and the log-probabilities at each row, zeros unless they are needed.
+    """The sampled tokens int32 [B, R], and the log-probabilities at each row if the program has all features.
 
     `ends` int32 [B, R] is for the first row of each sequence the row of its newest token: those from the first row to
     this one are its new tokens. Programs of several steps have another axis for them at the end.
@@ -152,7 +156,7 @@ class StepOutputs:
 
     tokens: jax.Array
     ends: jax.Array
-    logprobs: Logprobs
+    logprobs: Logprobs | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +197,7 @@ def run_forward(
     """The hidden states [B, R, D] of a step's rows, the log-probabilities of all its tokens, and the new state."""
     model = structure.model(weights)
     with model.partition.active():
-        x_BTD, state = _forward(model, state, last_BS, inputs, max_queries=None)
+        x_BTD, state = _forward(model, _updated(state, inputs), last_BS, inputs, max_queries=None)
         logprobs = _prompt_logprobs(model, x_BTD, inputs) if shape.prompt_logprobs else None
         rows_BRD = _take(x_BTD, jnp.asarray(inputs.rows))
         return (constrain(rows_BRD, TABLES), _whole(logprobs)), state
@@ -206,12 +210,12 @@ def run_sampling(
     generated: Generated,
     rows_BXD: jax.Array,
     inputs: RowInputs,
-    adjustments: AdjustedRows,
+    adjustments: AdjustedRows | None,
 ) -> tuple[StepOutputs, Generated]:
     """Sample from the first R of a forward pass's rows. The outputs are whole on every device."""
     with head.partition.active():
         logits_BRV = unembed(rows_BXD[:, : shape.rows], *weights, eps=head.eps)
-        outputs, generated = _sample(logits_BRV, generated, inputs, adjustments, shape.plain)
+        outputs, generated = _sample(logits_BRV, generated, inputs, adjustments, shape.features)
         return _whole(outputs), generated
 
 
@@ -223,7 +227,7 @@ def run_decode(
     generated: Generated,
     inputs: ForwardInputs,
     rows: RowInputs,
-    adjustments: AdjustedRows,
+    adjustments: AdjustedRows | None,
 ) -> tuple[StepOutputs, tuple[DeviceState, Generated]]:
     """Several decode steps of sequences with one token each, which are the rows."""
     model = structure.model(weights)
@@ -232,11 +236,12 @@ def run_decode(
         state, generated, inputs, rows = carry
         x_BRD, state = _forward(model, state, generated.last, inputs, max_queries=1)
         logits_BRV = unembed(x_BRD, model.norm[...], model.lm_head[...], eps=model.config.rms_norm_eps)
-        outputs, generated = _sample(logits_BRV, generated, rows, adjustments, shape.plain)
+        outputs, generated = _sample(logits_BRV, generated, rows, adjustments, shape.features)
         return (state, generated, _next_inputs(inputs), _next_rows(rows)), outputs
 
     with model.partition.active():
         inputs, rows = jax.tree.map(jnp.asarray, (inputs, rows))
+        state = _updated(state, inputs)
         carry: Any = state, generated, inputs, rows
         (state, generated, *_), outputs = jax.lax.scan(step, carry, None, length=shape.steps)
         outputs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), outputs)
@@ -248,7 +253,7 @@ def run_updates(
 ) -> DeviceState:
     """Change the page tables, by more than a step's own updates hold."""
     with partition.active():
-        return _updated(state, updates, sliding_updates)
+        return _with_entries(state, updates, sliding_updates)
 
 
 def _whole[Tree](tree: Tree) -> Tree:
@@ -276,7 +281,6 @@ def _forward(
     model: GptOss, state: DeviceState, last_BS: jax.Array, inputs: ForwardInputs, max_queries: int | None
 ) -> tuple[jax.Array, DeviceState]:
     """The last hidden states [B, T, D] of all tokens, and the state with their keys."""
-    state = _updated(state, jnp.asarray(inputs.updates), jnp.asarray(inputs.sliding_updates))
     tokens_BT, positions_BT, slots_BT = map(jnp.asarray, (inputs.tokens, inputs.positions, inputs.slots))
     tokens_BT = jnp.where(tokens_BT < 0, _take(last_BS, slots_BT), tokens_BT)
     size = state.cache.stores[0].shape[1]
@@ -290,7 +294,12 @@ def _forward(
     return x_BTD, dataclasses.replace(state, cache=kv.cache)
 
 
-def _updated(state: DeviceState, updates_BU3: jax.Array, sliding_updates_BU3: jax.Array) -> DeviceState:
+def _updated(state: DeviceState, inputs: ForwardInputs) -> DeviceState:
+    """The state with the step's changes of the page tables."""
+    return _with_entries(state, jnp.asarray(inputs.updates), jnp.asarray(inputs.sliding_updates))
+
+
+def _with_entries(state: DeviceState, updates_BU3: jax.Array, sliding_updates_BU3: jax.Array) -> DeviceState:
     def put(tables_BRM: jax.Array, updates_BU3: jax.Array) -> jax.Array:
         slots, entries, pages = updates_BU3[0].T
         return tables_BRM.at[0, slots, entries].set(pages, mode="drop")
@@ -328,7 +337,11 @@ def _put(values_BS: jax.Array, slots_BR: jax.Array, new_BR: jax.Array) -> jax.Ar
 
 
 def _sample(
-    logits_BRV: jax.Array, generated: Generated, inputs: RowInputs, adjustments: AdjustedRows, plain: bool
+    logits_BRV: jax.Array,
+    generated: Generated,
+    inputs: RowInputs,
+    adjustments: AdjustedRows | None,
+    features: Features,
 ) -> tuple[StepOutputs, Generated]:
     """A token for each row, which drafts are accepted, and what the next step needs to know of them."""
     slots_BR, positions_BR, drafts_BR, heads_BR = (
@@ -337,37 +350,26 @@ def _sample(
     slots = generated.last.shape[1]
     at_BR = jnp.minimum(slots_BR, slots - 1)
     settings = jax.tree.map(lambda x: _take(jnp.asarray(x), at_BR), inputs.settings)
-    mode, adjusted, logprobs_needed = jnp.asarray(inputs.features)[0]
-
-    def within_cuts(logits_BRV: jax.Array) -> jax.Array:
-        # A condition within this branch alone, since it copies the logits.
-        logits_BRV = jax.lax.cond(
-            adjusted == 1, lambda x: _adjusted(x, adjustments, generated, at_BR), lambda x: x, logits_BRV
-        )
-        return sample(logits_BRV, settings, positions_BR, "truncated")
-
-    modes = SAMPLING_MODES[: SAMPLING_MODES.index("truncated")]
-    branches: list[Any] = [partial(sample, state=settings, positions_R=positions_BR, mode=mode) for mode in modes]
-    tokens_BR = jax.lax.switch(mode, branches if plain else [*branches, within_cuts], logits_BRV)
+    choose = partial(sample, state=settings, positions_R=positions_BR)
+    if features == "plain":
+        modes = [partial(choose, mode=mode) for mode in SAMPLING_MODES[:2]]
+        tokens_BR = jax.lax.switch(jnp.asarray(inputs.random)[0, 0], modes, logits_BRV)
+    elif features == "cuts":
+        tokens_BR = choose(logits_BRV)
+    else:
+        assert adjustments is not None
+        tokens_BR = choose(_adjusted(logits_BRV, adjustments, generated, at_BR))
     # A draft is accepted if all before it are and it equals the sampled token: exact in every sampling mode.
     rows = jnp.arange(drafts_BR.shape[1], dtype=jnp.int32)
     last_BR = jnp.where(tokens_BR == drafts_BR, len(rows), rows)
     ends_BR = jax.lax.cummin(last_BR, axis=1, reverse=True)
-    outputs = StepOutputs(tokens_BR, ends_BR, _logprobs(logits_BRV, tokens_BR, logprobs_needed))
     newest_BR = jnp.take_along_axis(tokens_BR, ends_BR, axis=1)
-    return outputs, _remember(generated, jnp.where(heads_BR, slots_BR, slots), newest_BR)
-
-
-def _logprobs(logits_BRV: jax.Array, tokens_BR: jax.Array, needed: jax.Array) -> Logprobs:
-    top = min(TOP_LOGPROBS, logits_BRV.shape[-1])
-
-    def computed() -> Logprobs:
-        return Logprobs(*logprobs_of(logits_BRV, tokens_BR, top))
-
-    def zeros() -> Logprobs:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(computed))
-
-    return jax.lax.cond(needed == 1, computed, zeros)
+    logprobs = None
+    if features in ("all", "penalties"):
+        top = min(TOP_LOGPROBS, logits_BRV.shape[-1])
+        logprobs = Logprobs(*logprobs_of(logits_BRV, tokens_BR, top))
+    generated = _remember(generated, jnp.where(heads_BR, slots_BR, slots), newest_BR)
+    return StepOutputs(tokens_BR, ends_BR, logprobs), generated
 
 
 def _adjusted(logits_BRV: jax.Array, of: AdjustedRows, generated: Generated, slots_BR: jax.Array) -> jax.Array:

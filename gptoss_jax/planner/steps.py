@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine import memory
-from gptoss_jax.engine.compiling import graphs_collectives
 from gptoss_jax.engine.engine import EngineOptions
-from gptoss_jax.engine.inputs import idle_inputs, no_adjustments
+from gptoss_jax.engine.inputs import idle_inputs
 from gptoss_jax.engine.pace import Pace, padded
 from gptoss_jax.engine.step import (
     DeviceState,
@@ -154,20 +153,18 @@ def _step(
     ranks, gathered = partition.degree("batch"), pace.row_sizes[-1]
 
     def program(shape: StepShape) -> Program:
-        shape = dataclasses.replace(shape, plain=shape.rows > 0 and graphs_collectives(partition.mesh))
         forward, rows = idle_inputs(shape, ranks, cache, gathered)
-        adjustments = no_adjustments(ranks, shape.rows, shape, config.vocab_size)
-        forward, rows, adjustments = jax.eval_shape(lambda: (forward, rows, adjustments))
+        forward, rows = jax.eval_shape(lambda: (forward, rows))
         if shape.tokens and shape.rows:
             decode, held = partial(run_decode, structure, shape), (weights, state, generated)
-            return Program(shape, decode, (1, 2), held, (forward, rows, adjustments))
+            return Program(shape, decode, (1, 2), held, (forward, rows, None))
         if shape.tokens:
             run = partial(run_forward, structure, shape)
             return Program(shape, run, (1,), (weights, state, generated.last), (forward,))
         head = model.norm.get_value(), model.lm_head.get_value()
         hidden = _abstract((ranks, gathered, config.hidden_size), dtype, partition)
         sampling = partial(run_sampling, HeadStructure(partition, config.rms_norm_eps), shape)
-        return Program(shape, sampling, (1,), (head, generated, hidden), (rows, adjustments))
+        return Program(shape, sampling, (1,), (head, generated, hidden), (rows, None))
 
     return Step(tuple(map(program, shapes)), cache, weights, (state, generated), sequences, tokens)
 
