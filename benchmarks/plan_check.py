@@ -127,6 +127,7 @@ def prepare(options: argparse.Namespace) -> tuple[Callable[[], Any], dict[str, A
     import jax
 
     from gptoss_jax.checkpoints.loading import random_model
+    from gptoss_jax.engine.runner import program_options
     from gptoss_jax.model.config import ModelConfig
     from gptoss_jax.planner.plans import memory_of
     from gptoss_jax.planner.steps import decode_step, prefill_step
@@ -152,7 +153,6 @@ def launcher(step: Step, compiled: Sequence[Any], model: GptOss, context: int) -
     import jax
     import numpy as np
 
-    from gptoss_jax.engine.inputs import no_adjustments
     from gptoss_jax.engine.step import DeviceState, Generated, Structure
     from gptoss_jax.model.kv_cache import KVCache
     from sharding import put, zeros
@@ -168,18 +168,16 @@ def launcher(step: Step, compiled: Sequence[Any], model: GptOss, context: int) -
         put(sliding, abstract.sliding_tables.sharding),
     )
     generated = Generated(zeros(last.last.shape, np.int32, last.last.sharding))
-    sampling = step.programs[-1].shape
     tokens, rows = inputs(step, config.vocab_size, context)
-    unchanged = no_adjustments(partition.degree("batch"), sampling.rows, sampling, config.vocab_size)
     jax.block_until_ready((weights, state, generated))
 
     def launch() -> Any:
         nonlocal state, generated
         if len(compiled) == 1:
-            outputs, (state, generated) = compiled[0](weights, state, generated, tokens, rows, unchanged)
+            outputs, (state, generated) = compiled[0](weights, state, generated, tokens, rows, None)
             return outputs
         (hidden, _), state = compiled[0](weights, state, generated.last, tokens)
-        outputs, generated = compiled[1](head, generated, hidden, rows, unchanged)
+        outputs, generated = compiled[1](head, generated, hidden, rows, None)
         return outputs
 
     return launch

@@ -76,7 +76,7 @@ def graphs_collectives(mesh: Mesh | None) -> bool:
 
 
 def compiler_options(
-    mesh: Mesh | AbstractMesh | None, *, collectives: bool = False, graphs: bool = True
+    mesh: Mesh | AbstractMesh | None, *, collectives: bool = False
 ) -> dict[str, str | bool] | None:
     """XLA options of a program on a mesh (see `in_order` for None); returns None if there are none.
 
@@ -87,16 +87,11 @@ def compiler_options(
     With `collectives`, CUDA graphs include collectives instead of loops, since CUDA rejects loops that contain
     collectives. This suits programs that are launched repeatedly and whose loop lengths the host knows; prompts, whose
     steps run once, become slower. The collectives are NCCL's: with XLA's own, four H100s decode up to 8 % slower.
-
-    Without `graphs` there are none: the host updates a graph at each launch, which takes it longer than to launch the
-    kernels of a program whose steps are long and that does not repeat itself.
     """
     options = in_order(mesh) or {}
     if current_platform(mesh) == "cuda":
         options |= {
-            "xla_gpu_enable_command_buffer": (
-                ",".join((*GRAPHED, "COLLECTIVES" if collectives else "WHILE")) if graphs else ""
-            ),
+            "xla_gpu_enable_command_buffer": ",".join((*GRAPHED, "COLLECTIVES" if collectives else "WHILE")),
             "xla_gpu_experimental_enable_fusion_autotuner": False,
         }
         if collectives:

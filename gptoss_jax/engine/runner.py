@@ -57,6 +57,9 @@ from gptoss_jax.types import TokenConstraint
 from pallas_kernels import dispatch_settings, use_backend
 from sharding import replicate, zeros
 
+GRAPHED_TOKENS = 256
+"""Most tokens of a forward pass whose collectives are put into CUDA graphs: such steps are launched repeatedly."""
+
 UPDATES = 1024
 """Page-table entries of a pool that the program for cached prefixes changes at once."""
 
@@ -392,9 +395,9 @@ class Runner:
 
 
 def program_options(mesh: Mesh | None, shape: StepShape) -> dict[str, str | bool] | None:
-    """The XLA options of a shape's program: CUDA graphs only where it samples, and so is short or repeats itself."""
-    collectives = graphs_collectives(mesh) and shape.rows > 0 and shape.features == "plain"
-    return compiler_options(mesh, collectives=collectives, graphs=shape.rows > 0)
+    """The XLA options of a shape's program; collectives are in CUDA graphs if it has no loops and repeats itself."""
+    repeats = shape.features == "plain" and (shape.rows > 0 or 0 < shape.tokens <= GRAPHED_TOKENS)
+    return compiler_options(mesh, collectives=repeats and graphs_collectives(mesh))
 
 
 def _computed_by[T](kernels: str, run: Callable[..., T]) -> Callable[..., T]:

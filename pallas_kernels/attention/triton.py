@@ -54,7 +54,7 @@ class Decode:
     """Keys per block, the fewest keys of a split, the programs to split for, and Triton's warps and stages."""
 
     keys: int = 128
-    chunk: int = 256
+    chunk: int = 128
     programs: int = 512
     num_warps: int = 4
     num_stages: int = 3
@@ -181,7 +181,8 @@ class Items(NamedTuple):
         queries_N = jnp.where(here_N, batch.counts_N, 0)
         fields = [batch.rows_N, batch.starts_N, queries_N, position_N]
         chunk = -(-config.chunk // config.keys) * config.keys
-        if most <= chunk:
+        # A window is read as a whole.
+        if most <= (chunk if op.window is None else 2 * chunk):
             fields += [first_N, batch.lengths_N, jnp.ones_like(first_N)]
             return cls(jnp.stack(fields, axis=1), None, 1)
         target = max(1, config.programs // kv_heads)
