@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -25,7 +25,14 @@ def zeros(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
     """An array of zeros, filled on each device; `jnp.zeros` would copy the first device's zeros to the others."""
-    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    return _zeros(shape, jnp.dtype(dtype), sharding)()
+
+
+@cache
+def _zeros(
+    shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding | None
+) -> Callable[[], jax.Array]:
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
 def replicate(tree: Any, compiler_options: Mapping[str, str | bool] | None = None) -> Any:

@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -259,7 +260,11 @@ class Engine:
         self._drafters: dict[Sequence, Drafter] = {}
         self._constraints: dict[Sequence, TokenConstraint] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
-        self._in_flight: Launched | None = None
+        self._flying: deque[Launched] = deque()
+        self._events: list[TokenEvent] = []
+        # Processes that repeat each other's steps cannot fail one by one.
+        mesh = model.partition.mesh
+        self._several = mesh is not None and mesh.is_multi_process
         self._load = Load()
         self._compiled_before = 0
         self._read_at = 0.0
@@ -387,60 +392,69 @@ class Engine:
         Returns the tokens read back; none while the first step is in flight. Requests that fail end with an event that
         has the error. Raises only if the engine cannot go on.
         """
-        launched, events = self._launch()
-        events += self._read()
-        if launched is None:
-            return events
-        events += self._sample(launched)
-        return events + self._read() if self._must_wait() else events
+        launched = self._may_launch() and self._launch()
+        while self._flying and (len(self._flying) > 1 or not launched or self._must_wait()):
+            self._read()
+        if self._flying:
+            self._sample(self._flying[-1])
+        # What an interrupted call has not returned comes with the next one.
+        events, self._events = self._events, []
+        return events
 
-    def _sample(self, launched: Launched) -> list[TokenEvent]:
-        """Sample a launch that waited for its constraints, and put it in flight; the events of requests that failed."""
-        events: list[TokenEvent] = []
+    def _may_launch(self) -> bool:
+        """Whether the next step can be planned: with at most one launch in flight, whose sampling has been started."""
+        if not self._flying:
+            return True
+        return len(self._flying) == 1 and not self._must_wait() and not self._flying[0].awaits_constraints
+
+    def _sample(self, launched: Launched) -> None:
+        """Start the sampling of a launch that waited for its constraints."""
+        if not launched.awaits_constraints:
+            return
         try:
             try:
                 self._runner.sample(launched, self._constraints)
             except Exception as error:
-                if not self._runner.intact:
+                if not self._runner.intact or self._several:
                     raise
                 # A constraint has failed, most likely; without the constrained requests nothing else is concerned.
-                events = self._fail([s for s in self._constraints if s.rank >= 0], error)
+                self._fail([s for s in self._constraints if s.rank >= 0], error)
                 self._runner.sample(launched, {})
         except Exception as error:
-            return events + self._recover([launched], error)
-        self._in_flight = launched
-        return events
+            self._recover(error)
 
     def _must_wait(self) -> bool:
         """Whether the next step depends on how many tokens the last one has accepted."""
         return self.options.num_speculative_tokens > 0
 
-    def _launch(self) -> tuple[Launched | None, list[TokenEvent]]:
-        """Plan, launch and commit; the launch, if there is anything to do, and the events of requests that failed."""
-        if self._in_flight and self._must_wait():
-            return None, []
+    def _launch(self) -> bool:
+        """Plan, launch and commit; whether there was anything to do that did not fail."""
         if self._must_wait():
             self._draft()
         plan = self._scheduler.plan(lambda sequence: sequence in self._constraints)
         if not plan.work:
-            return None, []
+            return False
+        planned = [work.sequence for work in plan.work]
         try:
             launched = self._runner.prepare(plan, lambda sequence: sequence in self._constraints)
-            waited = self._in_flight is not None and self._in_flight.done
+            waited = bool(self._flying) and self._flying[-1].done
             with uninterrupted():
                 self._runner.start(launched)
                 self._commit(launched, waited)
         except Exception as error:
+            if self._several:
+                raise
             if self._runner.intact:
-                return None, self._fail([work.sequence for work in plan.work], error)
-            flying = [self._in_flight] if self._in_flight else []
-            self._in_flight = None
-            return None, self._recover(flying, error, [work.sequence for work in plan.work])
-        return launched, []
+                self._fail(planned, error)
+            else:
+                self._recover(error, planned)
+            return False
+        return True
 
     def _commit(self, launched: Launched, waited: bool) -> None:
         plan, load = launched.plan, self._load
         self._scheduler.commit(plan)
+        self._flying.append(launched)
         used = plan.steps * len(plan.work) if plan.steps > 1 else sum(work.tokens for work in plan.work)
         load.tokens += used
         load.padding += launched.shapes[0].tokens * plan.steps * len(plan.ranks) - used
@@ -448,25 +462,23 @@ class Engine:
         load.idle_launches += waited
         load.steps += plan.steps
 
-    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> list[TokenEvent]:
+    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """End the requests of these sequences."""
-        events = []
         for name in dict.fromkeys(sequence.request_id for sequence in sequences):
             for sequence in self._sequences.pop(name, []):
                 self._forget(sequence)
-                events.append(TokenEvent(name, sequence.index, -1, finish_reason="error", error=error))
-        return events
+                self._events.append(TokenEvent(name, sequence.index, -1, finish_reason="error", error=error))
 
-    def _recover(
-        self, launches: Iterable[Launched], error: Exception, planned: Iterable[Sequence] = ()
-    ) -> list[TokenEvent]:
+    def _recover(self, error: Exception, planned: Iterable[Sequence] = ()) -> None:
         """End the requests of launches that the device has lost, and compute all others again from their tokens."""
-        lost = [work.sequence for launched in launches for work in launched.plan.work]
-        events = self._fail([s for s in (*lost, *planned) if s in self._sequences.get(s.request_id, ())], error)
+        if self._several:
+            raise error
+        lost = [work.sequence for launched in self._flying for work in launched.plan.work]
+        self._flying.clear()
+        self._fail([s for s in (*lost, *planned) if s in self._sequences.get(s.request_id, ())], error)
         self._scheduler.reset()
         self._runner.reset()
         self._load.failures += 1
-        return events
 
     def _draft(self) -> None:
         for rank in self._scheduler.ranks:
@@ -480,22 +492,23 @@ class Engine:
                     self._drafters[sequence] = self._make_drafter(sequence.prompt)
                 sequence.drafts = self._drafters[sequence].propose(sequence.tokens, most)
 
-    def _read(self) -> list[TokenEvent]:
-        """Read back the launch in flight, if there is one."""
-        launched = self._in_flight
-        if launched is None:
-            return []
+    def _read(self) -> None:
+        """Read back the oldest launch in flight."""
+        launched = self._flying[0]
+        self._sample(launched)
+        if not self._flying:
+            return
         try:
             outputs, prompt_logprobs = jax.device_get((launched.outputs, launched.prompt_logprobs))
             if launched.outputs is None:
                 jax.block_until_ready(launched.hidden)
         except Exception as error:
-            self._in_flight = None
-            return self._recover([launched], error)
+            self._recover(error)
+            return
         with uninterrupted():
-            self._in_flight = None
+            self._flying.popleft()
             self._measure(launched)
-            return self._advance(launched, outputs, prompt_logprobs)
+            self._advance(launched, outputs, prompt_logprobs)
 
     def _measure(self, launched: Launched) -> None:
         now, load = time.perf_counter(), self._load
@@ -504,9 +517,8 @@ class Engine:
             load.step_seconds += (seconds - load.step_seconds) / (16 if load.step_seconds else 1)
         self._read_at = now
 
-    def _advance(self, launched: Launched, outputs: Any, prompt_logprobs: Logprobs | None) -> list[TokenEvent]:
+    def _advance(self, launched: Launched, outputs: Any, prompt_logprobs: Logprobs | None) -> None:
         """Advance the sequences by what a launch has computed."""
-        events: list[TokenEvent] = []
         for rank, works in enumerate(launched.plan.by_rank):
             token = 0
             for work in works:
@@ -520,13 +532,12 @@ class Engine:
             tokens, ends = outputs.tokens.tolist(), outputs.ends.tolist()
             for at in launched.sampled:
                 if at.work.sequence.epoch == at.work.epoch:
-                    events += self._new_tokens(launched, at, tokens[at.rank], ends[at.rank], outputs.logprobs)
-        return events
+                    self._add_tokens(launched, at, tokens[at.rank], ends[at.rank], outputs.logprobs)
 
-    def _new_tokens(
+    def _add_tokens(
         self, launched: Launched, at: SampledRow, tokens: list[Any], ends: list[Any], logprobs: Logprobs | None
-    ) -> list[TokenEvent]:
-        """A sequence's new tokens, up to the one that ends it, from the tokens and the ends of its rank's rows."""
+    ) -> None:
+        """Add a sequence's new tokens, up to the one that ends it, from the tokens and ends of its rank's rows."""
         sequence, several = at.work.sequence, launched.plan.steps > 1
         accepted = 0 if several else ends[at.row] - at.row
         sequence.ahead -= launched.plan.steps
@@ -536,17 +547,19 @@ class Engine:
             sequence.accepted += accepted
             self._load.drafted += len(at.work.drafts)
             self._load.accepted += accepted
-        events = []
         try:
             for i, token in enumerate(tokens[at.row] if several else tokens[at.row : at.row + accepted + 1]):
                 place = (at.rank, at.row, i) if several else (at.rank, at.row + i)
-                events.append(self._token(sequence, token, logprobs, place))
-                if events[-1].finish_reason:
-                    return events
+                event = self._token(sequence, token, logprobs, place)
+                self._events.append(event)
+                if event.finish_reason:
+                    return
         except Exception as error:
-            return events + self._fail([sequence], error)
+            if self._several:
+                raise
+            self._fail([sequence], error)
+            return
         self._scheduler.settle(sequence, sequence.known_length - 1)
-        return events
 
     def _token(self, sequence: Sequence, token: int, logprobs: Logprobs | None, at: tuple[int, ...]) -> TokenEvent:
         params = sequence.params

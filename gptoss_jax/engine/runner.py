@@ -97,6 +97,11 @@ class Launched:
     outputs: StepOutputs | None = None
 
     @property
+    def awaits_constraints(self) -> bool:
+        """Whether its sampling has not been started, since it needs masks."""
+        return self.masked and self.outputs is None
+
+    @property
     def done(self) -> bool:
         """Whether the device has finished all of it, as far as the host can tell without waiting."""
         arrays = jax.tree.leaves(self.outputs if self.sampled else self.hidden)
@@ -176,7 +181,7 @@ class Runner:
 
     def sample(self, launched: Launched, constraints: dict[Sequence, TokenConstraint]) -> None:
         """Start the sampling of a masked launch, with what the constraints allow now."""
-        if launched.masked:
+        if launched.awaits_constraints:
             self._prepare_sampling(launched, constraints)
             self._run_sampling(launched)
 

@@ -18,7 +18,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.placement import partition_for
 from pallas_kernels.attention import RaggedBatch, attention, ragged_paged_attention
 from pallas_kernels.rotary import rotate, rotate_and_store
-from sharding import Partition, on_shards
+from sharding import Partition, on_shards, zeros
 
 HEADS = ("heads", "kv_heads", "kv_heads")
 QUERIES = ("batch", None, "heads", None)
@@ -151,12 +151,10 @@ class KVCache:
 
         def store(layer: int) -> jax.Array:
             pages = shape.pages if config.window(layer) is None else shape.sliding_pages
-            return jnp.zeros((ranks * pages, shape.page_size, heads, 2 * config.head_dim), dtype)
+            rows = (ranks * pages, shape.page_size, heads, 2 * config.head_dim)
+            return zeros(rows, dtype, partition.sharding(STORE))
 
-        def make() -> KVCache:
-            return cls(tuple(store(layer) for layer in range(config.num_hidden_layers)))
-
-        return jax.jit(make, out_shardings=partition.sharding(STORE))()
+        return cls(tuple(store(layer) for layer in range(config.num_hidden_layers)))
 
 
 class Addresses(NamedTuple):

@@ -173,7 +173,7 @@ def assert_empty(engine: Engine) -> None:
             assert not any(pool._holders)
     assert not engine._constraints
     assert not engine._prompt_logprobs
-    while engine._in_flight:
+    while engine._flying:
         assert engine.step() == []
 
 

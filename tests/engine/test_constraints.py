@@ -160,8 +160,8 @@ def test_everything_is_launched_between_steps() -> None:
         engine().add(name, [1, 2, 3], constrained(1, max_tokens=30))
     for _ in range(4):
         engine().step()
-        assert engine()._in_flight is not None
-        assert engine()._in_flight.outputs is not None
+        assert engine()._flying
+        assert engine()._flying[-1].outputs is not None
     assert engine().cancel("a")
     engine().step()
     assert engine().replay(2) > 0

@@ -61,9 +61,9 @@ class Faults:
 
     def fail(self, args: tuple[Any, ...], point: str) -> None:
         self.failures += 1
-        flying = self.engine._in_flight
-        if point in ("lost", "read") and flying is not None:
-            self.concerned |= {work.sequence.request_id for work in flying.plan.work}
+        if point in ("lost", "read"):
+            flying = [work for launched in self.engine._flying for work in launched.plan.work]
+            self.concerned |= {work.sequence.request_id for work in flying}
         if point != "read":
             plan = args[0] if point == "prepare" else args[0].plan
             self.concerned |= {work.sequence.request_id for work in plan.work}
@@ -99,7 +99,7 @@ def check(engine: Engine, requests: Requests, seed: int, rate: float, monkeypatc
         faults = Faults(engine, random.Random(seed), rate)
         faults.install(patch)
         out = play_through(engine, requests, random.Random(seed), faults)
-    while engine._in_flight:
+    while engine._flying:
         engine.step()
     assert_empty(engine)
     for name, tokens in out.items():

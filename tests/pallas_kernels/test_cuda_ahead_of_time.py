@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from gptoss_jax.engine.step import Structure
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.placement import partition_for
 from gptoss_jax.planner.steps import abstract_model, decode_step
@@ -219,13 +220,14 @@ def test_the_engine_s_decode_step(card: Mesh) -> None:
     partition = partition_for(config, "data=1", None, card.devices.flat)
     assert partition.mesh is not None
     with jax.set_mesh(partition.mesh):
-        step = decode_step(config, partition, 1, 1024)
-        experts = step.structure.model(step.weights).layers[0].mlp.down_proj.get_value()
-        assert isinstance(experts, GpuExperts)
-        compiled = dataclasses.replace(step, shape=dataclasses.replace(step.shape, rounds=4)).lower().compile()
+        [program] = decode_step(config, partition, 1, 1024, 2048).programs
+        structure, (weights, state, _) = program.run.args[0], program.held
+        assert isinstance(structure.model(weights).layers[0].mlp.down_proj.get_value(), GpuExperts)
+        several = partial(program.run.func, structure, dataclasses.replace(program.shape, steps=4))
+        compiled = dataclasses.replace(program, run=several).lower().compile()
     assert (compiled.as_text() or "").count("__gpu$xla.gpu.triton") == 8 + 9 + 1
     # No room for a copy of the paged layer's keys and values.
-    assert compiled.memory_analysis().temp_size_in_bytes < max(map(held_bytes, step.state.cache.stores))
+    assert compiled.memory_analysis().temp_size_in_bytes < max(map(held_bytes, state.cache.stores))
 
 
 def add_in_bfloat16(y_ND: jax.Array, residual: jax.Array) -> jax.Array:
@@ -250,7 +252,7 @@ def test_sums_over_a_mesh_do_not_round_the_residual_stream(
     partition = partition_for(config, mesh, None, parse_topology("h100:1x1x4").devices())
     assert partition.mesh is not None
     with jax.set_mesh(partition.mesh):
-        structure, weights = abstract_model(config, partition, jnp.bfloat16)
+        structure, weights = Structure.of(abstract_model(config, partition, jnp.bfloat16))
         tokens = jax.ShapeDtypeStruct((8, 32), jnp.int32, sharding=NamedSharding(partition.mesh, PartitionSpec()))
         text = jax.jit(lambda weights, x: structure.model(weights)(x)).lower(weights, tokens).compile().as_text()
     outside = rf"= bf16\[\S*,{HIDDEN}\]\S* convert\(.*shard_map/convert_element_type"
