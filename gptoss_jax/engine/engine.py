@@ -331,12 +331,15 @@ class Engine:
     def _read_prompt(self, tokens: Iterable[int]) -> np.ndarray:
         """The prompt's tokens, int32."""
         given = tokens if isinstance(tokens, np.ndarray) else list(tokens)
-        array = np.asarray(given) if len(given) else np.zeros(0, np.int64)
-        if not array.size:
+        if not len(given):
             raise UsageError("expected at least one token, found none", "prompt")
+        array = np.asarray(given)
         if array.ndim != 1 or array.dtype.kind not in "iu" or any(type(token) is bool for token in given):
-            whole = (t for t in given if not isinstance(t, numbers.Integral) or isinstance(t, bool))
-            expect(False, "prompt", "token ids", next(whole, given[0]))
+            for token in given:
+                whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+                expect(whole, "prompt", "token ids", token)
+            # Python's integers have no limit.
+            array = np.asarray(given, object)
         outside = (array < 0) | (array >= self.config.vocab_size)
         if outside.any():
             token = given[int(outside.argmax())]

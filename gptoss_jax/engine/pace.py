@@ -26,6 +26,7 @@ class Pace:
       token_sizes: tokens of a forward pass.
       row_sizes: sampled rows.
       decode_sizes: sequences of a launch of `num_decode_steps` steps.
+      plain: whether rows without top-k and top-p have programs of their own, which are faster.
     """
 
     long_prefill_token_threshold: int
@@ -34,6 +35,7 @@ class Pace:
     token_sizes: tuple[int, ...]
     row_sizes: tuple[int, ...]
     decode_sizes: tuple[int, ...]
+    plain: bool
 
     @classmethod
     def of(
@@ -60,6 +62,7 @@ class Pace:
             _sizes(1, 8, 512, tokens) if on_cpu else _token_sizes(tokens),
             (rows,) if on_cpu else _row_sizes(rows),
             _sizes(1, 4, DECODES, min(DECODES, slots)) if steps > 1 else (),
+            not on_cpu,
         )
 
 

@@ -252,7 +252,8 @@ class Runner:
 
     def _sampling_shape(self, launched: Launched, rows: int, adjusted: list[RowAdjustment]) -> StepShape:
         sequences = [at.work.sequence for at in launched.sampled]
-        features: Features = "cuts" if any(s.mode == len(SAMPLING_MODES) - 1 for s in sequences) else "plain"
+        plain = self._pace.plain and all(s.mode < len(SAMPLING_MODES) - 1 for s in sequences)
+        features: Features = "plain" if plain else "cuts"
         if adjusted or any(s.params.logprobs is not None for s in sequences):
             features = "penalties" if any(s.params.penalised for s in sequences) else "all"
         return needed_shape(adjusted, StepShape(0, rows, features=features))
@@ -333,8 +334,8 @@ class Runner:
         yield StepShape(0, 0)
         for tokens in self._pace.token_sizes:
             yield StepShape(tokens, 0)
-        kinds: tuple[Features, ...] = ("plain", "cuts", "all", "penalties") if every_feature else ("plain", "cuts")
-        for features in kinds:
+        kinds: tuple[Features, ...] = ("plain", "cuts", "all", "penalties")
+        for features in kinds[not self._pace.plain : None if every_feature else 2]:
             for rows in self._pace.row_sizes:
                 yield needed_shape([], StepShape(0, rows, features=features))
             for sequences in self._pace.decode_sizes:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from gptoss_jax.engine import memory
 from gptoss_jax.engine.engine import EngineOptions
-from gptoss_jax.engine.inputs import idle_inputs
+from gptoss_jax.engine.inputs import idle_inputs, needed_shape
 from gptoss_jax.engine.pace import Pace, padded
 from gptoss_jax.engine.step import (
     DeviceState,
@@ -153,6 +153,8 @@ def _step(
     ranks, gathered = partition.degree("batch"), pace.row_sizes[-1]
 
     def program(shape: StepShape) -> Program:
+        if shape.rows:
+            shape = needed_shape([], dataclasses.replace(shape, features="plain" if pace.plain else "cuts"))
         forward, rows = idle_inputs(shape, ranks, cache, gathered)
         forward, rows = jax.eval_shape(lambda: (forward, rows))
         if shape.tokens and shape.rows:

@@ -15,6 +15,7 @@ from gptoss_jax.engine import compiling, runner
 from gptoss_jax.engine.compiling import collected_once, compiler_options, graphs_collectives
 from gptoss_jax.engine.engine import Engine, EngineOptions
 from gptoss_jax.engine.pace import Pace
+from gptoss_jax.engine.runner import program_options
 from gptoss_jax.engine.step import StepShape
 from gptoss_jax.model.placement import _preparation
 from gptoss_jax.runtime import xla_options
@@ -70,14 +71,26 @@ def test_collectives_are_in_graphs_of_several_nvidia_gpus() -> None:
         assert not graphs_collectives(None)
 
 
-@pytest.mark.parametrize("mesh", [None, "tensor=2"])
-def test_a_mesh_samples_plainly_in_programs_of_their_own(mesh: str | None) -> None:
-    """These have no loops, so that their collectives can be in CUDA graphs; one device has one program for all rows."""
+@pytest.mark.parametrize(
+    ("shape", "graphed"),
+    [
+        (StepShape(4, 4, steps=4), True),
+        (StepShape(0, 16), True),
+        (StepShape(64, 0), True),
+        (StepShape(2048, 0), False),
+        (StepShape(4, 4, steps=4, features="cuts"), False),
+        (StepShape(0, 16, features="all"), False),
+    ],
+)
+def test_collectives_are_in_graphs_of_programs_without_loops_that_repeat(shape: StepShape, graphed: bool) -> None:
     with platform("cuda"):
-        model = random_model(TINY, mesh, dtype="float32")
-        engine = Engine(model, EngineOptions(max_num_seqs=4, kernels="reference"))
-        plain = {shape.plain for shape in engine._runner.shapes() if shape.rows}
-    assert plain == ({False, True} if mesh else {False})
+        options = program_options(make_mesh("tensor=2"), shape)
+        alone = program_options(None, shape)
+    assert options is not None
+    assert ("COLLECTIVES" in str(options["xla_gpu_enable_command_buffer"])) == graphed
+    assert ("WHILE" in str(options["xla_gpu_enable_command_buffer"])) != graphed
+    assert alone is not None
+    assert "WHILE" in str(alone["xla_gpu_enable_command_buffer"])
 
 
 @pytest.mark.parametrize(
@@ -94,8 +107,8 @@ def test_a_deployment_needs_few_programs(
     platform_name: str, max_num_seqs: int, tokens: int | None, most: int
 ) -> None:
     pace = Pace.of(platform_name, None, tokens, None, max_num_seqs)
-    # One program updates page tables.
-    count = 1 + len(pace.token_sizes) + len(pace.row_sizes) + len(pace.decode_sizes)
+    # One program updates page tables; rows are sampled with top-k and top-p or without.
+    count = 1 + len(pace.token_sizes) + 2 * (len(pace.row_sizes) + len(pace.decode_sizes))
     assert count <= most
     assert pace.token_sizes[-1] >= max(tokens or 0, max_num_seqs)
     assert pace.row_sizes[-1] >= max_num_seqs

@@ -141,8 +141,9 @@ def test_bfloat16_stays_close_to_float32() -> None:
 
 
 def test_sliding_layers_hold_no_more_than_the_window() -> None:
-    cache = jax.eval_shape(lambda: KVCache.empty(ModelConfig(), CacheShape(4096, 32, 1), jnp.bfloat16))
-    assert [store.shape[:2] for store in cache.stores[:2]] == [(1, 128), (4096, 32)]
+    shape = CacheShape(slots=1, page_size=32, pages=4096, sliding_pages=6, table=4096, sliding_table=7)
+    cache = jax.eval_shape(lambda: KVCache.empty(ModelConfig(), shape, jnp.bfloat16))
+    assert [store.shape[:2] for store in cache.stores[:2]] == [(6, 32), (4096, 32)]
 
 
 @pytest.mark.parametrize("first", [32768 - 20, 65536 - 20, 98304 - 20, 131072 - 40])
