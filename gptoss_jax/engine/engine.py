@@ -41,7 +41,7 @@ from gptoss_jax.types import (
 from pallas_kernels import backend_names, backend_platforms, current_platform
 
 COMPILERS = 8
-"""The most step shapes compiled concurrently."""
+"""The most programs compiled concurrently."""
 
 HARDWARE = {"cpu": "CPUs", "cuda": "NVIDIA GPUs", "rocm": "AMD GPUs", "tpu": "TPUs"}
 """Names of pallas_kernels' platforms for error messages."""
@@ -70,15 +70,15 @@ class EngineOptions:
         together; the rest is for a step's temporaries. If neither this nor `kv_cache_memory` is set, the cache takes
         0.85 of the memory that the weights leave free.
       kv_cache_dtype: "bfloat16", "float32" or "float8"; None for the model's dtype.
-      long_prefill_token_threshold: maximum number of prompt tokens of one sequence in a step. None for 2048 on
-        accelerators and 512 on CPUs.
-      max_num_batched_tokens: maximum number of prompt tokens of all sequences in a step. None for the larger of
-        `long_prefill_token_threshold` and its default.
+      long_prefill_token_threshold: maximum number of prompt tokens of one sequence in a step. None for as many as a
+        step has.
+      max_num_batched_tokens: maximum number of tokens of a step, prompts and decodes of all sequences together, over
+        the whole mesh. None for 2048 on accelerators and 512 on CPUs, or `long_prefill_token_threshold` if larger.
       enable_prefix_caching: whether prompts reuse the cached keys and values of earlier prompts with the same prefix.
       num_speculative_tokens: tokens drafted and verified per step and sequence; 0 disables speculative decoding.
-      num_decode_steps: decode steps per launch when no prompts are being computed (multi-step decode), so that the
-        host keeps up with a fast device; this many tokens are then returned at a time. None for 4 on accelerators and
-        1 on CPUs.
+      num_decode_steps: decode steps per launch of up to 64 sequences when all decode and none waits (multi-step
+        decode), so that the host keeps up with a fast device; this many tokens are then returned at a time. None for 4
+        on accelerators and 1 on CPUs.
       kernels: backend of the model's ops: "auto" for the platform's kernels, "reference" for plain JAX, or the name of
         a backend, which is used for the ops that have it.
     """

@@ -73,7 +73,7 @@ class LLM:
     """A model with its tokenizer and engine.
 
     `path`, `mesh`, `dtype` and `rules` are as for `load_model`; `engine` holds the engine options. `kernels` is "auto",
-    "reference" or the name of a backend (see `EngineOptions`). `warm_up` compiles all step shapes of requests with
+    "reference" or the name of a backend (see `EngineOptions`). `warm_up` compiles all programs of requests with
     plain sampling parameters at once, instead of when each is first needed.
 
     Raises CheckpointError or ShardingError if the model cannot be loaded, UsageError for unknown kernels.
