@@ -31,9 +31,13 @@ def test_an_answer_goes_to_standard_output_and_the_rest_to_standard_error(comman
     assert "Ones" in command(generate.main, SUM, "--show-analysis")[2]
 
 
-def test_the_prompt_may_come_from_a_file_or_standard_input(command, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_prompt_may_come_from_a_file(command, tmp_path: Path) -> None:
     (tmp_path / "prompt").write_text(SUM)
     assert command(generate.main, "--prompt-file", tmp_path / "prompt")[1] == "17 + 25 = 42\n"
+
+
+def test_the_prompt_may_come_from_standard_input(command) -> None:
     assert command(generate.main, stdin=SUM)[1] == "17 + 25 = 42\n"
 
 
@@ -52,6 +56,7 @@ def test_json_holds_everything(command) -> None:
         assert at["logprob"] == max(at["top"].values()) <= 0
 
 
+@pytest.mark.slow
 def test_token_ids_need_no_tokenizer(command) -> None:
     code, out, _ = command(
         generate.main, "--model", P1, "--prompt-tokens", "1,2,3", "--json", "--max-new-tokens", 5
@@ -447,6 +452,7 @@ def test_a_prompt_file_is_read_as_it_is(tmp_path: Path) -> None:
     assert read_text(tmp_path / "prompt", "--prompt-file") == "a\r\nb\rc\n"
 
 
+@pytest.mark.slow
 def test_null_is_absent_in_a_batch(command, tmp_path: Path) -> None:
     names = (
         "messages",

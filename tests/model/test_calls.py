@@ -175,7 +175,7 @@ def test_gradient_equals_finite_difference() -> None:
         assert float(rise) == pytest.approx(4e-3 * length, rel=2e-2), part
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [None, pytest.param(MESHES[1], marks=pytest.mark.slow)])
 def test_gradients_compile_once_and_equal_those_of_one_device(mesh: str | None, work: Work) -> None:
     found, expected = gradient(model(mesh)), gradient(model())
     assert not work.of(lambda: gradient(model(mesh)))
