@@ -379,6 +379,7 @@ class Engine:
         sequences = self._sequences.pop(request_id, [])
         for sequence in sequences:
             self._forget(sequence)
+        self._events = [event for event in self._events if event.request_id != request_id]
         return bool(sequences)
 
     def _forget(self, sequence: Sequence) -> None:

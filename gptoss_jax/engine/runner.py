@@ -30,6 +30,7 @@ from gptoss_jax.engine.inputs import (
     row_inputs,
     sampled_rows,
 )
+from gptoss_jax.engine.interrupts import uninterrupted
 from gptoss_jax.engine.pace import Pace, padded
 from gptoss_jax.engine.packing import Packed
 from gptoss_jax.engine.sampling import SAMPLING_MODES
@@ -183,7 +184,9 @@ class Runner:
         """Start the sampling of a masked launch, with what the constraints allow now."""
         if launched.awaits_constraints:
             self._prepare_sampling(launched, constraints)
-            self._run_sampling(launched)
+            self._program(launched.shapes[1])
+            with uninterrupted():
+                self._run_sampling(launched)
 
     def _run(self, launched: Launched) -> None:
         program, inputs = self._program(launched.shapes[0]), launched.inputs
@@ -234,8 +237,9 @@ class Runner:
         count = padded(most, self._pace.row_sizes)
         rows = row_inputs(launched.sampled, count, self._cache, self._settings)
         shape = self._sampling_shape(launched, count, adjusted)
-        launched.shapes.append(shape)
-        launched.inputs += [Packed.of(rows), self._adjustments(shape, adjusted)]
+        # In place of what an interrupted call has prepared.
+        launched.shapes[1:] = [shape]
+        launched.inputs[1:] = [Packed.of(rows), self._adjustments(shape, adjusted)]
 
     def _keep(self, launched: Launched, generated: Generated) -> None:
         """Keep what a program returned, and start copying its outputs to the host."""
