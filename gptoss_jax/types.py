@@ -118,6 +118,8 @@ class SamplingParams:
         self._check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
         self._check("n", is_int(self.n, 1, 1024), "an integer from 1 to 1024")
         self._check("min_tokens", is_int(self.min_tokens, 0), "an integer from 0, below 2**31")
+        fine = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        self._check("min_tokens", fine, f"at most max_tokens of {self.max_tokens}")
         fine = is_number(self.repetition_penalty, 0, 1e6) and self.repetition_penalty > 0
         self._check("repetition_penalty", fine, "a number above 0")
         for name in ("presence_penalty", "frequency_penalty"):
