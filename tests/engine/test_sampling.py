@@ -219,3 +219,10 @@ def test_penalties_biases_and_masks_by_definition() -> None:
 def test_values_out_of_range_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=field):
         SamplingParams(**{field: value})
+
+
+def test_more_tokens_cannot_be_needed_than_are_allowed() -> None:
+    assert SamplingParams(max_tokens=3, min_tokens=3).min_tokens == 3
+    assert SamplingParams(min_tokens=10**6).max_tokens is None
+    with pytest.raises(UsageError, match="min_tokens: expected at most max_tokens of 3, found 4"):
+        SamplingParams(max_tokens=3, min_tokens=4)
