@@ -401,6 +401,9 @@ class Engine:
             self._read()
         if self._flying:
             self._sample(self._flying[-1])
+        # A process that exits while a launch is in flight may abort.
+        while self._flying and not self._sequences:
+            self._read()
         # What an interrupted call has not returned comes with the next one.
         events, self._events = self._events, []
         return events

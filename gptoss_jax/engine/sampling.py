@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sharding import constrain
+
 MOST_PARTS = 32
 """As many devices can share the vocabulary; more would leave a GPU little of each part to add up."""
 STRETCHES = 8
@@ -64,7 +66,7 @@ def sample(
     """
     logits_RPC = _in_parts(logits_RV)
     # Apart from what is made of it, which the compiler would else find in passes over all logits of its own.
-    peaks_RPQ = lax.optimization_barrier(_peaks(logits_RPC))
+    peaks_RPQ = _unsharded(lax.optimization_barrier(_peaks(logits_RPC)))
     part_R1 = jnp.argmax(jnp.max(peaks_RPQ, axis=-1), axis=-1, keepdims=True)
     greedy_R = _token(part_R1, jnp.argmax(_take_parts(logits_RPC, part_R1), axis=-1), logits_RPC)[..., 0]
     if mode == "greedy":
@@ -83,6 +85,11 @@ def _in_parts(x_RV: jax.Array) -> jax.Array:
     while x_RV.shape[-1] % parts:
         parts //= 2
     return x_RV.reshape(*x_RV.shape[:-1], parts, -1)
+
+
+def _unsharded(x_BR: jax.Array) -> jax.Array:
+    """[B, R, ...], small and the same on all devices that share the vocabulary, so that they need not communicate."""
+    return constrain(x_BR, ("samples", *(None,) * (x_BR.ndim - 1)))
 
 
 def _peaks(x_RPC: jax.Array) -> jax.Array:
@@ -362,7 +369,7 @@ class _Drawing:
         """Tokens and their logits [..., R, count], draws from `number` on, of what is in bounds, each part's mass."""
         parts, inner = self.logits.shape[-2:]
         numbers_RA = jnp.broadcast_to(number, self.positions.shape)[..., None] + jnp.arange(count)
-        noise_RAN = _gumbel(self.state.keys, self.positions, numbers_RA, parts + inner)
+        noise_RAN = _unsharded(_gumbel(self.state.keys, self.positions, numbers_RA, parts + inner))
         part_RA = jnp.argmax(jnp.log(mass_RP)[..., None, :] + noise_RAN[..., :parts], axis=-1)
         logits_RAC = _take_parts(self.logits, part_RA)
         # Relative to the largest, since large quotients would leave no digits for the noise.
@@ -409,7 +416,7 @@ def _part_sums(*terms: _Term) -> jax.Array:
         return tuple(x + y for x, y in zip(some, others, strict=True))
 
     sums = lax.optimization_barrier(lax.reduce(values, zeros, add, (values[0].ndim - 1,)))
-    return jnp.stack(sums, axis=-2)
+    return _unsharded(jnp.stack(sums, axis=-2))
 
 
 def _folded(x_RPC: jax.Array) -> jax.Array:
