@@ -177,8 +177,7 @@ def row_inputs(sampled: list[SampledRow], rows: int, cache: CacheShape, settings
             slots[here] = at.work.slot
             positions[here] = np.arange(at.position, at.position + 1 + len(at.work.drafts))
             drafts[at.rank, at.row : at.row + len(at.work.drafts)] = at.work.drafts
-    random = np.full((ranks, 1), any(at.work.sequence.mode > 0 for at in sampled), np.int32)
-    return RowInputs(slots, positions, drafts, heads, settings.state, random)
+    return RowInputs(slots, positions, drafts, heads, settings.state)
 
 
 def idle_inputs(

@@ -33,7 +33,6 @@ from gptoss_jax.engine.inputs import (
 from gptoss_jax.engine.interrupts import uninterrupted
 from gptoss_jax.engine.pace import Pace, padded
 from gptoss_jax.engine.packing import Packed
-from gptoss_jax.engine.sampling import SAMPLING_MODES
 from gptoss_jax.engine.scheduler import Plan
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.step import (
@@ -256,7 +255,7 @@ class Runner:
 
     def _sampling_shape(self, launched: Launched, rows: int, adjusted: list[RowAdjustment]) -> StepShape:
         sequences = [at.work.sequence for at in launched.sampled]
-        plain = self._pace.plain and all(s.mode < len(SAMPLING_MODES) - 1 for s in sequences)
+        plain = self._pace.plain and not any(s.cuts for s in sequences)
         features: Features = "plain" if plain else "cuts"
         if adjusted or any(s.params.logprobs is not None for s in sequences):
             features = "penalties" if any(s.params.penalised for s in sequences) else "all"

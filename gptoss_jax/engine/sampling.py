@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,6 @@ QUARTERS, FINER = 4, 8
 LEAST_ROWS = 4
 """That another round looks at together, if so many are left."""
 
-SamplingMode = Literal["greedy", "random", "truncated"]
-"""The sampling mode of a batch: only greedy rows, random rows too, or random rows with top-k or top-p too."""
-
-SAMPLING_MODES: tuple[SamplingMode, ...] = ("greedy", "random", "truncated")
-"""The modes, from the cheapest to the one that covers all rows."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +51,21 @@ class SamplingState:
     keys: jax.Array
 
 
-def sample(
-    logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, mode: SamplingMode = "truncated"
-) -> jax.Array:
+def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, cuts: bool = True) -> jax.Array:
     """Sample a token int32 [..., R] for each row from logits float32 [..., R, V].
 
-    The same seed, position and logits give the same token in any batch, and in any sampling mode that covers the row.
+    Without `cuts`, no row may have top-k or top-p. The same seed, position and logits give the same token in any batch, with and without `cuts`.
     """
     logits_RPC = _in_parts(logits_RV)
     # Apart from what is made of it, which the compiler would else find in passes over all logits of its own.
     peaks_RPQ = _unsharded(lax.optimization_barrier(_peaks(logits_RPC)))
     part_R1 = jnp.argmax(jnp.max(peaks_RPQ, axis=-1), axis=-1, keepdims=True)
     greedy_R = _token(part_R1, jnp.argmax(_take_parts(logits_RPC, part_R1), axis=-1), logits_RPC)[..., 0]
-    if mode == "greedy":
-        return greedy_R
     # As many as there are is all, which needs no look for the last of them.
     top_k_R = jnp.where(state.top_k < logits_RV.shape[-1], state.top_k, 0)
     state = dataclasses.replace(state, top_k=top_k_R)
     drawing = _Drawing(logits_RPC, peaks_RPQ.reshape(*peaks_RPQ.shape[:-2], -1), state, positions_R)
-    drawn_R = drawing.plainly() if mode == "random" else drawing.within_cuts()
+    drawn_R = drawing.within_cuts() if cuts else drawing.plainly()
     return jnp.where(state.temperature > 0, drawn_R, greedy_R)
 
 

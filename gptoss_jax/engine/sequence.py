@@ -8,7 +8,6 @@ import functools
 import numpy as np
 
 from gptoss_jax.engine.pages import block_key
-from gptoss_jax.engine.sampling import SAMPLING_MODES
 from gptoss_jax.types import SamplingParams
 
 
@@ -57,12 +56,9 @@ class Sequence:
     _keys: list[bytes] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
-    def mode(self) -> int:
-        """The cheapest sampling mode that covers it, as an index of SAMPLING_MODES."""
-        cuts = self.params.top_k > 0 or self.params.top_p < 1
-        return SAMPLING_MODES.index(
-            "greedy" if self.params.temperature == 0 else "truncated" if cuts else "random"
-        )
+    def cuts(self) -> bool:
+        """Whether top-k or top-p limit its tokens."""
+        return self.params.temperature > 0 and (self.params.top_k > 0 or self.params.top_p < 1)
 
     @functools.cached_property
     def may_be_adjusted(self) -> bool:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from gptoss_jax.engine.adjusting import AdjustedRows, adjust
-from gptoss_jax.engine.sampling import SAMPLING_MODES, SamplingState, logprobs_of, sample
+from gptoss_jax.engine.sampling import SamplingState, logprobs_of, sample
 from gptoss_jax.model.gpt_oss import GptOss, unembed
 from gptoss_jax.model.kv_cache import Addresses, KVCache, Sequences, StepCache, page_of
 from sharding import Partition, constrain, on_shards
@@ -28,7 +28,7 @@ TOP_LOGPROBS = 20
 """How many of the most likely tokens are reported with log-probabilities."""
 
 Features = Literal["plain", "cuts", "all", "penalties"]
-"""What sampling can do: greedy and random rows; top-k and top-p, too; also biases, masks and log-probabilities; and
+"""What sampling can do: all rows without top-k and top-p; these, too; also biases, masks and log-probabilities; and
 also penalties, with token counts on the device.
 
 They are programs of their own and not conditions on the device, which cost a small step more than they save.
@@ -124,7 +124,6 @@ class RowInputs:
       drafts: int32 [B, R], the draft that follows the row's token; -1 for none.
       heads: bool [B, R], whether the row is the first of its sequence.
       settings: the sampling settings of the slots.
-      random: int32 [B, 1], the same on all ranks: whether any row is not greedy.
     """
 
     slots: ArrayLike
@@ -132,7 +131,6 @@ class RowInputs:
     drafts: ArrayLike
     heads: ArrayLike
     settings: SamplingState
-    random: ArrayLike
 
 
 @jax.tree_util.register_dataclass
@@ -351,15 +349,11 @@ def _sample(
     at_BR = jnp.minimum(slots_BR, slots - 1)
     settings = jax.tree.map(lambda x: _take(jnp.asarray(x), at_BR), inputs.settings)
     choose = partial(sample, state=settings, positions_R=positions_BR)
-    if features == "plain":
-        modes = [partial(choose, mode=mode) for mode in SAMPLING_MODES[:2]]
-        tokens_BR = jax.lax.switch(jnp.asarray(inputs.random)[0, 0], modes, logits_BRV)
-    elif features == "cuts":
-        tokens_BR = choose(logits_BRV)
+    if adjustments is None:
+        tokens_BR = choose(logits_BRV, cuts=features != "plain")
     else:
-        assert adjustments is not None
         tokens_BR = choose(_adjusted(logits_BRV, adjustments, generated, at_BR))
-    # A draft is accepted if all before it are and it equals the sampled token: exact in every sampling mode.
+    # A draft is accepted if all before it are and it equals the sampled token: exact for greedy and for random rows.
     rows = jnp.arange(drafts_BR.shape[1], dtype=jnp.int32)
     last_BR = jnp.where(tokens_BR == drafts_BR, len(rows), rows)
     ends_BR = jax.lax.cummin(last_BR, axis=1, reverse=True)
