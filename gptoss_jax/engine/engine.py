@@ -536,17 +536,18 @@ class Engine:
                         self._scheduler.settle(work.sequence, work.start + work.count)
                 token += work.tokens
         if launched.sampled:
-            tokens, ends = outputs.tokens.tolist(), outputs.ends.tolist()
+            tokens = outputs.tokens.tolist()
+            ends = None if outputs.ends is None else outputs.ends.tolist()
             for at in launched.sampled:
                 if at.work.sequence.epoch == at.work.epoch:
-                    self._add_tokens(launched, at, tokens[at.rank], ends[at.rank], outputs.logprobs)
+                    accepted = ends[at.rank][at.row] - at.row if ends else 0
+                    self._add_tokens(launched, at, tokens[at.rank], accepted, outputs.logprobs)
 
     def _add_tokens(
-        self, launched: Launched, at: SampledRow, tokens: list[Any], ends: list[Any], logprobs: Logprobs | None
+        self, launched: Launched, at: SampledRow, tokens: list[Any], accepted: int, logprobs: Logprobs | None
     ) -> None:
-        """Add a sequence's new tokens, up to the one that ends it, from the tokens and ends of its rank's rows."""
+        """Add a sequence's new tokens, up to the one that ends it, from those of its rank's rows."""
         sequence, several = at.work.sequence, launched.plan.steps > 1
-        accepted = 0 if several else ends[at.row] - at.row
         sequence.ahead -= launched.plan.steps
         if at.work.drafts:
             sequence.computed += accepted

@@ -54,7 +54,8 @@ class SamplingState:
 def sample(logits_RV: jax.Array, state: SamplingState, positions_R: jax.Array, cuts: bool = True) -> jax.Array:
     """Sample a token int32 [..., R] for each row from logits float32 [..., R, V].
 
-    Without `cuts`, no row may have top-k or top-p. The same seed, position and logits give the same token in any batch, with and without `cuts`.
+    Without `cuts`, no row may have top-k or top-p. The same seed, position and logits give the same token in any batch,
+    with and without `cuts`.
     """
     logits_RPC = _in_parts(logits_RV)
     # Apart from what is made of it, which the compiler would else find in passes over all logits of its own.

@@ -149,11 +149,12 @@ class StepOutputs:
     """The sampled tokens int32 [B, R], and the log-probabilities at each row if the program has all features.
 
     `ends` int32 [B, R] is for the first row of each sequence the row of its newest token: those from the first row to
-    this one are its new tokens. Programs of several steps have another axis for them at the end.
+    this one are its new tokens. Programs of several steps have no drafts, so no `ends`; their tokens and
+    log-probabilities have another axis for the steps at the end.
     """
 
     tokens: jax.Array
-    ends: jax.Array
+    ends: jax.Array | None
     logprobs: Logprobs | None
 
 
@@ -213,7 +214,7 @@ def run_sampling(
     """Sample from the first R of a forward pass's rows. The outputs are whole on every device."""
     with head.partition.active():
         logits_BRV = unembed(rows_BXD[:, : shape.rows], *weights, eps=head.eps)
-        outputs, generated = _sample(logits_BRV, generated, inputs, adjustments, shape.features)
+        outputs, generated = _sample(logits_BRV, generated, inputs, adjustments, shape)
         return _whole(outputs), generated
 
 
@@ -227,21 +228,24 @@ def run_decode(
     rows: RowInputs,
     adjustments: AdjustedRows | None,
 ) -> tuple[StepOutputs, tuple[DeviceState, Generated]]:
-    """Several decode steps of sequences with one token each, which are the rows."""
+    """Several decode steps of sequences with one token each, which are the rows.
+
+    Each step takes the newest tokens from the device. What differs between steps is computed from the step's number:
+    arrays that the loop carried would be copied in each step.
+    """
     model = structure.model(weights)
 
-    def step(carry: Any, _: None) -> tuple[Any, StepOutputs]:
-        state, generated, inputs, rows = carry
-        x_BRD, state = _forward(model, state, generated.last, inputs, max_queries=1)
+    def step(carry: tuple[DeviceState, Generated], number: jax.Array) -> tuple[Any, StepOutputs]:
+        state, generated = carry
+        own_inputs, own_rows = _inputs_of(inputs, number), _rows_of(rows, number)
+        x_BRD, state = _forward(model, state, generated.last, own_inputs, max_queries=1)
         logits_BRV = unembed(x_BRD, model.norm[...], model.lm_head[...], eps=model.config.rms_norm_eps)
-        outputs, generated = _sample(logits_BRV, generated, rows, adjustments, shape.features)
-        return (state, generated, _next_inputs(inputs), _next_rows(rows)), outputs
+        outputs, generated = _sample(logits_BRV, generated, own_rows, adjustments, shape)
+        return (state, generated), outputs
 
     with model.partition.active():
-        inputs, rows = jax.tree.map(jnp.asarray, (inputs, rows))
-        state = _updated(state, inputs)
-        carry: Any = state, generated, inputs, rows
-        (state, generated, *_), outputs = jax.lax.scan(step, carry, None, length=shape.steps)
+        carry, outputs = jax.lax.scan(step, (_updated(state, inputs), generated), jnp.arange(shape.steps))
+        state, generated = carry
         outputs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), outputs)
         return _whole(outputs), (state, generated)
 
@@ -258,21 +262,20 @@ def _whole[Tree](tree: Tree) -> Tree:
     return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), tree)
 
 
-def _next_inputs(inputs: ForwardInputs) -> ForwardInputs:
-    """Of the next decode step: each slot's newest token, one position on, with the same pages."""
-    positions = jnp.where(inputs.positions < 0, -1, inputs.positions + 1)  # type: ignore[operator]
-    sequences = inputs.sequences
-    lengths = jnp.where(sequences.counts_BN > 0, sequences.lengths_BN + 1, 0)
+def _inputs_of(inputs: ForwardInputs, number: jax.Array) -> ForwardInputs:
+    """Of a decode step: each slot's newest token, so many positions after the first step's, with the same pages."""
+    positions_BT, sequences = jnp.asarray(inputs.positions), inputs.sequences
+    lengths_BN = jnp.where(sequences.counts_BN > 0, sequences.lengths_BN + number, 0)
     return dataclasses.replace(
         inputs,
-        tokens=jnp.full_like(inputs.tokens, -1),
-        positions=positions,
-        sequences=sequences._replace(lengths_BN=lengths),
+        tokens=jnp.full_like(positions_BT, -1),
+        positions=jnp.where(positions_BT < 0, -1, positions_BT + number),
+        sequences=sequences._replace(lengths_BN=lengths_BN),
     )
 
 
-def _next_rows(rows: RowInputs) -> RowInputs:
-    return dataclasses.replace(rows, positions=rows.positions + 1)
+def _rows_of(rows: RowInputs, number: jax.Array) -> RowInputs:
+    return dataclasses.replace(rows, positions=jnp.asarray(rows.positions) + number)
 
 
 def _forward(
@@ -339,7 +342,7 @@ def _sample(
     generated: Generated,
     inputs: RowInputs,
     adjustments: AdjustedRows | None,
-    features: Features,
+    shape: StepShape,
 ) -> tuple[StepOutputs, Generated]:
     """A token for each row, which drafts are accepted, and what the next step needs to know of them."""
     slots_BR, positions_BR, drafts_BR, heads_BR = (
@@ -350,20 +353,22 @@ def _sample(
     settings = jax.tree.map(lambda x: _take(jnp.asarray(x), at_BR), inputs.settings)
     choose = partial(sample, state=settings, positions_R=positions_BR)
     if adjustments is None:
-        tokens_BR = choose(logits_BRV, cuts=features != "plain")
+        tokens_BR = choose(logits_BRV, cuts=shape.features != "plain")
     else:
         tokens_BR = choose(_adjusted(logits_BRV, adjustments, generated, at_BR))
-    # A draft is accepted if all before it are and it equals the sampled token: exact for greedy and for random rows.
-    rows = jnp.arange(drafts_BR.shape[1], dtype=jnp.int32)
-    last_BR = jnp.where(tokens_BR == drafts_BR, len(rows), rows)
-    ends_BR = jax.lax.cummin(last_BR, axis=1, reverse=True)
-    newest_BR = jnp.take_along_axis(tokens_BR, ends_BR, axis=1)
+    newest_BR, ends_BR = tokens_BR, None
+    if not shape.tokens:
+        # A draft is accepted if all before it are and it equals the sampled token: exact for greedy and random rows.
+        rows = jnp.arange(drafts_BR.shape[1], dtype=jnp.int32)
+        last_BR = jnp.where(tokens_BR == drafts_BR, len(rows), rows)
+        ends_BR = jax.lax.cummin(last_BR, axis=1, reverse=True)
+        newest_BR = jnp.take_along_axis(tokens_BR, ends_BR, axis=1)
+        slots_BR = jnp.where(heads_BR, slots_BR, slots)
     logprobs = None
-    if features in ("all", "penalties"):
+    if shape.features in ("all", "penalties"):
         top = min(TOP_LOGPROBS, logits_BRV.shape[-1])
         logprobs = Logprobs(*logprobs_of(logits_BRV, tokens_BR, top))
-    generated = _remember(generated, jnp.where(heads_BR, slots_BR, slots), newest_BR)
-    return StepOutputs(tokens_BR, ends_BR, logprobs), generated
+    return StepOutputs(tokens_BR, ends_BR, logprobs), _remember(generated, slots_BR, newest_BR)
 
 
 def _adjusted(logits_BRV: jax.Array, of: AdjustedRows, generated: Generated, slots_BR: jax.Array) -> jax.Array:

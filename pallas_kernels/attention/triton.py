@@ -354,10 +354,6 @@ def _decode_kernel(
     kv_head, item = pl.program_id(0), pl.program_id(1)
     tokens, head_dim = q_ref.shape[0], q_ref.shape[2]
     record = [records_ref[item, field] for field in range(records_ref.shape[1])]
-    if fills:
-        # Not before the record: a store waits for all loads before it, and the loads after it for the store.
-        clears = (item < tokens) & (owned_or_out_ref[jnp.minimum(item, tokens - 1)] == 0)
-        _clear(out_ref, _Rows.of(op, 1, kv_head, item, clears.astype(jnp.int32), tokens))
     rows = _Rows.of(op, op.few, kv_head, record[TOKEN], record[QUERIES], tokens)
 
     @pl.when(record[QUERIES] > 0)
@@ -396,6 +392,11 @@ def _decode_kernel(
             pl.when(record[ALONE] == 0)(leave_part)
         else:
             finish()
+
+    if fills:
+        # Last, since loads wait for the stores before them.
+        clears = (item < tokens) & (owned_or_out_ref[jnp.minimum(item, tokens - 1)] == 0)
+        _clear(out_ref, _Rows.of(op, 1, kv_head, item, clears.astype(jnp.int32), tokens))
 
 
 def _join_kernel(
