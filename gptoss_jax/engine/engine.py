@@ -21,7 +21,7 @@ from gptoss_jax.engine.drafts import Drafter, DrafterFactory, PromptLookup
 from gptoss_jax.engine.inputs import SampledRow
 from gptoss_jax.engine.interrupts import uninterrupted
 from gptoss_jax.engine.memory import cache_budget, cache_shape, kv_dtype
-from gptoss_jax.engine.pace import Pace
+from gptoss_jax.engine.pace import FEW, Pace
 from gptoss_jax.engine.runner import Launched, Runner
 from gptoss_jax.engine.scheduler import Limits, Scheduler, Work
 from gptoss_jax.engine.sequence import Sequence
@@ -76,9 +76,9 @@ class EngineOptions:
         the whole mesh. None for 2048 on accelerators and 512 on CPUs, or `long_prefill_token_threshold` if larger.
       enable_prefix_caching: whether prompts reuse the cached keys and values of earlier prompts with the same prefix.
       num_speculative_tokens: tokens drafted and verified per step and sequence; 0 disables speculative decoding.
-      num_decode_steps: decode steps per launch of up to 64 sequences when all decode and none waits (multi-step
-        decode), so that the host keeps up with a fast device; this many tokens are then returned at a time. None for 4
-        on accelerators and 1 on CPUs.
+      num_decode_steps: decode steps per launch of up to 4 sequences on each data-parallel rank when all decode and none
+        waits (multi-step decode), so that the host keeps up with a fast device; this many tokens are then returned at a
+        time. None for 2 on accelerators and 1 on CPUs.
       kernels: backend of the model's ops: "auto" for the platform's kernels, "reference" for plain JAX, or the name of
         a backend, which is used for the ops that have it.
     """
@@ -249,6 +249,7 @@ class Engine:
             self.pace.long_prefill_token_threshold,
             self.pace.row_sizes[-1],
             self.pace.num_decode_steps,
+            FEW,
             max(self.pace.decode_sizes, default=0),
             options.enable_prefix_caching,
         )
@@ -462,7 +463,7 @@ class Engine:
         plan, load = launched.plan, self._load
         self._scheduler.commit(plan)
         self._flying.append(launched)
-        used = plan.steps * len(plan.work) if plan.steps > 1 else sum(work.tokens for work in plan.work)
+        used = sum(work.tokens for work in plan.work)
         load.tokens += used
         load.padding += launched.shapes[0].tokens * plan.steps * len(plan.ranks) - used
         load.launches += 1
@@ -547,7 +548,7 @@ class Engine:
         self, launched: Launched, at: SampledRow, tokens: list[Any], accepted: int, logprobs: Logprobs | None
     ) -> None:
         """Add a sequence's new tokens, up to the one that ends it, from those of its rank's rows."""
-        sequence, several = at.work.sequence, launched.plan.steps > 1
+        sequence, decodes = at.work.sequence, launched.plan.decodes
         sequence.ahead -= launched.plan.steps
         if at.work.drafts:
             sequence.computed += accepted
@@ -556,8 +557,8 @@ class Engine:
             self._load.drafted += len(at.work.drafts)
             self._load.accepted += accepted
         try:
-            for i, token in enumerate(tokens[at.row] if several else tokens[at.row : at.row + accepted + 1]):
-                place = (at.rank, at.row, i) if several else (at.rank, at.row + i)
+            for i, token in enumerate(tokens[at.row] if decodes else tokens[at.row : at.row + accepted + 1]):
+                place = (at.rank, at.row, i) if decodes else (at.rank, at.row + i)
                 event = self._token(sequence, token, logprobs, place)
                 self._events.append(event)
                 if event.finish_reason:

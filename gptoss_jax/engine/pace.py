@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-DECODE_STEPS, DECODES = 4, 64
-"""Steps of a launch that only decodes, and the most sequences for which one step is shorter than the host's work.
+DECODES = 64
+"""The most sequences of a launch that only decodes, in one program instead of two."""
 
-On an H100 the host needs 2 to 3 ms to launch a step and read back the previous one, and one sequence's step 2 ms.
+DECODE_STEPS, FEW = 2, 4
+"""Its steps if the sequences are few, so that one step is shorter than the host's work; of more it has one.
+
+On an H200 a step of one sequence takes 2 ms and of eight 5 ms, and the host needs 2 to 4 ms to launch a step and read
+back the previous one. So two launches, which are in flight at a time, take about 10 ms.
 """
 
 ACCELERATOR_TOKENS, CPU_TOKENS = 2048, 512
@@ -25,7 +29,7 @@ class Pace:
     Args:
       token_sizes: tokens of a forward pass.
       row_sizes: sampled rows.
-      decode_sizes: sequences of a launch of `num_decode_steps` steps.
+      decode_sizes: sequences of a launch that only decodes; see `steps`.
       plain: whether rows without top-k and top-p have programs of their own, which are faster.
     """
 
@@ -36,6 +40,10 @@ class Pace:
     row_sizes: tuple[int, ...]
     decode_sizes: tuple[int, ...]
     plain: bool
+
+    def steps(self, sequences: int) -> int:
+        """The steps of a launch in which so many sequences decode."""
+        return self.num_decode_steps if sequences <= FEW else 1
 
     @classmethod
     def of(

@@ -159,7 +159,7 @@ class Runner:
             self._settings.update(at.rank, at.work)
         if any(at.work.sequence.params.penalised for at in sampled):
             self._allocate_counts()
-        if plan.steps > 1:
+        if plan.decodes:
             self._prepare_decode(launched)
         else:
             self._prepare_forward(launched)
@@ -189,7 +189,7 @@ class Runner:
 
     def _run(self, launched: Launched) -> None:
         program, inputs = self._program(launched.shapes[0]), launched.inputs
-        if launched.plan.steps > 1:
+        if launched.plan.decodes:
             arguments = (self._weights, self._state, self._counted_for(launched.shapes[0]), *inputs)
             launched.outputs, (self._state, generated) = program(*arguments)
             self._keep(launched, generated)
@@ -342,7 +342,7 @@ class Runner:
             for rows in self._pace.row_sizes:
                 yield needed_shape([], StepShape(0, rows, features=features))
             for sequences in self._pace.decode_sizes:
-                steps = self._pace.num_decode_steps
+                steps = self._pace.steps(sequences)
                 yield needed_shape([], StepShape(sequences, sequences, steps, features))
 
     def compile(self, shape: StepShape) -> None:

@@ -30,8 +30,9 @@ class Limits:
       sizes: numbers of tokens that steps are padded to.
       chunk: prompt tokens of one sequence in a step.
       rows: sampled rows of a step, at least one per slot; drafts take what the sequences leave.
-      decode_steps: steps of a launch that only decodes.
-      decodes: the most sequences that decode several steps in a launch.
+      decode_steps: steps of a launch in which at most `few` sequences decode.
+      few: see `decode_steps`.
+      decodes: the most sequences of a launch that only decodes.
       caching: whether prompts reuse cached prefixes.
     """
 
@@ -42,6 +43,7 @@ class Limits:
     chunk: int
     rows: int
     decode_steps: int = 1
+    few: int = 0
     decodes: int = 0
     caching: bool = True
 
@@ -112,10 +114,11 @@ class RankPlan:
 
 @dataclasses.dataclass
 class Plan:
-    """What all ranks do in a launch of `steps` steps."""
+    """What all ranks do in a launch of `steps` steps, which only `decodes` or not."""
 
     ranks: list[RankPlan]
     steps: int = 1
+    decodes: bool = False
 
     @property
     def work(self) -> list[Work]:
@@ -219,15 +222,15 @@ class Scheduler:
         A sequence for which `single` is true needs the host after each step.
         """
         plans = [rank.plan() for rank in self.ranks]
-        steps = self._steps(single)
+        steps = self._decode_steps(single)
         for plan in plans:
-            self._plan_decodes(plan, steps)
+            self._plan_decodes(plan, max(1, steps))
         for plan in plans:
             self._plan_prompts(plan)
         if self.waiting:
             self._admit(plans)
         self._trim(plans)
-        return Plan(plans, steps)
+        return Plan(plans, max(1, steps), decodes=steps > 0)
 
     def commit(self, plan: Plan) -> None:
         """Carry out a plan that has been launched."""
@@ -263,24 +266,26 @@ class Scheduler:
             # Prefix hits after a preemption are on the sequence's own pages and do not count.
             sequence.prefix_hits = admission.computed
 
-    def _steps(self, single: Callable[[Sequence], bool]) -> int:
-        """How many steps to launch at once: several if nothing waits, and all that runs decodes that many more."""
-        steps = self.limits.decode_steps
-        if steps == 1 or self.waiting or any(len(rank.running) > self.limits.decodes for rank in self.ranks):
+    def _decode_steps(self, single: Callable[[Sequence], bool]) -> int:
+        """The steps of a launch that only decodes: several for few sequences, which all decode so many more; else 0."""
+        running = [s for rank in self.ranks for s in rank.running if s.generated < s.max_tokens]
+        most = max(len(rank.running) for rank in self.ranks)
+        alike = all(s.decoding and not s.drafts and not single(s) for s in running)
+        if self.waiting or most > self.limits.decodes or not alike:
+            return 0
+        steps = self.limits.decode_steps if most <= self.limits.few else 1
+        # A first token that has not been read back yet would arrive only after all of these steps; before `min_tokens`
+        # tokens that end a sequence are excluded, after them not.
+        if any(
+            s.max_tokens - s.generated < steps
+            or not s.tokens
+            or s.generated < s.params.min_tokens < s.generated + steps
+            for s in running
+        ):
             return 1
         for rank in self.ranks:
-            missing = 0
-            for s in rank.running:
-                left = s.max_tokens - s.generated
-                if left == 0:
-                    continue
-                # A first token that has not been read back yet would arrive only after all of these steps, and before
-                # `min_tokens` tokens that end the sequence are excluded, after them not.
-                changes = s.generated < s.params.min_tokens < s.generated + steps
-                if left < steps or not s.decoding or not s.tokens or s.drafts or changes or single(s):
-                    return 1
-                missing += max(0, self.limits.blocks(s.computed + steps) - len(s.pages))
-            if missing > rank.pages.available:
+            missing = (self.limits.blocks(s.computed + steps) - len(s.pages) for s in rank.running)
+            if sum(n for n in missing if n > 0) > rank.pages.available:
                 return 1
         return steps
 

@@ -230,8 +230,7 @@ def run_decode(
 ) -> tuple[StepOutputs, tuple[DeviceState, Generated]]:
     """Several decode steps of sequences with one token each, which are the rows.
 
-    Each step takes the newest tokens from the device. What differs between steps is computed from the step's number:
-    arrays that the loop carried would be copied in each step.
+    What differs between steps is computed from the step's number: arrays that the loop carried would be copied in each.
     """
     model = structure.model(weights)
 
@@ -263,12 +262,12 @@ def _whole[Tree](tree: Tree) -> Tree:
 
 
 def _inputs_of(inputs: ForwardInputs, number: jax.Array) -> ForwardInputs:
-    """Of a decode step: each slot's newest token, so many positions after the first step's, with the same pages."""
+    """Of a decode step; after the first, it takes each slot's newest token, so many positions on."""
     positions_BT, sequences = jnp.asarray(inputs.positions), inputs.sequences
     lengths_BN = jnp.where(sequences.counts_BN > 0, sequences.lengths_BN + number, 0)
     return dataclasses.replace(
         inputs,
-        tokens=jnp.full_like(positions_BT, -1),
+        tokens=jnp.where(number == 0, jnp.asarray(inputs.tokens), -1),
         positions=jnp.where(positions_BT < 0, -1, positions_BT + number),
         sequences=sequences._replace(lengths_BN=lengths_BN),
     )

@@ -141,7 +141,8 @@ def test_steps_are_those_of_the_engine(batch: int, mesh: str, platform: str) -> 
         # The engine's cache has as many pages as its memory allows.
         assert dataclasses.replace(step.cache, pages=engine.shape.pages) == engine.shape
         for program in step.programs:
-            steps = engine.pace.num_decode_steps if program.shape.tokens and program.shape.rows else 1
+            decodes = program.shape.tokens and program.shape.rows
+            steps = engine.pace.steps(program.shape.rows) if decodes else 1
             shape = dataclasses.replace(program.shape, steps=steps)
             assert shape in list(engine._runner.shapes())
             own = engine._runner._abstract(shape)

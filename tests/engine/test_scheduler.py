@@ -35,7 +35,7 @@ def limits(
     in_flight = 2 * -(-tokens // size)
     cache = CacheShape(slots, size, pages, slots * own + in_flight + cached, pages, own + in_flight + 1)
     sizes = Pace.of("gpu", None, tokens, None, slots).token_sizes
-    return Limits(cache, WINDOW, tokens, sizes, chunk or tokens, max(slots, 16), steps, slots, caching)
+    return Limits(cache, WINDOW, tokens, sizes, chunk or tokens, max(slots, 16), steps, slots, slots, caching)
 
 
 def sequence(name: str, prompt: list[int] | int, max_tokens: int = 1) -> Sequence:
