@@ -8,6 +8,8 @@ import itertools
 DECODES = 64
 """The most sequences of a launch that only decodes, in one program instead of two."""
 
+DECODE_SIZES = (1, 4, 16, 32, 64)
+
 DECODE_STEPS, FEW = 2, 4
 """Its steps if the sequences are few, so that one step is shorter than the host's work; of more it has one.
 
@@ -69,7 +71,7 @@ class Pace:
             steps,
             _sizes(1, 8, 512, tokens) if on_cpu else _token_sizes(tokens),
             (rows,) if on_cpu else _row_sizes(rows),
-            _sizes(1, 4, DECODES, min(DECODES, slots)) if steps > 1 else (),
+            _up_to(min(DECODES, slots), DECODE_SIZES) if steps > 1 else (),
             not on_cpu,
         )
 
@@ -81,7 +83,7 @@ def _token_sizes(most: int) -> tuple[int, ...]:
 
 
 def _row_sizes(most: int) -> tuple[int, ...]:
-    return _up_to(most, (16, 64, 256))
+    return _up_to(most, (16, 256))
 
 
 def _sizes(least: int, factor: int, most: int, bound: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """The scheduler and the page pools, without a device: random requests, whose launches are read back later."""
 
 import copy
+import dataclasses
 import random
 from collections import deque
 from typing import Any
@@ -366,3 +367,29 @@ def test_steps_are_padded_little() -> None:
     tokens = [sum(work.tokens for work in launch[0]) for launch in device.launches]
     padding = sum(padded(count, scheduler.limits.sizes) - count for count in tokens)
     assert padding < 0.1 * sum(tokens)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_mixed_requests_are_padded_little(ranks: int) -> None:
+    """Of twice as many requests as there are slots, prompts and decodes share steps, on all ranks alike."""
+    pace = Pace.of("gpu", None, None, None, 256 // ranks, 0, ranks)
+    own = limits(slots=256 // ranks, pages=40000, tokens=pace.token_sizes[-1])
+    scheduler = Scheduler(dataclasses.replace(own, sizes=pace.token_sizes), ranks)
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal((4.92, 5.17), (1.035, 0.755), (512, 2)), (2606, 1024)).astype(int)
+    for i, (prompt, new) in enumerate(lengths.tolist()):
+        scheduler.add(sequence(str(i), prompt + 1, new + 1))
+    device = Device(scheduler)
+    device.write = lambda *_: None  # type: ignore[method-assign]
+    done = used = padding = 0
+    while done < 512:
+        done += len(device.step())
+    for launch in device.launches:
+        counts = [sum(work.tokens for work in works) for works in launch]
+        decodes = max(counts) <= max(pace.decode_sizes) and all(
+            work.tokens == 1 for works in launch for work in works
+        )
+        sizes = pace.decode_sizes if decodes else pace.token_sizes
+        used += sum(counts)
+        padding += ranks * padded(max(counts), sizes) - sum(counts)
+    assert padding < 0.1 * (used + padding)
