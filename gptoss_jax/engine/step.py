@@ -3,7 +3,7 @@
 The forward pass takes T tokens of any mix of prompts, decodes and drafts on each of B data-parallel ranks, and leaves
 the hidden states of R rows; sampling unembeds these and chooses a token for each. They are programs of their own, so
 that their sizes do not multiply, and so that constraints can be evaluated while the forward pass runs. A launch that
-only decodes is one program for several steps, each of which takes the tokens that the one before left on the device.
+only decodes is one program; if it has several steps, each takes the tokens that the one before left on the device.
 """
 
 from __future__ import annotations

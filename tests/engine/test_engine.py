@@ -171,7 +171,7 @@ def test_speculative_decoding_gives_the_same_tokens() -> None:
 
 
 def test_multi_step_decode_gives_the_likeliest_tokens() -> None:
-    """As GPUs decode by default: four steps a launch, in which sequences end at any of the four."""
+    """As GPUs decode few sequences, but with four steps a launch: sequences end at any of the four."""
     own = engine(dataclasses.replace(OPTIONS, num_decode_steps=4))
     requests = {name: (p, greedy(count)) for name, p, count in zip("abc", prompts(8, 3), (6, 11, 16), strict=True)}
     for name, (prompt, params) in requests.items():
