@@ -22,13 +22,14 @@ if sys.argv[:1] == ["-m"] and any(argument.startswith(f"{__name__}.") for argume
 if TYPE_CHECKING:
     from gptoss_jax.checkpoints.loading import load_model, random_model
     from gptoss_jax.engine.engine import EngineOptions
-    from gptoss_jax.errors import CheckpointError, GptOssError, UsageError
+    from gptoss_jax.errors import CheckpointError, EngineError, GptOssError, UsageError
     from gptoss_jax.model.config import ModelConfig
-    from gptoss_jax.serving.client import LLM
+    from gptoss_jax.serving.client import LLM, AsyncLLM
     from gptoss_jax.types import SamplingParams, StructuredOutputsParams
 
 _HOMES = {
     "LLM": "serving.client",
+    "AsyncLLM": "serving.client",
     "EngineOptions": "engine.engine",
     "SamplingParams": "types",
     "StructuredOutputsParams": "types",
@@ -36,13 +37,16 @@ _HOMES = {
     "load_model": "checkpoints.loading",
     "random_model": "checkpoints.loading",
     "CheckpointError": "errors",
+    "EngineError": "errors",
     "GptOssError": "errors",
     "UsageError": "errors",
 }
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CheckpointError",
+    "EngineError",
     "EngineOptions",
     "GptOssError",
     "ModelConfig",

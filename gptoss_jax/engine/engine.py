@@ -276,6 +276,22 @@ class Engine:
         return len(self._sequences)
 
     @property
+    def failures(self) -> int:
+        """How often the device failed."""
+        return self._load.failures
+
+    @property
+    def programs(self) -> int:
+        """How many programs have been compiled."""
+        return self._runner.programs
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do; it has not if all requests are on hold."""
+        scheduler = self._scheduler
+        return bool(self._flying or self._events or scheduler.waiting or any(r.running for r in scheduler.ranks))
+
+    @property
     def load(self) -> Load:
         """The current load and counters."""
         scheduler, programs = self._scheduler, self._runner.programs
@@ -299,9 +315,11 @@ class Engine:
         prompt_token_ids: Iterable[int],
         params: SamplingParams,
         scope: Scope = "text",
+        priority: int = 0,
     ) -> None:
         """Queue a request; `scope` is the part of its text that `params.structured_outputs` applies to.
 
+        Requests of lower `priority` numbers are admitted first and preempted last, as in vLLM.
         Raises UsageError, with the numbers, for a request that can never run or whose id is in use.
         """
         if request_id in self._sequences:
@@ -310,7 +328,8 @@ class Engine:
             prompt, max_tokens, constraints = self._admit(prompt_token_ids, params, scope)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
-            Sequence(request_id, i, prompt, params, max_tokens, (seed + i) % 2**64) for i in range(params.n)
+            Sequence(request_id, i, prompt, params, max_tokens, (seed + i) % 2**64, priority=priority)
+            for i in range(params.n)
         ]
         for sequence in sequences:
             sequence.leader = sequences[0] if sequence.index and self.options.enable_prefix_caching else None
@@ -382,6 +401,17 @@ class Engine:
             self._forget(sequence)
         self._events = [event for event in self._events if event.request_id != request_id]
         return bool(sequences)
+
+    def hold(self, request_id: str) -> None:
+        """Compute no more of a request until `release`, and free its memory; what is cached of it stays."""
+        for sequence in self._sequences.get(request_id, []):
+            self._scheduler.remove(sequence)
+
+    def release(self, request_id: str) -> None:
+        """Go on with a request that was on hold."""
+        for sequence in self._sequences.get(request_id, []):
+            if sequence.rank < 0 and sequence not in self._scheduler.waiting:
+                self._scheduler.queue(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

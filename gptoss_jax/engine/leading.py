@@ -9,111 +9,71 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from types import FrameType
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from gptoss_jax.engine.engine import Engine, TokenEvent
-from gptoss_jax.types import SamplingParams, Scope
+import numpy as np
+
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.interrupts import uninterrupted
+from gptoss_jax.errors import GptOssError
+from gptoss_jax.types import SamplingParams
 from sharding.processes import Cluster
+
+CALLS = ("add", "cancel", "stop", "hold", "release", "step", "warm_up", "replay")
+"""The methods of an engine that change it."""
 
 
 class LeadingEngine:
-    """Process 0's engine, which broadcasts its calls to the other processes; used like an Engine."""
+    """Process 0's engine, whose calls are repeated in the other processes; used like an Engine."""
 
     def __init__(self, engine: Engine, cluster: Cluster) -> None:
         self._engine, self._cluster = engine, cluster
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        own = getattr(self._engine, name)
+        return partial(self._lead, name, own) if name in CALLS else own
 
-    def add(
-        self,
-        request_id: str,
-        prompt_token_ids: Iterable[int],
-        params: SamplingParams,
-        scope: Scope = "text",
-    ) -> None:
-        """See Engine.add."""
-        if params.seed is None:
-            params = dataclasses.replace(params, seed=secrets.randbits(64))
-        prompt = list(prompt_token_ids)
-        self._engine.add(request_id, prompt, params, scope)
-        fields = dataclasses.asdict(params)
-        # JSON keys are strings, so the mapping is sent as pairs.
-        fields["logit_bias"] = list((params.logit_bias or {}).items())
-        tokens = [int(token) for token in prompt]
-        self._tell("add", request_id=request_id, prompt=tokens, params=fields, scope=scope)
-
-    def cancel(self, request_id: str) -> bool:
-        """See Engine.cancel."""
-        self._tell("cancel", request_id=request_id)
-        return self._engine.cancel(request_id)
-
-    def stop(self, request_id: str, index: int) -> None:
-        """See Engine.stop."""
-        self._tell("stop", request_id=request_id, index=index)
-        self._engine.stop(request_id, index)
-
-    def warm_up(self, progress: bool | None = None) -> int:
-        """See Engine.warm_up."""
-        self._tell("warm_up")
-        return self._engine.warm_up(progress)
-
-    def replay(self, steps: int) -> float:
-        """See Engine.replay."""
-        self._tell("replay", steps=steps)
-        return self._engine.replay(steps)
-
-    def step(self) -> list[TokenEvent]:
-        """See Engine.step."""
-        # An interrupt between the broadcast and the step would leave the other processes one step ahead.
-        with _whole():
-            self._tell("step")
-            return self._engine.step()
-
-    def _tell(self, call: str, **arguments: Any) -> None:
-        self._cluster.broadcast({"call": call, **arguments})
-
-
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+    def _lead(self, name: str, own: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+        # An interrupt between the broadcast and the call would leave the other processes one call ahead.
+        args = tuple(map(_seeded, args))
+        with uninterrupted():
+            encoded = {key: _encoded(value) for key, value in arguments.items()}
+            self._cluster.broadcast({"call": name, "args": list(map(_encoded, args)), "arguments": encoded})
+            return own(*args, **arguments)
 
 
 def follow(engine: Engine, cluster: Cluster) -> None:
     """Repeat the calls of process 0's engine until it ends."""
     while (message := cluster.broadcast()) is not None:
-        call = message.pop("call")
-        if call == "step":
-            engine.step()
-        elif call == "cancel":
-            engine.cancel(message["request_id"])
-        elif call == "stop":
-            engine.stop(message["request_id"], message["index"])
-        elif call == "warm_up":
-            engine.warm_up(progress=False)
-        elif call == "replay":
-            engine.replay(message["steps"])
-        else:
-            fields = message["params"]
-            params = SamplingParams(**fields | {"logit_bias": dict(fields["logit_bias"]) or None})
-            engine.add(message["request_id"], message["prompt"], params, message["scope"])
+        arguments = {key: _decoded(value) for key, value in message["arguments"].items()}
+        if "progress" in arguments:
+            arguments["progress"] = False
+        # What process 0 is told about bad input need not be reported again.
+        with contextlib.suppress(GptOssError):
+            getattr(engine, message["call"])(*map(_decoded, message["args"]), **arguments)
+
+
+def _seeded(value: Any) -> Any:
+    """Sampling parameters with a seed, which all processes then share."""
+    if isinstance(value, SamplingParams) and value.seed is None:
+        return dataclasses.replace(value, seed=secrets.randbits(64))
+    return value
+
+
+def _encoded(value: Any) -> Any:
+    """An argument as JSON."""
+    if isinstance(value, SamplingParams):
+        # JSON keys are strings, so the mapping is sent as pairs.
+        return {"params": dataclasses.asdict(value) | {"logit_bias": list((value.logit_bias or {}).items())}}
+    if isinstance(value, list | np.ndarray):
+        return [int(token) for token in value]
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        fields = value["params"]
+        return SamplingParams(**fields | {"logit_bias": dict(fields["logit_bias"]) or None})
+    return value

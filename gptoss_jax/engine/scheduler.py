@@ -6,9 +6,10 @@ nothing; `Scheduler.commit` carries out a plan that has been launched, and `Sche
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
-from collections import deque
+import operator
 from collections.abc import Callable, Iterable
 
 from gptoss_jax.engine.pages import PagePlan, PagePool
@@ -25,6 +26,9 @@ FULL = 0.9
 On a mixed workload of 512 requests, 256 at a time, 7 % of the computed tokens are then padding on one rank, and 10 % on
 two; other shares made more.
 """
+
+
+_ORDER = operator.attrgetter("order")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +194,12 @@ class Rank:
 
 
 class Scheduler:
-    """Admits sequences in order of arrival, decodes all that can, and fills the rest of a step with prompts."""
+    """Admits sequences in order of priority and arrival, decodes all that can, and fills the rest with prompts."""
 
     def __init__(self, limits: Limits, ranks: int) -> None:
         self.limits = limits
         self.ranks = [Rank(number, limits) for number in range(ranks)]
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.preemptions = self.hit_tokens = 0
         self._arrivals = itertools.count()
         self._typical = float(TYPICAL_OUTPUT)
@@ -203,7 +207,11 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         sequence.arrival = next(self._arrivals)
-        self.waiting.append(sequence)
+        self.queue(sequence)
+
+    def queue(self, sequence: Sequence) -> None:
+        """Let a sequence that does not run wait, at its place in the order."""
+        bisect.insort(self.waiting, sequence, key=_ORDER)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is."""
@@ -218,10 +226,9 @@ class Scheduler:
 
     def reset(self) -> None:
         """Let all sequences wait, to be computed again from their tokens in an empty cache."""
-        running = sorted((s for rank in self.ranks for s in rank.running), key=lambda s: s.arrival)
-        for sequence in running:
+        for sequence in [s for rank in self.ranks for s in rank.running]:
             self.ranks[sequence.rank].forget(sequence)
-        self.waiting.extendleft(reversed(running))
+            self.queue(sequence)
         self.ranks = [Rank(rank.number, self.limits) for rank in self.ranks]
 
     def plan(self, single: Callable[[Sequence], bool] = lambda _: False) -> Plan:
@@ -247,7 +254,7 @@ class Scheduler:
             own.sliding.commit()
             for sequence in own.preempted:
                 own.rank.forget(sequence)
-            self.waiting.extendleft(own.preempted)
+                self.queue(sequence)
             self.preemptions += len(own.preempted)
             for admission in own.admitted.values():
                 self._start(own.rank, admission)
@@ -299,7 +306,7 @@ class Scheduler:
 
     def _plan_decodes(self, plan: RankPlan, steps: int) -> None:
         rows = self.limits.rows - sum(s.decoding for s in plan.rank.running)
-        for sequence in sorted(plan.rank.running, key=lambda s: s.arrival):
+        for sequence in sorted(plan.rank.running, key=_ORDER):
             ends = sequence.generated >= sequence.max_tokens
             if sequence in plan.preempted or not sequence.decoding or ends:
                 continue
@@ -311,9 +318,9 @@ class Scheduler:
                 self._add_work(plan, sequence, steps, drafts)
 
     def _make_room(self, plan: RankPlan, sequence: Sequence, count: int) -> bool:
-        """Preempt the latest arrivals until a running sequence can have pages for `count` more tokens."""
+        """Preempt the last in the order until a running sequence can have pages for `count` more tokens."""
         while not self._has_room(plan, sequence, sequence.computed + count):
-            victim = max(plan.running, key=lambda s: s.arrival)
+            victim = max(plan.running, key=_ORDER)
             self._preempt(plan, victim)
             if victim is sequence:
                 return False
@@ -366,7 +373,7 @@ class Scheduler:
     def _plan_prompts(self, plan: RankPlan) -> None:
         """Continue the prompts of running sequences, the first to arrive first."""
         prompts = [s for s in plan.running if s not in plan.work and not s.decoding]
-        prompts.sort(key=lambda s: s.arrival)
+        prompts.sort(key=_ORDER)
         for index, sequence in enumerate(prompts):
             if sequence in plan.preempted:
                 continue

@@ -18,7 +18,8 @@ class Sequence:
     Args:
       salt: starts the chain of its block keys; see `pages.block_key`.
       leader: the sequence of the same prompt whose pages this one waits for.
-      arrival: its place in the order of arrival.
+      priority: sequences of lower numbers run first, and are preempted last.
+      arrival: its place in the order of arrival, which decides among those of one priority.
       ahead: tokens that launches in flight are generating, which the host does not know yet.
       computed: positions whose keys are in the cache or are being computed by launches in flight.
       settled: positions whose keys are known to be computed, since a launch that computed them has been read back.
@@ -38,6 +39,7 @@ class Sequence:
     seed: int
     salt: bytes = b""
     leader: Sequence | None = None
+    priority: int = 0
     arrival: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     ahead: int = 0
@@ -64,6 +66,11 @@ class Sequence:
     def may_be_adjusted(self) -> bool:
         """Whether its parameters ever change its logits before sampling."""
         return self.params.penalised or bool(self.params.logit_bias) or self.params.min_tokens > 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Those with lower numbers come first."""
+        return self.priority, self.arrival
 
     @property
     def adjusted(self) -> bool:

@@ -1,12 +1,16 @@
-"""The Python API: `LLM` runs prompts or conversations and returns outputs like vLLM's."""
+"""The Python API: `LLM` runs prompts or conversations and returns outputs like vLLM's; `AsyncLLM` is for asyncio."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import datetime
 import numbers
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ import numpy as np
 
 from gptoss_jax.checkpoints.hub import resolve
 from gptoss_jax.checkpoints.loading import EMBEDDED, load_model
-from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
-from gptoss_jax.errors import CheckpointError, EngineError, GptOssError, UsageError, expect
+from gptoss_jax.engine.engine import Engine, EngineOptions, Load, TokenEvent
+from gptoss_jax.errors import CheckpointError, EngineError, GptOssError, UsageError, expect, named
 from gptoss_jax.runtime.compile_cache import enable_compile_cache
+from gptoss_jax.serving.worker import Inbox, Worker
 from gptoss_jax.text import harmony
 from gptoss_jax.text.structured import GrammarCompiler
 from gptoss_jax.text.tokenizer import Tokenizer
@@ -48,7 +53,8 @@ class Request:
     """A tokenized prompt with its sampling parameters.
 
     `chat` parses the completion as harmony; `tools` then holds the names of the available tools. `scope` is the part of
-    the completion that structured output constrains.
+    the completion that structured output constrains. Requests of lower `priority` numbers run first, and one that has
+    not finished after `timeout` seconds fails.
     """
 
     request_id: str
@@ -58,6 +64,8 @@ class Request:
     prompt: str | None = None
     scope: Scope = "text"
     tools: frozenset[str] | None = None
+    priority: int = 0
+    timeout: float | None = None
 
 
 @dataclasses.dataclass
@@ -69,8 +77,8 @@ class Progress:
     output: RequestOutput
 
 
-class LLM:
-    """A model with its tokenizer and engine.
+class _Model:
+    """A model with its tokenizer and engine, and the thread that runs the engine; see `LLM` and `AsyncLLM`.
 
     `path`, `mesh`, `dtype` and `rules` are as for `load_model`; `engine` holds the engine options. `kernels` is "auto",
     "reference" or the name of a backend (see `EngineOptions`). `warm_up` compiles all programs of requests with
@@ -119,18 +127,33 @@ class LLM:
         self.engine = Engine(model, engine, eos_token_ids=eos, constrain=constrain)
         if warm_up:
             self.engine.warm_up(progress)
+        self._starting = threading.Lock()
+        self._worker: Worker | None = None
 
-    def generate(
+    @property
+    def worker(self) -> Worker:
+        """The owner of the engine, whose thread starts when it is first needed."""
+        with self._starting:
+            if self._worker is None:
+                self._worker = Worker(self.engine)
+                # The thread ends with the process, or with the last reference to this object.
+                weakref.finalize(self, self._worker.close)
+            return self._worker
+
+    def close(self) -> None:
+        """End the engine's thread; requests that are running fail."""
+        self.worker.close()
+
+    def load(self) -> Load:
+        """The engine's load and counters."""
+        return self.worker.load()
+
+    def _prompts(
         self,
         prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool = False,
-    ) -> list[RequestOutput]:
-        """Continue prompts, given as text or as token ids, without any chat format.
-
-        `sampling_params` is one object for all prompts or a list with one for each. Raises UsageError.
-        """
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Request]:
+        """The requests of `generate`."""
         expect(
             isinstance(prompts, str) or _is_list(prompts), "prompts", "text, token ids or a list of them", prompts
         )
@@ -138,41 +161,31 @@ class LLM:
             prompts = [prompts]  # type: ignore[assignment]
         for i, prompt in enumerate(prompts):
             expect(isinstance(prompt, str) or _is_list(prompt), f"prompts[{i}]", "text or token ids", prompt)
-        requests = [
+        return [
             self.raw_request(str(i), prompt, params)  # type: ignore[arg-type]
             for i, (prompt, params) in enumerate(zip(prompts, _each(sampling_params, len(prompts)), strict=True))
         ]
-        return self._run(requests, use_tqdm)
 
-    def chat(
+    def _conversations(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        tools: Sequence[harmony.tools.Tool] | None = None,
-        use_tqdm: bool = False,
-        **options: Any,
-    ) -> list[RequestOutput]:
-        """Answer one conversation or several, given as OpenAI-style messages.
-
-        `tools` are OpenAI tool objects or Python functions; `options` go to `harmony.render`: reasoning_effort,
-        builtin_tools, model_identity, knowledge_cutoff, current_date (default: today), response_format and
-        auto_drop_analysis; None is the default. Each output's `message` is the assistant's next message, including its
-        tool calls. Raises UsageError.
-        """
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        tools: Sequence[harmony.tools.Tool] | None,
+        options: dict[str, Any],
+    ) -> list[Request]:
+        """The requests of `chat`."""
         for name in options.keys() - _CHAT_OPTIONS:
-            raise TypeError(f"LLM.chat() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{type(self).__name__}.chat() got an unexpected keyword argument {name!r}")
         expect(_is_list(messages), "messages", "a list of messages, or of such lists", messages)
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         for i, conversation in enumerate(conversations):
             expect(_is_list(conversation), f"messages[{i}]", "a message, or a list of them", conversation)
-        requests = [
+        return [
             self.chat_request(str(i), conversation, params, tools=tools, **options)  # type: ignore[arg-type]
             for i, (conversation, params) in enumerate(
                 zip(conversations, _each(sampling_params, len(conversations)), strict=True)
             )
         ]
-        return self._run(requests, use_tqdm)
 
     def raw_request(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         """A request that continues text or token ids. Raises UsageError."""
@@ -197,7 +210,7 @@ class LLM:
         return Request(request_id, prompt, params, chat=True, scope=scope, tools=tools)
 
     def check(self, request: Request) -> None:
-        """Raises UsageError for a request that can never run, as `stream` does before it starts any request."""
+        """Raises UsageError for a request that can never run, as `LLM.stream` does before it starts any request."""
         self.engine.check(request.prompt_token_ids, request.params, request.scope)
 
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
@@ -208,36 +221,128 @@ class LLM:
             )
         return self.tokenizer
 
+
+class _Running:
+    """Requests that run together, and what has become of them; their events arrive in one inbox."""
+
+    def __init__(self, model: _Model, requests: Iterable[Request], inbox: Inbox) -> None:
+        self._model, self._inbox = model, inbox
+        self._states: dict[str, _RunningRequest] = {}
+        requests, seen = list(requests), set[str]()
+        for request in requests:
+            if request.request_id in seen:
+                raise UsageError(f"{request.request_id!r} is used twice", "request_id")
+            seen.add(request.request_id)
+            with named(f"request {request.request_id}"):
+                model.check(request)
+        try:
+            for request in requests:
+                state = _RunningRequest(request, model.tokenizer)
+                name = model.worker.submit(
+                    request.prompt_token_ids,
+                    request.params,
+                    inbox,
+                    request.scope,
+                    priority=request.priority,
+                    timeout=request.timeout,
+                )
+                self._states[name] = state
+        except BaseException:
+            self.abort()
+            raise
+
+    def __bool__(self) -> bool:
+        """Whether any is unfinished."""
+        return bool(self._states)
+
+    def advance(self, events: Iterable[TokenEvent]) -> Iterator[Progress]:
+        """The progress that each event makes. Raises the error of a request that failed."""
+        for event in events:
+            if (state := self._states.get(event.request_id)) is None:
+                continue
+            if event.error is not None:
+                del self._states[event.request_id]
+                raise _failure(state.request, event.error)
+            progress = state.push(event)
+            if progress.completion.finish_reason and not event.finish_reason:
+                # The text reached a stop string, which the engine cannot detect.
+                self._model.worker.abort(event.request_id, event.index)
+            if progress.output.finished:
+                del self._states[event.request_id]
+            yield progress
+
+    def abort(self, wait: bool = False) -> None:
+        """Drop the requests that have not finished, and with `wait` return once they have been dropped."""
+        for name in self._states:
+            self._model.worker.abort(name)
+        if self._states and wait:
+            with contextlib.suppress(EngineError):
+                self._model.worker.call(lambda _: None)
+        self._states.clear()
+
+
+class LLM(_Model):
+    """A model with its tokenizer and engine. Any number of threads may use it at once, and calls may be nested.
+
+    Args:
+      path, mesh, dtype, rules: as for `load_model`.
+      engine: the engine options.
+      kernels: "auto", "reference" or the name of a backend; see `EngineOptions`.
+      warm_up: whether all programs of requests with plain sampling parameters are compiled at once, instead of when
+        each is first needed.
+      progress: shows or hides progress bars; None shows them.
+
+    Raises CheckpointError or ShardingError if the model cannot be loaded, UsageError for unknown kernels.
+    """
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue prompts, given as text or as token ids, without any chat format.
+
+        `sampling_params` is one object for all prompts or a list with one for each. Raises UsageError.
+        """
+        return self._run(self._prompts(prompts, sampling_params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[harmony.tools.Tool] | None = None,
+        use_tqdm: bool = False,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, given as OpenAI-style messages.
+
+        `tools` are OpenAI tool objects or Python functions; `options` go to `harmony.render`: reasoning_effort,
+        builtin_tools, model_identity, knowledge_cutoff, current_date (default: today), response_format and
+        auto_drop_analysis; None is the default. Each output's `message` is the assistant's next message, including its
+        tool calls. Raises UsageError.
+        """
+        return self._run(self._conversations(messages, sampling_params, tools, options), use_tqdm)
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Progress]:
         """Run requests together and yield the progress of each token as it is generated.
 
-        Closing the iterator cancels the requests that are still running. Raises UsageError for a request that can
-        never run, before any request starts.
+        Closing the iterator cancels the requests that are still running; a reader that is slow slows them. Raises
+        UsageError for a request that can never run, before any request starts.
         """
-        running: dict[str, _RunningRequest] = {}
+        inbox = Inbox()
+        running = _Running(self, requests, inbox)
         try:
-            for request in requests:
-                if request.request_id in running:
-                    raise UsageError(f"{request.request_id!r} is used twice", "request_id")
-                self.engine.add(request.request_id, request.prompt_token_ids, request.params, request.scope)
-                running[request.request_id] = _RunningRequest(request, self.tokenizer)
             while running:
-                for event in self.engine.step():
-                    if (state := running.get(event.request_id)) is None:
-                        continue
-                    if event.error is not None:
-                        del running[event.request_id]
-                        raise _failure(event)
-                    progress = state.push(event)
-                    if progress.completion.finish_reason and not event.finish_reason:
-                        # The text reached a stop string, which the engine cannot detect.
-                        self.engine.stop(event.request_id, event.index)
-                    if progress.output.finished:
-                        del running[event.request_id]
-                    yield progress
+                yield from running.advance(inbox.get())
+        except (Exception, GeneratorExit):
+            running.abort(wait=True)
+            raise
         finally:
-            for request_id in running:
-                self.engine.cancel(request_id)
+            # An interrupt does not wait for the step, which may be compiling.
+            running.abort()
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         from tqdm import tqdm
@@ -250,13 +355,69 @@ class LLM:
         return [outputs[request.request_id] for request in requests]
 
 
-def _failure(event: TokenEvent) -> GptOssError:
+class AsyncLLM(_Model):
+    """`LLM` for asyncio: the same arguments, and methods to await or to use with `async for`."""
+
+    async def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """See LLM.generate; cancelling the task aborts the requests."""
+        return await self._run(await asyncio.to_thread(self._prompts, prompts, sampling_params))
+
+    async def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[harmony.tools.Tool] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """See LLM.chat; cancelling the task aborts the requests."""
+        return await self._run(
+            await asyncio.to_thread(self._conversations, messages, sampling_params, tools, options)
+        )
+
+    async def stream(self, requests: Iterable[Request]) -> AsyncGenerator[Progress]:
+        """See LLM.stream. Leaving the `async for` aborts the requests once the iterator is closed.
+
+        Python closes an iterator that is left by `break` when it is collected, at the latest by the event loop; use
+        `contextlib.aclosing` to close it at once.
+        """
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            # A loop that has ended has no readers.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(ready.set)
+
+        inbox = Inbox(wake)
+        running = _Running(self, requests, inbox)
+        try:
+            while running:
+                await ready.wait()
+                ready.clear()
+                for progress in running.advance(inbox.get(0)):
+                    yield progress
+        finally:
+            running.abort()
+
+    async def _run(self, requests: list[Request]) -> list[RequestOutput]:
+        outputs = {}
+        async with contextlib.aclosing(self.stream(requests)) as stream:
+            async for progress in stream:
+                outputs[progress.output.request_id] = progress.output
+        return [outputs[request.request_id] for request in requests]
+
+
+def _failure(request: Request, error: Exception) -> GptOssError:
     """The error of a request that the engine could not finish."""
-    if isinstance(event.error, GptOssError):
-        return event.error
-    reason = str(event.error).strip().partition("\n")[0] or type(event.error).__name__
-    failure = EngineError(f"request {event.request_id}: {reason}")
-    failure.__cause__ = event.error
+    if isinstance(error, UsageError):
+        return error
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    failure = EngineError(f"request {request.request_id}: {reason}")
+    failure.__cause__ = error
     return failure
 
 
@@ -264,7 +425,7 @@ class _RunningRequest:
     """The output of a running request, updated by its token events."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
-        self._params = request.params
+        self.request, self._params = request, request.params
         special = tokenizer.special_tokens if tokenizer and request.chat else {}
         self._marks = {special[name] for name in _MARKS if name in special}
         self._transcripts: list[ChatTranscript | RawTranscript] = []
