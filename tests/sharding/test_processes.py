@@ -474,5 +474,5 @@ def test_checkpoint_that_one_process_lacks_is_named(tmp_path: Path) -> None:
 def test_error_of_process_0_ends_all() -> None:
     ends = Processes(2, 1, *GENERATE, "--raw").outcomes(stdin=" ")
     assert [end.code for end in ends] == [2, 2], ends
-    assert ends[0].err == "error: the prompt is empty\n"
-    assert ends[1].err == "error: process 0: the prompt is empty\n"
+    assert ends[0].err == "error: standard input: the prompt is empty\n"
+    assert ends[1].err == "error: process 0: standard input: the prompt is empty\n"
