@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -16,8 +17,11 @@ _OWN = frozenset({"__main__", "gptoss_jax", "sharding", "tools", "benchmarks"})
 """Packages whose code catches a signal's exception only to handle it."""
 
 
-_arrived: list[int] = []
-"""The signals raised as exceptions so far."""
+_arrived: list[tuple[int, float]] = []
+"""The signals raised as exceptions so far, and when, in seconds of the monotonic clock."""
+
+JUST_NOW = 2.0
+"""Seconds after a signal in which any error is taken for its effect."""
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -35,13 +39,13 @@ class Terminated(SystemExit):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _arrived.append(number)
+    _arrived.append((number, time.monotonic()))
     _end_before_jax_runs(number, frame, b"interrupted\n")
     raise _Interrupted
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    _arrived.append(number)
+    _arrived.append((number, time.monotonic()))
     _end_before_jax_runs(number, frame)
     raise Terminated(128 + number)
 
@@ -118,5 +122,8 @@ def exit_code(error: BaseException) -> int:
         if isinstance(cause, KeyboardInterrupt | Terminated):
             return 128 + (signal.SIGTERM if isinstance(cause, Terminated) else signal.SIGINT)
         cause = cause.__cause__ or cause.__context__
-    # An extension module such as jaxlib replaces an exception raised during its import with ImportError.
-    return 128 + _arrived[-1] if _arrived and isinstance(error, ImportError) else 0
+    if not _arrived:
+        return 0
+    # An extension module such as jaxlib may replace an exception raised within it: with ImportError during its import.
+    number, when = _arrived[-1]
+    return 128 + number if isinstance(error, ImportError) or time.monotonic() - when < JUST_NOW else 0

@@ -264,7 +264,7 @@ def test_file_size_limit(packed: dict[str, Path], tmp_path: Path, to: str) -> No
         "import resource, signal, sys\n"
         "sys.dont_write_bytecode = True\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"
     )
     result = command(packed["hf"], tmp_path / "out", "--to", to, setup=limit)
     assert result.returncode == 2

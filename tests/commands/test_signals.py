@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gptoss_jax.commands import signals
+
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_garbage_collection_is_not_lost(number: signal.Signals, code: int) -> None:
@@ -256,3 +258,14 @@ def test_a_signal_ends_the_search_for_plugins_at_once() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_error_right_after_a_signal_is_its_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extension modules may replace the signal's exception with one of their own."""
+    assert signals.exit_code(AttributeError()) == 0
+    now = time.monotonic()
+    monkeypatch.setattr(signals, "_arrived", [(signal.SIGTERM, now)])
+    assert signals.exit_code(AttributeError()) == 143
+    monkeypatch.setattr(signals, "_arrived", [(signal.SIGTERM, now - 60)])
+    assert signals.exit_code(AttributeError()) == 0
+    assert signals.exit_code(ImportError()) == 143
