@@ -6,9 +6,9 @@ import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptoss_jax.checkpoints.hub import expand_home
 from gptoss_jax.commands import processes
 from gptoss_jax.commands.files import read_tools
 from gptoss_jax.commands.flags import (
@@ -109,7 +109,7 @@ class Session:
             self._conversation["reasoning_effort"] = argument
         elif name == "/tools":
             expect(argument != "", name, "a file or off", argument)
-            self._conversation["tools"] = None if argument == "off" else read_tools(_home(argument), name)
+            self._conversation["tools"] = None if argument == "off" else read_tools(expand_home(argument), name)
         elif name == "/analysis":
             expect(argument in ("on", "off"), name, "on or off", argument)
             self._show_analysis = argument == "on"
@@ -170,14 +170,6 @@ class _Printer:
         """End the last line."""
         if self._thinking is not None:
             print()
-
-
-def _home(name: str) -> Path:
-    """The path, with ~ and ~user expanded where they can be."""
-    try:
-        return Path(name).expanduser()
-    except (RuntimeError, ValueError):
-        return Path(name)
 
 
 def _ask(question: str) -> str | None:

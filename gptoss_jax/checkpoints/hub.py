@@ -19,6 +19,14 @@ HUB_PATTERNS = (
 )
 
 
+def expand_home(name: str | Path) -> Path:
+    """The path, with ~ and ~user expanded where possible."""
+    try:
+        return Path(name).expanduser()
+    except (RuntimeError, ValueError):  # ~nobody, or a null byte
+        return Path(name)
+
+
 def resolve(name: str | Path) -> Path:
     """The local directory of a checkpoint: `name` itself, or the download of the Hub repository `org/name`.
 
@@ -26,10 +34,7 @@ def resolve(name: str | Path) -> Path:
     to stderr. Raises CheckpointError, or UsageError if `name` is neither text nor a path.
     """
     expect(isinstance(name, str | Path), "path", "a checkpoint's directory or a Hub name", name)
-    try:
-        path = Path(name).expanduser()
-    except (RuntimeError, ValueError):  # ~nobody, or a null byte
-        path = Path(name)
+    path = expand_home(name)
     try:
         # Path("") is the current directory.
         if str(name) and path.is_dir():

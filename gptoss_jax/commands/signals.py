@@ -20,8 +20,8 @@ _OWN = frozenset({"__main__", "gptoss_jax", "sharding", "tools", "benchmarks"})
 _arrived: list[tuple[int, float]] = []
 """The signals raised as exceptions so far, and when, in seconds of the monotonic clock."""
 
-JUST_NOW = 2.0
-"""Seconds after a signal in which any error is taken for its effect."""
+ATTRIBUTED = 2.0
+"""Errors raised within this many seconds of a signal are attributed to it."""
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -124,6 +124,6 @@ def exit_code(error: BaseException) -> int:
         cause = cause.__cause__ or cause.__context__
     if not _arrived:
         return 0
-    # An extension module such as jaxlib may replace an exception raised within it: with ImportError during its import.
+    # jax and extension modules may replace the signal's exception with another; while they are imported, ImportError.
     number, when = _arrived[-1]
-    return 128 + number if isinstance(error, ImportError) or time.monotonic() - when < JUST_NOW else 0
+    return 128 + number if isinstance(error, ImportError) or time.monotonic() - when < ATTRIBUTED else 0
