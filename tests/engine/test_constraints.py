@@ -114,6 +114,7 @@ def test_any_schedule_gives_the_likeliest_of_the_tokens_allowed(seed: int) -> No
     assert_all_right(todo, out, cancelled)
 
 
+@pytest.mark.slow
 def test_constraints_hold_through_preemption() -> None:
     before = engine().load.preemptions
     todo = {str(i): (prompt, constrained(i, max_tokens=40)) for i, prompt in enumerate(prompts(0, 6))}

@@ -120,7 +120,7 @@ def test_all_to_all_gives_the_same_logits(mesh: str) -> None:
     "rules",
     [
         pytest.param(ShardingRules(), id="replicated", marks=pytest.mark.slow),
-        pytest.param(BATCH_OVER_EXPERTS, id="all-to-all"),
+        pytest.param(BATCH_OVER_EXPERTS, id="all-to-all", marks=pytest.mark.slow),
     ],
 )
 def test_batches_that_do_not_divide(rules: ShardingRules) -> None:
@@ -140,6 +140,7 @@ def test_the_embedded_model(mesh: str) -> None:
     assert_same_tokens_and_logprobs(decoded(model), decoded_on_one_device(EMBEDDED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", SOME_MESHES)
 def test_decoding_the_golden_tokens(mesh: str) -> None:
     ours = decoded(load_model(P1, mesh, "float32"))

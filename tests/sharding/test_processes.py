@@ -124,7 +124,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
     [
-        (2, 4, None),
+        (2, 1, None),
+        pytest.param(2, 4, None, marks=pytest.mark.slow),
         pytest.param(4, 2, None, marks=pytest.mark.slow),
         pytest.param(4, 2, "data=2,expert=2,tensor=2", marks=pytest.mark.slow),
     ],
@@ -223,7 +224,7 @@ def decoding(folder: Path) -> Processes:
     ("victim", "number"),
     [
         pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
-        (1, signal.SIGKILL),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
