@@ -87,8 +87,8 @@ def _tokens(works: list[Work], counts: np.ndarray) -> np.ndarray:
     parts: list[int] = []
     for work, count in zip(works, counts.tolist(), strict=True):
         sequence, known = work.sequence, work.sequence.known_length - work.start
-        if count == 1:
-            parts.append(sequence.newest if known == 1 else -1 if known < 1 else int(sequence.prompt[work.start]))
+        if count == 1 and known <= 1:
+            parts.append(sequence.newest if known == 1 else -1)
             continue
         own = sequence.span(work.start, work.start + min(known, work.count)).tolist() if known > 0 else []
         parts += own
