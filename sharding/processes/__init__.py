@@ -1,16 +1,17 @@
 """Runs a program as several processes on one or more hosts; process 0 leads, and all end together.
 
-    secret = cluster_secret(file)                         # None if the address is a loopback address
-    cluster = start(membership(address, 2, process_id), secret=secret)   # returns once all processes are connected
+    member = membership(address, 2, process_id)
+    cluster = start(member, secret=cluster_secret(file))  # returns once all processes are connected
     cluster.agree({"dtype": "bfloat16"})                  # raises ClusterError on every process if they differ
     cluster.initialize_jax()                              # jax.devices() then lists the devices of all processes
     prompt = cluster.broadcast(prompt)                    # returns process 0's value on every process
     cluster.end(0)
 
 Every process has a connection to process 0 and a thread that watches it. The two ends of a connection first prove to
-each other that they have the same secret; strangers are turned away. If a process dies or stops responding, all
-others end with a line on standard error and exit code 1, even in the middle of a computation; `SILENCE_SECONDS` bounds
-the delay. jax's own coordination service is forwarded over the same port, so process 0 needs only one open port.
+each other that they have the same secret; connections of other programs are closed. If a process dies or stops
+responding, all others end with a line on standard error and exit code 1, even in the middle of a computation;
+`SILENCE_SECONDS` bounds the delay. jax's own coordination service is forwarded over the same port, so process 0 needs
+only one open port.
 """
 
 from __future__ import annotations

@@ -400,6 +400,19 @@ def test_secrets_must_be_the_same(secrets: list[str | None], leader: str, follow
     assert not follower or f"process 0 at {address} " in ends[1].err
 
 
+@pytest.mark.parametrize("secrets", [["of all processes"] * 2, ["of process 0 only", "of process 1 only"]])
+def test_processes_connect_on_all_interfaces_with_a_secret(secrets: list[str | None]) -> None:
+    address = free_address().replace(
+        "127.0.0.1", "0.0.0.0"
+    )  # Not a loopback address; Linux connects to this host.
+    ends = ClusterProcesses(["cluster.agree({})"] * 2, secrets=secrets, address=address).outcomes(30)
+    if secrets[0] == secrets[1]:
+        assert ends == [Outcome(0, "", "")] * 2
+    else:
+        assert [end.code for end in ends] == [2, 2]
+        assert "process 1 at 127.0.0.1 has another secret" in ends[0].err
+
+
 def test_strangers_do_not_keep_processes_out() -> None:
     address = free_address()
     host, port = address.split(":")
@@ -473,6 +486,7 @@ def test_failure_names_its_process() -> None:
         (("h:1", 2, 2), "--process-id: expected 0 to 1 (--num-processes 2), found 2"),
         (("h:1", 2, -1), "--process-id: expected 0 to 1"),
         (("h:1", 0, 0), "--num-processes: expected 1 or more, found 0"),
+        (("h:1", 65537, 0), "--num-processes: expected 65536 or fewer, found 65537"),
         (("h:1", 1, 1), "--process-id: expected 0 to 0"),
     ],
 )
@@ -503,6 +517,16 @@ def test_slurm_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert membership("h:1", 2, 0) == Membership("h:1", 2, 0)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert membership() is None
+
+
+def test_detected_processes_need_a_secret() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", *LONG], cwd=ROOT, env=os.environ | SLURM, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: --cluster-secret-file: expected a secret that all processes share, ")
+    assert ended.stderr.count("\n") == 1
+    assert "other hosts can connect to node07" in ended.stderr
 
 
 def test_single_pod_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
