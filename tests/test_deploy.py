@@ -1,6 +1,7 @@
 """What deploy/ tells people to run parses, with the parsers of the commands themselves."""
 
 import argparse
+import base64
 import importlib
 import re
 import shlex
@@ -14,6 +15,7 @@ import yaml
 
 from gptoss_jax.errors import UsageError
 from sharding import parse_mesh
+from sharding.processes.secret import VARIABLE
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -79,7 +81,7 @@ def test_flags_that_pages_mention_exist() -> None:
     known = {flag for name in ("generate", "chat") for flag in parser(name)._option_string_actions}
     others = {
         *("--extra", "--kill-on-bad-exit", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--gres"),
-        *("--gpus-per-task", "--tpu-topology", "--no-sync"),
+        *("--gpus-per-task", "--tpu-topology", "--no-sync", "--from-file"),
     }
     for page in PAGES:
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text())) <= known | others, page
@@ -128,14 +130,68 @@ def test_jobset(capsys: pytest.CaptureFixture[str]) -> None:
     assert (python, dash_m) == ("python", "-m")
     options = check(module.removeprefix("gptoss_jax."), words, capsys)
     assert parse_mesh(options.mesh)["expert"] == chips
+    ((name, key),) = [
+        (entry["valueFrom"]["secretKeyRef"]["name"], entry["valueFrom"]["secretKeyRef"]["key"])
+        for entry in container["env"]
+        if entry["name"] == VARIABLE
+    ]
+    page = (DEPLOY / "gke" / "README.md").read_text()
+    assert f"| kubectl create secret generic {name} --from-file={key}=/dev/stdin" in page
+
+
+def script(path: Path, text: str) -> Path:
+    """An executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_slurm_script_passes_a_new_secret_to_each_job(tmp_path: Path) -> None:
+    script(tmp_path / "srun", 'printenv GPTOSS_JAX_CLUSTER_SECRET; echo "$*" >&2')
+    secrets = set()
+    for _ in range(2):
+        ended = subprocess.run(
+            ["bash", DEPLOY / "slurm" / "generate.sbatch"],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        secret = ended.stdout.strip()
+        assert len(base64.b64decode(secret, validate=True)) == 32
+        assert "gptoss_jax.generate" in ended.stderr
+        assert secret not in ended.stderr
+        secrets.add(secret)
+    assert len(secrets) == 2
+
+
+def test_ssh_script_gives_all_hosts_one_secret(tmp_path: Path) -> None:
+    """With a shell of this machine in place of ssh, which records command lines, and a script in place of python."""
+    ssh = script(tmp_path / "ssh", f'echo "$*" >>{tmp_path}/lines\nshift\nexec bash -c "$*"')
+    script(
+        tmp_path / ".venv/bin/python",
+        "while [[ $1 != --cluster-secret-file ]]; do [[ $1 != --process-id ]] || id=$2; shift; done\n"
+        f'stat -c %a "$2" >{tmp_path}/$id; cat "$2" >>{tmp_path}/$id; [[ $id != 0 ]] || exit 3',
+    )
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "SSH": str(ssh), "DIRECTORY": str(tmp_path)}
+    ended = subprocess.run(
+        [DEPLOY / "ssh" / "run.sh", "a,b,c"], env=environment, capture_output=True, text=True, timeout=30
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
+    ((mode, secret),) = {tuple((tmp_path / str(i)).read_text().splitlines()) for i in range(3)}
+    assert mode == "600"
+    assert len(base64.b64decode(secret, validate=True)) == 32
+    lines = (tmp_path / "lines").read_text()
+    assert lines.count("--cluster-secret-file") == 3
+    assert secret not in lines
+    assert not list(tmp_path.glob(".gptoss-*"))
 
 
 @pytest.mark.slow
 def test_ssh_script_runs_all_hosts(tmp_path: Path) -> None:
     """With a shell of this machine in place of ssh."""
-    ssh = tmp_path / "ssh"
-    ssh.write_text('#!/usr/bin/env bash\nshift\nexec bash -c "$*"\n')
-    ssh.chmod(0o755)
+    ssh = script(tmp_path / "ssh", 'shift\nexec bash -c "$*"')
     flags = (
         "--model",
         str(ROOT / "tests/golden/P1"),

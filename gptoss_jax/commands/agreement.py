@@ -31,6 +31,7 @@ OWN = {
     "coordinator_address",
     "num_processes",
     "process_id",
+    "cluster_secret_file",
     "model",
     "prompt",
     "prompt_file",

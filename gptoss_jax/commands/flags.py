@@ -127,6 +127,13 @@ def add_cluster_flags(flags: argparse.ArgumentParser) -> None:
         help="number of processes; 1 disables the detection of other processes",
     )
     group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
+    group.add_argument(
+        "--cluster-secret-file",
+        type=file_path,
+        metavar="FILE",
+        help="file with a secret that all processes share, readable only by its owner; required unless HOST is a "
+        "loopback address (default: the secret in the environment variable GPTOSS_JAX_CLUSTER_SECRET)",
+    )
 
 
 def add_engine_flags(flags: argparse.ArgumentParser, max_num_seqs: bool = True) -> None:

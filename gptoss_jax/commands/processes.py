@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gptoss_jax.commands.options import engine_options
 from sharding.processes import Cluster, current, follows, start
 from sharding.processes.membership import membership
+from sharding.processes.secret import cluster_secret
 
 if TYPE_CHECKING:
     from gptoss_jax.model.config import ModelConfig
@@ -39,7 +40,7 @@ def _meet(command: str, options: argparse.Namespace) -> Cluster | None:
         return None
     from gptoss_jax.commands.agreement import agree_on_checkpoint, flags_of, versions
 
-    cluster = start(member)
+    cluster = start(member, secret=cluster_secret(options.cluster_secret_file))
     cluster.agree(versions() | flags_of(command, options))
     if not cluster.is_leader:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -19,14 +19,13 @@ START_SECONDS = 300.0
 END_SECONDS = 5.0
 """Time that a process has to exit after the cluster ends."""
 
-PROTOCOL = 1
-
 
 class Cluster:
     """A cluster from the view of one of its processes; `Leader` and `Follower` implement it."""
 
-    def __init__(self, member: Membership) -> None:
+    def __init__(self, member: Membership, secret: bytes | None = None) -> None:
         self.member = member
+        self._secret = secret
         self.process_id, self.num_processes = member.process_id, member.num_processes
         self.exit_code = 0
         self._ending = threading.Event()

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sharding.errors import ClusterError
-from sharding.processes.cluster import END_SECONDS, PROTOCOL, START_SECONDS, Cluster, ping
+from sharding.processes.cluster import END_SECONDS, START_SECONDS, Cluster, ping
+from sharding.processes.handshake import Caller, Kind, call
 from sharding.processes.links import Gone, Link, connect, forward, listen
 from sharding.processes.membership import Membership
 from sharding.processes.process import exit_now, report
@@ -21,8 +22,8 @@ from sharding.processes.process import exit_now, report
 class Follower(Cluster):
     """The cluster on a process other than process 0."""
 
-    def __init__(self, member: Membership) -> None:
-        super().__init__(member)
+    def __init__(self, member: Membership, secret: bytes | None = None) -> None:
+        super().__init__(member, secret)
         self._inbox: queue.Queue[Any] = queue.Queue()
         self._link: Link | None = None
         self._forwarder: socket.socket | None = None
@@ -31,27 +32,28 @@ class Follower(Cluster):
     def rendezvous(self, timeout: float) -> None:
         """Connect to process 0; see `start`."""
         try:
-            connection = connect(self.member.host, self.member.port, timeout)
-        except OSError as error:
+            connection = self._call(Kind.CONTROL, timeout)
+        except (OSError, Gone) as error:
             raise ClusterError(
                 f"process 0 does not answer at {self.member.address} within {timeout:.0f} s: "
-                f"{error.strerror or error}"
+                f"{getattr(error, 'strerror', None) or error}"
             ) from None
         self._link = Link(connection)
-        self._link.send(self._hello("control"))
         # Process 0 handles Ctrl-C for all processes; a shared terminal sends it to each of them.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._start_thread(self._watch, self._link)
         self._start_thread(ping, self._link)
 
-    def _hello(self, kind: str) -> dict[str, Any]:
-        return {
-            "kind": kind,
-            "protocol": PROTOCOL,
-            "process": self.process_id,
-            "num_processes": self.num_processes,
-        }
+    def _call(self, kind: Kind, timeout: float) -> socket.socket:
+        """Connect to process 0, each end authenticated. Raises OSError, Gone and ClusterError."""
+        caller = Caller(kind, self.process_id, self.num_processes)
+        return connect(
+            self.member.host,
+            self.member.port,
+            timeout,
+            lambda connection: call(connection, self.member.address, caller, self._secret),
+        )
 
     def _watch(self, link: Link) -> None:
         try:
@@ -122,9 +124,8 @@ class Follower(Cluster):
         while True:
             local, _ = server.accept()
             try:
-                network = connect(self.member.host, self.member.port, START_SECONDS)
-                Link(network).send(self._hello("jax"))
-            except (OSError, Gone):
+                network = self._call(Kind.JAX, START_SECONDS)
+            except (OSError, Gone, ClusterError):
                 local.close()
                 continue
             forward(network, local)

@@ -14,20 +14,25 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from sharding.errors import ClusterError
-from sharding.processes.cluster import END_SECONDS, PROTOCOL, START_SECONDS, Cluster, ping
+from sharding.processes.cluster import END_SECONDS, START_SECONDS, Cluster, ping
+from sharding.processes.handshake import Caller, Kind
 from sharding.processes.links import NOTE_SECONDS, SILENCE_SECONDS, Gone, Link, connect, forward, listen
 from sharding.processes.membership import Membership
 from sharding.processes.process import exit_now, report
+from sharding.processes.reception import Reception
 
 DOUBLE_INTERRUPT_SECONDS = 3.0
 """A second Ctrl-C within this time ends all processes at once."""
+
+STRANGERS = 128
+"""Connections that may be unauthenticated at a time, besides two for each process."""
 
 
 class Leader(Cluster):
     """The cluster on process 0."""
 
-    def __init__(self, member: Membership) -> None:
-        super().__init__(member)
+    def __init__(self, member: Membership, secret: bytes | None = None) -> None:
+        super().__init__(member, secret)
         self._links: dict[int, Link] = {}
         self._inboxes: dict[int, queue.Queue[Any]] = {i: queue.Queue() for i in range(1, member.num_processes)}
         self._all_connected = threading.Event()
@@ -38,10 +43,11 @@ class Leader(Cluster):
     def rendezvous(self, timeout: float) -> None:
         """Accept the connections of the others; see `start`."""
         try:
-            server = listen("", self.member.port)
+            server = listen(self.member.host if self.member.is_local else "", self.member.port)
         except OSError as error:
             raise ClusterError(f"{self.member.address}: cannot listen: {error.strerror}") from None
-        self._start_thread(self._accept, server)
+        limit = STRANGERS + 2 * self.num_processes
+        self._start_thread(Reception(server, self._secret, limit, self._welcome, self._turn_away).accept)
         if threading.current_thread() is threading.main_thread():
             ours, theirs = socket.socketpair()
             theirs.setblocking(False)
@@ -62,31 +68,14 @@ class Leader(Cluster):
         if self._error:
             raise ClusterError(self._error)
 
-    def _accept(self, server: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            self._start_thread(self._welcome, connection)
-
-    def _welcome(self, connection: socket.socket) -> None:
-        link = Link(connection)
-        try:
-            hello = link.hello()
-            process, count, kind = (hello[key] for key in ("process", "num_processes", "kind"))
-        except (Gone, KeyError, TypeError):
-            # Not a process of this cluster; for example a port scanner or a health check.
-            link.close()
-            return
-        if kind == "jax":
+    def _welcome(self, connection: socket.socket, caller: Caller) -> None:
+        if caller.kind == Kind.JAX:
             with contextlib.suppress(OSError):
                 forward(connection, connect("127.0.0.1", self._service_port(), START_SECONDS))
             return
+        process, count, link = caller.process, caller.num_processes, Link(connection)
         with self._lock:
-            if hello.get("protocol") != PROTOCOL:
-                self._refuse(link, f"process {process} runs another version of this program")
-            elif count != self.num_processes:
+            if count != self.num_processes:
                 self._refuse(
                     link, f"--num-processes: process 0 has {self.num_processes}, process {process} has {count}"
                 )
@@ -98,6 +87,10 @@ class Leader(Cluster):
                 self._start_thread(ping, link)
                 if len(self._links) == len(self._inboxes):
                     self._all_connected.set()
+
+    def _turn_away(self, why: str) -> None:
+        """End the start of the cluster; later, a process that cannot prove the secret has no effect."""
+        self._error = why
 
     def _watch_interrupts(self, signals: socket.socket, _kept_open: socket.socket) -> None:
         """End all processes at a second Ctrl-C; Python handles the first one only after the current computation."""

@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 SILENCE_SECONDS = 20.0
@@ -20,7 +21,6 @@ NOTE_SECONDS = 10.0
 """Time that a process waits for another one before it prints a note."""
 
 _LENGTH = struct.Struct("!Q")
-_HELLO_BYTES = 1 << 16
 _CHUNK = 1 << 20
 
 
@@ -54,12 +54,10 @@ class Link:
         finally:
             self._sending.release()
 
-    def receive(self, limit: int | None = None) -> Any:
-        """The next message, of at most `limit` bytes. Raises Gone, also after `SILENCE_SECONDS` of silence."""
+    def receive(self) -> Any:
+        """The next message. Raises Gone, also after `SILENCE_SECONDS` of silence."""
         try:
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-            if limit is not None and length > limit:
-                raise Gone("it does not speak this protocol")
             return json.loads(self._read(length))
         except TimeoutError:
             raise Gone(f"no sign of life for {SILENCE_SECONDS:.0f} s") from None
@@ -67,10 +65,6 @@ class Link:
             raise Gone(f"the connection broke: {error.strerror or error}") from None
         except ValueError:
             raise Gone("it does not speak this protocol") from None
-
-    def hello(self) -> Any:
-        """The first message of a connection, which may come from any program. Raises Gone."""
-        return self.receive(_HELLO_BYTES)
 
     def _read(self, size: int) -> bytes:
         parts = bytearray()
@@ -81,11 +75,12 @@ class Link:
             parts += part
         return bytes(parts)
 
-    def close(self) -> None:
-        """Close the connection; the peer gets Gone."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+
+def close(connection: socket.socket) -> None:
+    """Close a connection; also ends the other threads' calls on it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -93,27 +88,40 @@ def listen(host: str, port: int) -> socket.socket:
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server((host, port))
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0] if host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
 
 
-def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """Connect to a process, retrying until it listens. Raises OSError after `timeout` seconds.
+def connect(
+    host: str, port: int, timeout: float, greet: Callable[[socket.socket], None] = lambda connection: None
+) -> socket.socket:
+    """Connect to a process, retrying until it listens and `greet` does not raise Gone.
 
-    Each attempt resolves the host name again, because a cluster may register it only once the host is up.
+    Each attempt resolves the host name again, because a cluster may register it only once the host is up. Raises
+    OSError or Gone after `timeout` seconds, and at once what else `greet` raises.
     """
     started, noted = time.monotonic(), False
     while True:
         try:
-            return socket.create_connection((host, port), timeout=10)
-        except OSError as error:
+            return _greeted(socket.create_connection((host, port), timeout=10), greet)
+        except (OSError, Gone) as error:
             waited = time.monotonic() - started
             if waited > timeout:
                 raise
             if waited > NOTE_SECONDS and not noted:
                 noted = True
-                why = error.strerror or error
+                why = getattr(error, "strerror", None) or error
                 print(f"waiting up to {timeout:.0f} s for {host}:{port}: {why}", file=sys.stderr, flush=True)
             time.sleep(0.2)
+
+
+def _greeted(connection: socket.socket, greet: Callable[[socket.socket], None]) -> socket.socket:
+    try:
+        greet(connection)
+    except BaseException:
+        close(connection)
+        raise
+    return connection
 
 
 def forward(network: socket.socket, local: socket.socket) -> None:

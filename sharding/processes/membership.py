@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 from typing import Any
 
 from sharding.errors import ClusterError
+
+MAX_PROCESSES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,14 @@ class Membership:
         """The port on which process 0 listens."""
         return int(self.address.rpartition(":")[2])
 
+    @property
+    def is_local(self) -> bool:
+        """Whether process 0 has a loopback address, which only processes of its own host can reach."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
 
 def membership(
     coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
@@ -50,6 +61,8 @@ def membership(
         return _detected()
     if num_processes is not None and num_processes < 1:
         raise ClusterError(f"--num-processes: expected 1 or more, found {num_processes}")
+    if num_processes is not None and num_processes > MAX_PROCESSES:
+        raise ClusterError(f"--num-processes: expected {MAX_PROCESSES} or fewer, found {num_processes}")
     if num_processes == 1 and process_id in (None, 0):
         return None
     missing = [name for name, value in values.items() if value is None]

@@ -181,6 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     """One of several processes that run one schedule over a mesh of all their devices."""
     from sharding.processes import start
     from sharding.processes.membership import membership
+    from sharding.processes.secret import cluster_secret
 
     parser = argparse.ArgumentParser()
     add_cluster_flags(parser)
@@ -188,7 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--soak", type=int, help="a soak of so many requests instead of 24 greedy ones")
     options = parser.parse_args(arguments)
-    cluster = start(membership(options.coordinator_address, options.num_processes, options.process_id))
+    member = membership(options.coordinator_address, options.num_processes, options.process_id)
+    cluster = start(member, secret=cluster_secret(options.cluster_secret_file))
     cluster.agree({})
     cluster.initialize_jax()
     model = random_model(TINY, options.mesh, dtype="float32")

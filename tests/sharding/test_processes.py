@@ -1,5 +1,6 @@
 """Clusters of real processes on this machine, which represent several hosts, including processes that die."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from sharding import ClusterError
-from sharding.processes.leader import differences
+from sharding.processes import links
+from sharding.processes.leader import STRANGERS, differences
 from sharding.processes.membership import Membership, membership
+from sharding.processes.secret import VARIABLE
 from tests.quick import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +138,9 @@ def test_several_processes_generate_the_tokens_of_one(
 ) -> None:
     output = tmp_path / "out.jsonl"
     batch = ("--batch", str(requests(tmp_path)), "--output", str(output))
-    ends = Processes(count, devices, *GENERATE, *batch, *(("--mesh", mesh) if mesh else ())).outcomes(300)
+    secret = {i: {VARIABLE: "a secret of all processes"} for i in range(count)}
+    flags = ("--mesh", mesh) if mesh else ()
+    ends = Processes(count, devices, *GENERATE, *batch, *flags, env=secret).outcomes(300)
     assert [end.code for end in ends] == [0] * count, ends
     assert tokens(output) == alone
     golden = np.load(P1 / "golden.npz")["greedy0_tokens"][:8].tolist()
@@ -288,6 +293,7 @@ from sharding.processes import links
 from sharding.processes import process
 from sharding.processes import current, start
 from sharding.processes.membership import membership
+from sharding.processes.secret import cluster_secret
 from sharding.errors import ClusterError
 links.SILENCE_SECONDS = 2.0
 links.PING_SECONDS = cluster.PING_SECONDS = 0.3
@@ -295,7 +301,7 @@ cluster.END_SECONDS = leader.END_SECONDS = follower.END_SECONDS = 1.0
 report = process.report
 address, count, process, body = sys.argv[2], int(sys.argv[4]), int(sys.argv[6]), sys.argv[7]
 try:
-    cluster = start(membership(address, count, process), 5)
+    cluster = start(membership(address, count, process), 5, cluster_secret(None))
     exec(body)
     code, why = cluster.exit_code, ""
 except ClusterError as error:
@@ -307,10 +313,17 @@ current().end(code, why)
 
 
 class ClusterProcesses(Processes):
-    """Processes of a cluster without jax; each runs its own body."""
+    """Processes of a cluster without jax; each runs its own body, and has its own secret, if any."""
 
-    def __init__(self, bodies: list[str], counts: list[int] | None = None, ids: list[int] | None = None) -> None:
-        address = free_address()
+    def __init__(
+        self,
+        bodies: list[str],
+        counts: list[int] | None = None,
+        ids: list[int] | None = None,
+        secrets: list[str | None] | None = None,
+        address: str = "",
+    ) -> None:
+        address = address or free_address()
         self.running = []
         for i, body in enumerate(bodies):
             count, process = (counts or [len(bodies)] * len(bodies))[i], (ids or list(range(len(bodies))))[i]
@@ -319,6 +332,7 @@ class ClusterProcesses(Processes):
                 subprocess.Popen(
                     [sys.executable, "-c", PROTOCOL, *flags, body],
                     cwd=ROOT,
+                    env=os.environ | ({VARIABLE: secret} if secrets and (secret := secrets[i]) else {}),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -356,6 +370,80 @@ def test_contradicting_processes_are_rejected(counts: list[int], ids: list[int],
     ends = ClusterProcesses(["cluster.agree({})"] * len(ids), counts, ids).outcomes(30)
     assert [end.code for end in ends] == [2] * len(ids), ends
     assert all(expected in end.err for end in ends), ends
+
+
+@pytest.mark.parametrize(
+    ("secrets", "leader", "follower"),
+    [
+        (["of all processes", "of all processes"], "", ""),
+        (["of process 0 only", "of process 1 only"], "process 1 at 127.0.0.1 has another", "has another"),
+        (
+            ["of process 0 only", None],
+            "process 1 at 127.0.0.1 has no secret",
+            "has a secret, but this process has none",
+        ),
+        (
+            [None, "of process 1 only"],
+            "process 1 at 127.0.0.1 has a secret",
+            "has no secret, but this process has one",
+        ),
+    ],
+)
+def test_secrets_must_be_the_same(secrets: list[str | None], leader: str, follower: str) -> None:
+    address = free_address()
+    ends = ClusterProcesses(["cluster.agree({})"] * 2, secrets=secrets, address=address).outcomes(30)
+    assert [end.code for end in ends] == ([2, 2] if leader else [0, 0]), ends
+    for end, line in zip(ends, (leader, follower), strict=True):
+        assert end.err.count("\n") == bool(line), ends
+        assert line in end.err
+        assert end.err.startswith("error: --cluster-secret-file: " if line else "")
+        assert "only" not in end.err
+    assert not follower or f"process 0 at {address} " in ends[1].err
+
+
+@pytest.mark.parametrize("secrets", [["of all processes"] * 2, ["of process 0 only", "of process 1 only"]])
+def test_processes_connect_on_all_interfaces_with_a_secret(secrets: list[str | None]) -> None:
+    address = free_address().replace(
+        "127.0.0.1", "0.0.0.0"
+    )  # Not a loopback address; Linux connects to this host.
+    ends = ClusterProcesses(["cluster.agree({})"] * 2, secrets=secrets, address=address).outcomes(30)
+    if secrets[0] == secrets[1]:
+        assert ends == [Outcome(0, "", "")] * 2
+    else:
+        assert [end.code for end in ends] == [2, 2]
+        assert "process 1 at 127.0.0.1 has another secret" in ends[0].err
+
+
+def test_strangers_do_not_keep_processes_out() -> None:
+    address = free_address()
+    host, port = address.split(":")
+    secret: list[str | None] = ["of all processes"]
+    leader = ClusterProcesses(["cluster.agree({})"], [2], [0], secret, address)
+    strangers = [links.connect(host, int(port), 5)]
+    strangers += [socket.create_connection((host, int(port))) for _ in range(STRANGERS + 72)]
+    for stranger, part in zip(strangers, [b"GET / HTTP/1.1\r\n\r\n", b"gptoss\r\n\x02", b"g"] * 20, strict=False):
+        with contextlib.suppress(OSError):  # Older ones are closed for newer ones.
+            stranger.sendall(part)
+    follower = ClusterProcesses(["cluster.agree({})"], [2], [1], secret, address)
+    ends = leader.outcomes(30) + follower.outcomes(30)
+    assert ends == [Outcome(0, "", "")] * 2
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_secret_files_of_commands_must_be_the_same(tmp_path: Path) -> None:
+    files = [tmp_path / "first", tmp_path / "second"]
+    for file in files:
+        file.write_text(f"secret in the file {file.name}\n")
+        file.chmod(0o600)
+    own = {i: ("--cluster-secret-file", str(file)) for i, file in enumerate(files)}
+    ends = Processes(2, 1, *LONG, own=own).outcomes(60)
+    assert [end.code for end in ends] == [2, 2], ends
+    assert ends[0].err == (
+        "error: --cluster-secret-file: process 1 at 127.0.0.1 has another secret than process 0\n"
+    )
+    assert "has another secret than this process\n" in ends[1].err
+    assert ends[1].err.count("\n") == 1
 
 
 def test_unreachable_process_0() -> None:
@@ -399,6 +487,7 @@ def test_failure_names_its_process() -> None:
         (("h:1", 2, 2), "--process-id: expected 0 to 1 (--num-processes 2), found 2"),
         (("h:1", 2, -1), "--process-id: expected 0 to 1"),
         (("h:1", 0, 0), "--num-processes: expected 1 or more, found 0"),
+        (("h:1", 65537, 0), "--num-processes: expected 65536 or fewer, found 65537"),
         (("h:1", 1, 1), "--process-id: expected 0 to 0"),
     ],
 )
@@ -429,6 +518,16 @@ def test_slurm_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert membership("h:1", 2, 0) == Membership("h:1", 2, 0)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert membership() is None
+
+
+def test_detected_processes_need_a_secret() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", *LONG], cwd=ROOT, env=os.environ | SLURM, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: --cluster-secret-file: expected a secret that all processes share, ")
+    assert ended.stderr.count("\n") == 1
+    assert "other hosts can connect to node07" in ended.stderr
 
 
 def test_single_pod_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
