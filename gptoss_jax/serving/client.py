@@ -332,7 +332,9 @@ class LLM(_Model):
         Closing the iterator cancels the requests that are still running; a reader that is slow slows them. Raises
         UsageError for a request that can never run, before any request starts.
         """
-        inbox = Inbox()
+        return self._stream(list(requests), Inbox())
+
+    def _stream(self, requests: list[Request], inbox: Inbox) -> Iterator[Progress]:
         running = _Running(self, requests, inbox)
         try:
             while running:
@@ -349,7 +351,9 @@ class LLM(_Model):
 
         outputs: dict[str, RequestOutput] = {}
         with tqdm(total=len(requests), unit="request", file=sys.stderr, disable=not use_tqdm) as bar:
-            for progress in self.stream(requests):
+            # Stop strings are found by the reader.
+            inbox = Inbox(each=any(request.params.stop for request in requests))
+            for progress in self._stream(requests, inbox):
                 outputs[progress.output.request_id] = progress.output
                 bar.update(progress.output.finished)
         return [outputs[request.request_id] for request in requests]
@@ -379,12 +383,15 @@ class AsyncLLM(_Model):
             await asyncio.to_thread(self._conversations, messages, sampling_params, tools, options)
         )
 
-    async def stream(self, requests: Iterable[Request]) -> AsyncGenerator[Progress]:
+    def stream(self, requests: Iterable[Request]) -> AsyncGenerator[Progress]:
         """See LLM.stream. Leaving the `async for` aborts the requests once the iterator is closed.
 
         Python closes an iterator that is left by `break` when it is collected, at the latest by the event loop; use
         `contextlib.aclosing` to close it at once.
         """
+        return self._stream(list(requests), True)
+
+    async def _stream(self, requests: list[Request], each: bool) -> AsyncGenerator[Progress]:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -392,7 +399,7 @@ class AsyncLLM(_Model):
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(ready.set)
 
-        inbox = Inbox(wake)
+        inbox = Inbox(wake, each)
         running = _Running(self, requests, inbox)
         try:
             while running:
@@ -405,7 +412,8 @@ class AsyncLLM(_Model):
 
     async def _run(self, requests: list[Request]) -> list[RequestOutput]:
         outputs = {}
-        async with contextlib.aclosing(self.stream(requests)) as stream:
+        each = any(request.params.stop for request in requests)
+        async with contextlib.aclosing(self._stream(requests, each)) as stream:
             async for progress in stream:
                 outputs[progress.output.request_id] = progress.output
         return [outputs[request.request_id] for request in requests]

@@ -34,11 +34,16 @@ class Inbox:
     """Events of one client's requests, until it reads them.
 
     A client that does not read slows its own requests: they are held while more than `INBOX_EVENTS` events for each of
-    them are unread. `wake` is called, from the worker's thread, when there is something to read again.
+    them are unread.
+
+    Args:
+      wake: called, from the worker's thread, when there is something to read again.
+      each: whether to read each event as it comes, or many at once: when a request ends.
     """
 
-    def __init__(self, wake: Callable[[], None] | None = None) -> None:
-        self._wake = wake
+    def __init__(self, wake: Callable[[], None] | None = None, each: bool = True) -> None:
+        self._wake, self._each = wake, each
+        self._ready = False
         self._condition = threading.Condition()
         self._events: list[TokenEvent] = []
         self._resume: Callable[[], object] | None = None
@@ -47,8 +52,8 @@ class Inbox:
     def get(self, timeout: float | None = None) -> list[TokenEvent]:
         """All unread events, once there are any; [] if none comes within `timeout` seconds."""
         with self._condition:
-            self._condition.wait_for(lambda: self._events, timeout)
-            events, self._events = self._events, []
+            self._condition.wait_for(lambda: self._ready, timeout)
+            events, self._events, self._ready = self._events, [], False
             resume, self._resume = self._resume, None
         if resume:
             resume()
@@ -57,13 +62,15 @@ class Inbox:
     def _put(self, events: list[TokenEvent], resume: Callable[[], object]) -> bool:
         """Add events; returns whether the reader is too far behind, and then calls `resume` when it has read them."""
         with self._condition:
-            empty = not self._events
+            waited = self._ready
             self._events += events
             behind = len(self._events) > INBOX_EVENTS * max(1, len(self._names))
             if behind:
                 self._resume = resume
-            self._condition.notify_all()
-        if empty and self._wake:
+            if not self._ready and (self._each or behind or any(event.finish_reason for event in events)):
+                self._ready = True
+                self._condition.notify_all()
+        if self._wake and self._ready and not waited:
             with contextlib.suppress(Exception):
                 # What a client's function does concerns the client alone.
                 self._wake()

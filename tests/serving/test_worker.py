@@ -38,7 +38,7 @@ def prompt_of(seed: int) -> Prompt:
 
 
 def params_of(seed: int) -> SamplingParams:
-    return SamplingParams(max_tokens=1 + seed % 20, temperature=float(seed % 2), seed=seed)
+    return SamplingParams(max_tokens=20 if seed == 19 else 1 + seed % 6, temperature=float(seed % 2), seed=seed)
 
 
 def read(inbox: Inbox, *names: str) -> dict[str, list[int]]:
