@@ -20,12 +20,15 @@ TYPICAL_OUTPUT = 1024
 """Output tokens that a sequence is expected to need before any has finished, if it may generate so many."""
 
 
-FULL = 0.9
-"""A step is shortened to the largest size of which at least this share is used, on average over the ranks.
+FULL, LEAST = 0.9, 64
+"""A step is shortened to the largest size of at least 64 of which this share is used, on average over the ranks.
 
 On a mixed workload of 512 requests, 256 at a time, 7 % of the computed tokens are then padding on one rank, and 10 % on
-two; other shares made more.
+two; other shares made more. Fewer tokens than 64 take the time of 64, which is that of reading the weights.
 """
+
+DEFERRED, DEFERRALS = 8, 32
+"""After 32 steps in a row with less than an eighth of the possible tokens of prompts, one is not shortened."""
 
 
 _ORDER = operator.attrgetter("order")
@@ -126,11 +129,15 @@ class RankPlan:
 
 @dataclasses.dataclass
 class Plan:
-    """What all ranks do in a launch of `steps` steps, which only `decodes` or not."""
+    """What all ranks do in a launch of `steps` steps, which only `decodes` or not.
+
+    A plan that `defers` leaves most of the prompts' tokens that it could compute to later steps, to have less padding.
+    """
 
     ranks: list[RankPlan]
     steps: int = 1
     decodes: bool = False
+    defers: bool = False
 
     @property
     def work(self) -> list[Work]:
@@ -200,7 +207,7 @@ class Scheduler:
         self.limits = limits
         self.ranks = [Rank(number, limits) for number in range(ranks)]
         self.waiting: list[Sequence] = []
-        self.preemptions = self.hit_tokens = 0
+        self.preemptions = self.hit_tokens = self._deferrals = 0
         self._arrivals = itertools.count()
         self._typical = float(TYPICAL_OUTPUT)
 
@@ -244,11 +251,12 @@ class Scheduler:
             self._plan_prompts(plan)
         if self.waiting:
             self._admit(plans)
-        self._trim(plans)
-        return Plan(plans, max(1, steps), decodes=steps > 0)
+        defers = self._deferrals < DEFERRALS and self._trim(plans)
+        return Plan(plans, max(1, steps), steps > 0, defers)
 
     def commit(self, plan: Plan) -> None:
         """Carry out a plan that has been launched."""
+        self._deferrals = self._deferrals + 1 if plan.defers else 0
         for own in plan.ranks:
             own.pages.commit()
             own.sliding.commit()
@@ -391,8 +399,8 @@ class Scheduler:
         if count > 0:
             self._add_work(plan, sequence, count)
 
-    def _trim(self, plans: list[RankPlan]) -> None:
-        """Shorten prompts so that the step has little padding.
+    def _trim(self, plans: list[RankPlan]) -> bool:
+        """Shorten prompts so that the step has little padding; returns whether that defers most of their tokens.
 
         Unless others wait to be admitted, none gets its first token later for it.
         """
@@ -407,13 +415,17 @@ class Scheduler:
         larger = [size for size in self.limits.sizes if size >= most][:1]
         used = {
             size: sum(min(plan.tokens, size) for plan in plans) / size / len(plans)
-            for size in [size for size in self.limits.sizes if least <= size < most] + larger
+            for size in [size for size in self.limits.sizes if max(least, LEAST) <= size < most] + larger
         }
         size = max(
             (size for size in used if used[size] >= FULL), default=max(used, key=used.__getitem__, default=most)
         )
+        before = sum(plan.tokens for plan in plans)
         for plan in plans:
             self._cut(plan, size)
+        after = sum(plan.tokens for plan in plans)
+        decodes = sum(work.tokens for plan in plans for work in plan.work.values() if work.sequence.decoding)
+        return DEFERRED * (after - decodes) < before - decodes
 
     def _cut(self, plan: RankPlan, tokens: int) -> None:
         """Shorten the last prompts until the plan has no more than so many tokens."""

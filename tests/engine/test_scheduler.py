@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gptoss_jax.engine.pace import Pace, padded
 from gptoss_jax.engine.pages import PagePlan, PagePool
-from gptoss_jax.engine.scheduler import Limits, Plan, Scheduler, Work
+from gptoss_jax.engine.scheduler import DEFERRALS, Limits, Plan, Scheduler, Work
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.model.kv_cache import CacheShape
 from gptoss_jax.types import SamplingParams
@@ -393,3 +393,19 @@ def test_mixed_requests_are_padded_little(ranks: int) -> None:
         used += sum(counts)
         padding += ranks * padded(max(counts), sizes) - sum(counts)
     assert padding < 0.1 * (used + padding)
+
+
+def test_prompts_are_not_deferred_for_long() -> None:
+    """Short prompts beside as many decodes as a step's size, while others wait: every step with them has padding."""
+    scheduler = Scheduler(limits(slots=66, pages=4000), 1)
+    device = Device(scheduler)
+    for i in range(64):
+        scheduler.add(sequence(str(i), 4, 400))
+    while any(not own.tokens for own in scheduler.ranks[0].running) or scheduler.waiting:
+        device.step()
+    for i in range(10):
+        scheduler.add(sequence(f"short {i}", 10, 1))
+    finished: list[str] = []
+    for _ in range(5 * (DEFERRALS + 3)):
+        finished += [own.request_id for own in device.step()]
+    assert finished == [f"short {i}" for i in range(10)]
