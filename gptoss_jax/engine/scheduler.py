@@ -27,7 +27,7 @@ two; other shares made more. Fewer tokens than 64 take the time of 64, which is 
 """
 
 DEFERRED, DEFERRALS = 8, 32
-"""After 32 steps in a row with less than an eighth of the prompts' tokens that they could have, one is not shortened."""
+"""After 32 steps in a row with less than an eighth of the possible tokens of prompts, one is not shortened."""
 
 
 @dataclasses.dataclass(frozen=True)
