@@ -31,6 +31,9 @@ DEFERRED, DEFERRALS = 8, 32
 """After 32 steps in a row with less than an eighth of the possible tokens of prompts, one is not shortened."""
 
 
+_ORDER = operator.attrgetter("order")
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """How much one data-parallel rank may do at once.
