@@ -124,9 +124,12 @@ class _Model:
             # The released config.json lists <|return|> only, OpenAI's original one no stop token.
             eos |= set(harmony.stop_token_ids(self.tokenizer))
         constrain = GrammarCompiler(self.tokenizer, self.config.vocab_size, eos) if self.tokenizer else None
-        self.engine = Engine(model, engine, eos_token_ids=eos, constrain=constrain)
+        self._own(Engine(model, engine, eos_token_ids=eos, constrain=constrain))
         if warm_up:
             self.engine.warm_up(progress)
+
+    def _own(self, engine: Engine) -> None:
+        self.engine = engine
         self._starting = threading.Lock()
         self._worker: Worker | None = None
 

@@ -1,6 +1,7 @@
 """What the commands show of a completion, whatever its form: the model is replaced by given texts."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,26 +13,31 @@ from gptoss_jax.text.tokenizer import Tokenizer
 from tests.text.harmony.test_parse import tokens_of
 
 
-class Scripted(LLM):
-    """An LLM whose engine returns the tokens of these completions, one per request, and records the prompts."""
+class ScriptedEngine:
+    """Returns the tokens of these completions, one per request, and records the prompts."""
 
-    def __init__(self, *completions: str) -> None:
-        self.tokenizer = Tokenizer.from_dir(EMBEDDED)
-        self.engine = self  # type: ignore[assignment]
+    failures = programs = 0
+
+    def __init__(self, tokenizer: Tokenizer, completions: Iterable[str]) -> None:
+        self._tokenizer = tokenizer
         self.prompts: list[str] = []
-        self._left = [tokens_of(self.tokenizer, completion) for completion in completions]
+        self._left = [tokens_of(tokenizer, completion) for completion in completions]
         self._events: list[TokenEvent] = []
 
     def check(self, *request: object) -> None:
         """Accepts every request."""
 
     def add(self, request_id: str, prompt: list[int], *settings: object) -> None:
-        self.prompts.append(self.tokenizer.decode(prompt))
+        self.prompts.append(self._tokenizer.decode(prompt))
         tokens = self._left.pop(0)
         self._events += [TokenEvent(request_id, 0, token) for token in tokens]
         # A completion without <|return|> or <|call|> at its end was truncated.
-        stops = self.tokenizer.decode(tokens[-1:]) in ("<|return|>", "<|call|>")
+        stops = self._tokenizer.decode(tokens[-1:]) in ("<|return|>", "<|call|>")
         self._events[-1].finish_reason = "stop" if stops else "length"
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._events)
 
     def step(self) -> list[TokenEvent]:
         return [self._events.pop(0)]
@@ -41,6 +47,16 @@ class Scripted(LLM):
 
     def cancel(self, request_id: str) -> None:
         self._events.clear()
+
+
+class Scripted(LLM):
+    """An LLM with such an engine."""
+
+    def __init__(self, *completions: str) -> None:
+        self.tokenizer = Tokenizer.from_dir(EMBEDDED)
+        engine = ScriptedEngine(self.tokenizer, completions)
+        self.prompts = engine.prompts
+        self._own(engine)  # type: ignore[arg-type]
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *completions: str) -> Scripted:
