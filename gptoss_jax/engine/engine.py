@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -266,6 +266,8 @@ class Engine:
         # Processes that repeat each other's steps cannot fail one by one.
         mesh = model.partition.mesh
         self._several = mesh is not None and mesh.is_multi_process
+        self.agree: Callable[[str], object] | None = None
+        """Over several processes: raises an error unless the others have failed in the same way; None raises always."""
         self._load = Load()
         self._compiled_before = 0
         self._read_at = 0.0
@@ -453,12 +455,14 @@ class Engine:
             try:
                 self._runner.sample(launched, self._constraints)
             except Exception as error:
-                if not self._runner.intact or self._several:
+                if not self._runner.intact:
                     raise
+                self._agree(error)
                 # A constraint has failed, most likely; without the constrained requests nothing else is concerned.
                 self._fail([s for s in self._constraints if s.rank >= 0], error)
                 self._runner.sample(launched, {})
         except Exception as error:
+            self._agree(error)
             self._recover(error)
 
     def _must_wait(self) -> bool:
@@ -480,8 +484,7 @@ class Engine:
                 self._runner.start(launched)
                 self._commit(launched, waited)
         except Exception as error:
-            if self._several:
-                raise
+            self._agree(error)
             if self._runner.intact:
                 self._fail(planned, error)
             else:
@@ -500,6 +503,17 @@ class Engine:
         load.idle_launches += waited
         load.steps += plan.steps
 
+    def _agree(self, error: Exception) -> None:
+        """Raise a failure that other processes do not see alike: this process cannot go on alone."""
+        agree, self.agree = self.agree, None
+        if not self._several:
+            return
+        if agree is None:
+            raise error
+        state = "intact" if self._runner.intact else "lost"
+        agree(f"{type(error).__name__} after {self._load.launches} launches, state {state}")
+        self.agree = agree
+
     def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """End the requests of these sequences."""
         for name in dict.fromkeys(sequence.request_id for sequence in sequences):
@@ -509,8 +523,6 @@ class Engine:
 
     def _recover(self, error: Exception, planned: Iterable[Sequence] = ()) -> None:
         """End the requests of launches that the device has lost, and compute all others again from their tokens."""
-        if self._several:
-            raise error
         lost = [work.sequence for launched in self._flying for work in launched.plan.work]
         self._flying.clear()
         self._fail([s for s in (*lost, *planned) if s in self._sequences.get(s.request_id, ())], error)
@@ -541,6 +553,7 @@ class Engine:
             if launched.outputs is None:
                 jax.block_until_ready(launched.hidden)
         except Exception as error:
+            self._agree(error)
             self._recover(error)
             return
         with uninterrupted():
@@ -594,8 +607,7 @@ class Engine:
                 if event.finish_reason:
                     return
         except Exception as error:
-            if self._several:
-                raise
+            self._agree(error)
             self._fail([sequence], error)
             return
         self._scheduler.settle(sequence, sequence.known_length - 1)

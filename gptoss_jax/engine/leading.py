@@ -21,6 +21,9 @@ from gptoss_jax.errors import GptOssError
 from gptoss_jax.types import SamplingParams
 from sharding.processes import Cluster
 
+ALIKE_SECONDS = 30.0
+"""A process that has not failed as process 0 did within this time ends the job."""
+
 CALLS = ("add", "cancel", "stop", "hold", "release", "step", "warm_up", "replay")
 """The methods of an engine that change it."""
 
@@ -30,6 +33,7 @@ class LeadingEngine:
 
     def __init__(self, engine: Engine, cluster: Cluster) -> None:
         self._engine, self._cluster = engine, cluster
+        engine.agree = partial(_agree, cluster)
 
     def __getattr__(self, name: str) -> Any:
         own = getattr(self._engine, name)
@@ -46,6 +50,7 @@ class LeadingEngine:
 
 def follow(engine: Engine, cluster: Cluster) -> None:
     """Repeat the calls of process 0's engine until it ends."""
+    engine.agree = partial(_agree, cluster)
     while (message := cluster.broadcast()) is not None:
         arguments = {key: _decoded(value) for key, value in message["arguments"].items()}
         if "progress" in arguments:
@@ -53,6 +58,10 @@ def follow(engine: Engine, cluster: Cluster) -> None:
         # What process 0 is told about bad input need not be reported again.
         with contextlib.suppress(GptOssError):
             getattr(engine, message["call"])(*map(_decoded, message["args"]), **arguments)
+
+
+def _agree(cluster: Cluster, failure: str) -> None:
+    cluster.agree({"failure": failure}, ALIKE_SECONDS)
 
 
 def _seeded(value: Any) -> Any:

@@ -39,10 +39,11 @@ class Cluster:
         """Connect to the other processes; see `start`."""
         raise NotImplementedError
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def agree(self, facts: Mapping[str, Any], timeout: float | None = None) -> None:
         """Compare facts, a mapping of names to JSON values, between all processes.
 
-        If facts differ, raises ClusterError on every process, naming the facts, the processes and their values.
+        If facts differ, raises ClusterError on every process, naming the facts, the processes and their values; also if
+        a process has nothing to compare within `timeout` seconds.
         """
         raise NotImplementedError
 

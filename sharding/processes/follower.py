@@ -77,12 +77,15 @@ class Follower(Cluster):
         if not self._left:
             exit_now(self.exit_code)
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def agree(self, facts: Mapping[str, Any], timeout: float | None = None) -> None:
         """See Cluster."""
         self._send({"kind": "facts", "facts": dict(facts)})
         message = self._inbox.get()
         if message is None:
             self.end(self.exit_code)
+        elif message["kind"] != "verdict":
+            described = ", ".join(f"{name}: {value}" for name, value in facts.items())
+            raise ClusterError(f"process 0 does not have the same as process {self.process_id}: {described}")
         elif message["differences"]:
             raise ClusterError(message["differences"])
 

@@ -144,11 +144,17 @@ class Leader(Cluster):
             with contextlib.suppress(Gone):
                 link.send(message, timeout)
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def agree(self, facts: Mapping[str, Any], timeout: float | None = None) -> None:
         """See Cluster."""
         by_process: dict[int, Mapping[str, Any]] = {0: facts}
+        deadline = None if timeout is None else time.monotonic() + timeout
         for process, inbox in self._inboxes.items():
-            if (message := inbox.get()) is None:
+            try:
+                message = inbox.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                described = ", ".join(f"{name}: {value}" for name, value in facts.items())
+                raise ClusterError(f"process {process} does not have the same as process 0: {described}") from None
+            if message is None:
                 time.sleep(START_SECONDS)  # The thread that watches the link ends this process.
             by_process[process] = message["facts"]
         verdict = differences(by_process)

@@ -7,9 +7,10 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+import pytest
 
 from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.commands.flags import add_cluster_flags
@@ -20,6 +21,7 @@ from gptoss_jax.engine.scheduler import Rank
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.types import SamplingParams
+from tests.engine.faults import Faults, Requests, play_through
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -49,7 +51,6 @@ SOAK = dataclasses.replace(
 ALONE = EngineOptions(max_num_seqs=1, page_size=32, long_prefill_token_threshold=128, max_num_batched_tokens=128)
 """One sequence at a time, with its prompt in one chunk."""
 
-Requests = Mapping[str, tuple[list[int], SamplingParams]]
 Tokens = dict[str, dict[int, list[int]]]
 """The tokens of each completion of each request."""
 
@@ -187,6 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
     add_cluster_flags(parser)
     parser.add_argument("--mesh")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--faults", choices=("alike", "alone"), help="which processes fail: all alike, or one alone"
+    )
     parser.add_argument("--soak", type=int, help="a soak of so many requests instead of 24 greedy ones")
     options = parser.parse_args(arguments)
     member = membership(options.coordinator_address, options.num_processes, options.process_id)
@@ -195,6 +199,11 @@ def main(arguments: list[str] | None = None) -> int:
     cluster.initialize_jax()
     model = random_model(TINY, options.mesh, dtype="float32")
     engine = overcommit(Engine(model, in_each_part(SOAK if options.soak else OPTIONS, model)))
+    if options.faults:
+        # All draw the same numbers.
+        rate = 0.0 if options.faults == "alone" and cluster.is_leader else 0.05
+        faults = Faults(engine, random.Random(options.seed), rate, interrupts=False)
+        faults.install(pytest.MonkeyPatch())
     if not cluster.is_leader:
         follow(engine, cluster)
         assert_empty(engine)
@@ -202,6 +211,10 @@ def main(arguments: list[str] | None = None) -> int:
     seed, soak = options.seed, options.soak
     requests = soak_requests(seed, soak) if soak else greedy_requests(seed, 24)
     leading = LeadingEngine(engine, cluster)
+    if options.faults:
+        json.dump({"out": play_through(leading, requests, random.Random(seed), faults)}, sys.stdout)
+        assert_empty(engine)
+        return 0
     out, cancelled = play(leading, requests, random.Random(seed), cancels=0.2 if soak else 0.05)
     assert_empty(engine)
     found = {"out": out, "cancelled": sorted(cancelled), "load": dataclasses.asdict(engine.load)}

@@ -26,7 +26,7 @@ from tests.engine.schedules import (
     soak_requests,
     tiny,
 )
-from tests.sharding.test_processes import Processes
+from tests.sharding.test_processes import Outcome, Processes
 
 MESHES = ("data=2,expert=2,tensor=2", "data=4,tensor=2", "expert=4,tensor=2", "expert=8")
 TELLING = ("data=2,expert=2,tensor=2", "expert=8")
@@ -124,3 +124,27 @@ def test_a_soak_over_a_mesh() -> None:
 def test_a_soak_over_two_processes() -> None:
     found = over_two_processes("--mesh", "data=2,expert=2,tensor=2", "--seed", "8", "--soak", "100")
     assert_soaked(soak_requests(8, 100), *found)
+
+
+def with_faults(which: str) -> list[Outcome]:
+    """How two processes end of which all or one fail at random points of a schedule."""
+    arguments = ("--mesh", "expert=8", "--seed", "7", "--faults", which)
+    return Processes(2, 4, "tests.engine.schedules", *arguments).outcomes(300)
+
+
+@pytest.mark.slow
+def test_failures_that_all_processes_see_alike_concern_their_own_requests() -> None:
+    """Launches fail at random points on both processes, and all other requests get their tokens."""
+    ends = with_faults("alike")
+    assert [end.code for end in ends] == [0, 0], ends
+    out = {name: {0: tokens} for name, tokens in json.loads(ends[0].out)["out"].items()}
+    requests = greedy_requests(7, 24)
+    assert 0 < len(out) < len(requests)
+    assert_as_alone(alone(), {name: requests[name] for name in out}, out, set())
+
+
+@pytest.mark.slow
+def test_a_failure_that_one_process_sees_ends_the_job() -> None:
+    ends = with_faults("alone")
+    assert [end.code for end in ends] == [2, 2], ends
+    assert "does not have the same as process 1: failure: Broken after " in ends[1].err
