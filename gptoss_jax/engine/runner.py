@@ -213,7 +213,8 @@ class Runner:
     def _prepare_decode(self, launched: Launched) -> None:
         plan = launched.plan
         adjusted = self._adjusted(launched.sampled, {})
-        sequences = padded(max(len(own.work) for own in plan.ranks), self._pace.decode_sizes)
+        sizes = tuple(size for size in self._pace.decode_sizes if self._pace.steps(size) == plan.steps)
+        sequences = padded(max(len(own.work) for own in plan.ranks), sizes)
         shape = self._sampling_shape(launched, sequences, adjusted)
         launched.shapes = [dataclasses.replace(shape, tokens=sequences, steps=plan.steps)]
         inputs = forward_inputs(plan.by_rank, plan.steps, sequences, sequences, self._cache)

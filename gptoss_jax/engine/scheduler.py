@@ -291,12 +291,14 @@ class Scheduler:
 
     def _decode_steps(self, single: Callable[[Sequence], bool]) -> int:
         """The steps of a launch that only decodes: several for few sequences, which all decode so many more; else 0."""
-        running = [s for rank in self.ranks for s in rank.running if s.generated < s.max_tokens]
-        most = max(len(rank.running) for rank in self.ranks)
+        by_rank = [[s for s in rank.running if s.generated < s.max_tokens] for rank in self.ranks]
+        running, most = [s for own in by_rank for s in own], max(map(len, by_rank))
         alike = all(s.decoding and not s.drafts and not single(s) for s in running)
         if self.waiting or most > self.limits.decodes or not alike:
             return 0
-        steps = self.limits.decode_steps if most <= self.limits.few else 1
+        if most > self.limits.few:
+            return 1
+        steps = self.limits.decode_steps
         # A first token that has not been read back yet would arrive only after all of these steps; before `min_tokens`
         # tokens that end a sequence are excluded, after them not.
         if any(
@@ -305,11 +307,11 @@ class Scheduler:
             or s.generated < s.params.min_tokens < s.generated + steps
             for s in running
         ):
-            return 1
-        for rank in self.ranks:
-            missing = (self.limits.blocks(s.computed + steps) - len(s.pages) for s in rank.running)
+            return 0
+        for rank, own in zip(self.ranks, by_rank, strict=True):
+            missing = (self.limits.blocks(s.computed + steps) - len(s.pages) for s in own)
             if sum(n for n in missing if n > 0) > rank.pages.available:
-                return 1
+                return 0
         return steps
 
     def _plan_decodes(self, plan: RankPlan, steps: int) -> None:

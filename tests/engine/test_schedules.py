@@ -61,7 +61,7 @@ def test_a_schedule_over_a_mesh(mesh: str) -> None:
 @pytest.mark.parametrize("mesh", [None, pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.long)])
 def test_a_schedule_of_the_embedded_model(mesh: str | None) -> None:
     """Runs with 12 pages, all of which one request may need."""
-    options = dataclasses.replace(OPTIONS, kv_cache_memory=1_330_000)
+    options = dataclasses.replace(OPTIONS, kv_cache_memory=1_580_000)
     model = load_model(mesh=mesh, dtype="float32")
     engine = overcommit(Engine(model, in_each_part(options, model), eos_token_ids=()))
     for seed in (3, 4):
