@@ -37,6 +37,7 @@ def test_the_prompt_may_come_from_a_file(command, tmp_path: Path) -> None:
     assert command(generate.main, "--prompt-file", tmp_path / "prompt")[1] == "17 + 25 = 42\n"
 
 
+@pytest.mark.slow
 def test_the_prompt_may_come_from_standard_input(command) -> None:
     assert command(generate.main, stdin=SUM)[1] == "17 + 25 = 42\n"
 
@@ -491,6 +492,7 @@ def test_a_bad_line_does_not_end_a_chat(command, monkeypatch: pytest.MonkeyPatch
     assert (code, out, err) == (0, "ok\n", f"error: {named}\n")
 
 
+@pytest.mark.slow
 def test_chat_keeps_history_until_reset(command) -> None:
     lines = f"{SUM}\n/effort low\nWhat is 3 + 4?\n/help\n/reset\nhello\n/exit\n"
     code, out, err = command(chat.main, "--hide-analysis", stdin=lines)

@@ -100,7 +100,11 @@ def test_a_signal_at_any_moment_ends_a_command(number: int, code: int, seconds: 
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_does_not_wait_for_running_computations(tmp_path: Path, number: int, code: int) -> None:
     """XLA's threads abort the process if they are still running at interpreter exit."""

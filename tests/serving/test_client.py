@@ -96,7 +96,7 @@ def test_prompts_may_be_arrays() -> None:
 
 def test_a_call_within_a_stream_has_its_own_tokens() -> None:
     """A `generate` and another stream inside a `stream`, and all get what they get alone."""
-    prompts, params = ["1 + 2", "What is 3 + 4?"], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    prompts, params = ["1 + 2", "What is 3 + 4?"], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
     alone = [output.outputs[0].token_ids for output in llm().generate(prompts, params)]
     outer = [llm().raw_request("0", prompts[0], params)]
     seen = []
