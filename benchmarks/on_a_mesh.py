@@ -209,7 +209,7 @@ def config_of(job: Job) -> ModelConfig:
 
 def tokens(job: Job) -> Row:
     """Counts of the embedded model's greedy answers: correct ones, and equality and common prefix with one device's."""
-    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.engine.options import EngineOptions
     from gptoss_jax.serving.client import LLM
     from gptoss_jax.types import SamplingParams
 
@@ -354,7 +354,7 @@ def prepare(job: Job, model: GptOss) -> dict[int, Prepared]:
     """An engine with compiled programs for each batch size; a failure emits a row with the error."""
     from gptoss_jax.benching import latency
     from gptoss_jax.benching.batch import Workload
-    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.engine.options import EngineOptions
     from gptoss_jax.types import SamplingParams
 
     found = {}

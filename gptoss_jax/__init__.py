@@ -21,7 +21,7 @@ if sys.argv[:1] == ["-m"] and any(argument.startswith(f"{__name__}.") for argume
 
 if TYPE_CHECKING:
     from gptoss_jax.checkpoints.loading import load_model, random_model
-    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.engine.options import EngineOptions
     from gptoss_jax.errors import CheckpointError, EngineError, GptOssError, UsageError
     from gptoss_jax.model.config import ModelConfig
     from gptoss_jax.serving.client import LLM, AsyncLLM
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "LLM": "serving.client",
     "AsyncLLM": "serving.client",
-    "EngineOptions": "engine.engine",
+    "EngineOptions": "engine.options",
     "SamplingParams": "types",
     "StructuredOutputsParams": "types",
     "ModelConfig": "model.config",

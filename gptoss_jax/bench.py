@@ -26,7 +26,7 @@ from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.engine.options import EngineOptions
     from gptoss_jax.model.gpt_oss import GptOss
     from gptoss_jax.types import SamplingParams
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from gptoss_jax.benching.workload import random_prompt
-from gptoss_jax.engine.engine import Engine, TokenEvent
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.types import SamplingParams
 

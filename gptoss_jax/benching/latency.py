@@ -16,8 +16,9 @@ from gptoss_jax.benching.batch import REPLAYED_STEPS, TRACED_STEPS, Workload, de
 from gptoss_jax.benching.ceilings import Ceilings
 from gptoss_jax.benching.launches import count_launches
 from gptoss_jax.benching.sampling import half_vocabulary, sampling_seconds
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.memory import kv_dtype
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.planner.work import Load, Work, work_of
 from gptoss_jax.types import SamplingParams

@@ -16,7 +16,7 @@ from gptoss_jax.errors import UsageError
 from sharding.errors import ClusterError, ShardingError
 
 if TYPE_CHECKING:
-    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.engine.options import EngineOptions
     from gptoss_jax.types import SamplingParams, StructuredOutputsParams
 
 
@@ -64,7 +64,7 @@ def conversation_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def engine_options(options: argparse.Namespace, **more: Any) -> EngineOptions:
     """The engine flags as EngineOptions; `more` takes precedence. Raises UsageError, naming the field."""
-    from gptoss_jax.engine.engine import EngineOptions
+    from gptoss_jax.engine.options import EngineOptions
 
     names = [field.name for field in dataclasses.fields(EngineOptions)]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}

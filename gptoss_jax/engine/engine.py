@@ -21,6 +21,8 @@ from gptoss_jax.engine.drafts import Drafter, DrafterFactory, PromptLookup
 from gptoss_jax.engine.inputs import SampledRow
 from gptoss_jax.engine.interrupts import uninterrupted
 from gptoss_jax.engine.memory import cache_budget, cache_shape, kv_dtype
+from gptoss_jax.engine.options import EngineOptions
+from gptoss_jax.engine.outputs import Load, TokenEvent
 from gptoss_jax.engine.pace import FEW, Pace
 from gptoss_jax.engine.runner import Launched, Runner
 from gptoss_jax.engine.scheduler import Limits, Scheduler, Work
@@ -35,152 +37,10 @@ from gptoss_jax.types import (
     Scope,
     TokenConstraint,
     TokenLogprobs,
-    is_int,
-    is_number,
 )
-from pallas_kernels import backend_names, backend_platforms, current_platform
 
 COMPILERS = 8
 """The most programs compiled concurrently."""
-
-HARDWARE = {"cpu": "CPUs", "cuda": "NVIDIA GPUs", "rocm": "AMD GPUs", "tpu": "TPUs"}
-"""Names of pallas_kernels' platforms for error messages."""
-
-
-_COUNTS = (
-    "max_num_seqs",
-    "max_model_len",
-    "page_size",
-    "long_prefill_token_threshold",
-    "max_num_batched_tokens",
-    "num_decode_steps",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """Options of the engine, named as in vLLM where it has them. Raises UsageError, naming the invalid field.
-
-    Args:
-      max_num_seqs: maximum number of concurrent sequences, over the whole mesh.
-      max_model_len: maximum length of a request, prompt and output, in tokens. None for the model's context length.
-      page_size: tokens per page of the KV cache.
-      kv_cache_memory: size of the KV cache on each device, in bytes.
-      gpu_memory_utilization: fraction of the memory that JAX may allocate on each device for weights and KV cache
-        together; the rest is for a step's temporaries. If neither this nor `kv_cache_memory` is set, the cache takes
-        0.85 of the memory that the weights leave free.
-      kv_cache_dtype: "bfloat16", "float32" or "float8"; None for the model's dtype.
-      long_prefill_token_threshold: maximum number of prompt tokens of one sequence in a step. None for as many as a
-        step has.
-      max_num_batched_tokens: maximum number of tokens of a step, prompts and decodes of all sequences together, over
-        the whole mesh. None for 2048 on accelerators and 512 on CPUs, or `long_prefill_token_threshold` if larger.
-      enable_prefix_caching: whether prompts reuse the cached keys and values of earlier prompts with the same prefix.
-      num_speculative_tokens: tokens drafted and verified per step and sequence; 0 disables speculative decoding.
-      num_decode_steps: decode steps per launch of up to 4 sequences on each data-parallel rank when all decode and none
-        waits (multi-step decode), so that the host keeps up with a fast device; this many tokens are then returned at a
-        time. None for 2 on accelerators and 1 on CPUs.
-      kernels: backend of the model's ops: "auto" for the platform's kernels, "reference" for plain JAX, or the name of
-        a backend, which is used for the ops that have it.
-    """
-
-    max_num_seqs: int = 8
-    max_model_len: int | None = None
-    page_size: int = 32
-    kv_cache_memory: int | None = None
-    gpu_memory_utilization: float | None = None
-    kv_cache_dtype: str | None = None
-    long_prefill_token_threshold: int | None = None
-    max_num_batched_tokens: int | None = None
-    enable_prefix_caching: bool = True
-    num_speculative_tokens: int = 0
-    num_decode_steps: int | None = None
-    kernels: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in _COUNTS:
-            value, default = getattr(self, name), getattr(EngineOptions, name)
-            expect((value is default is None) or is_int(value, 1), name, "an integer from 1, below 2**31", value)
-        self._check_memory()
-        caching, drafts = self.enable_prefix_caching, self.num_speculative_tokens
-        expect(isinstance(caching, bool), "enable_prefix_caching", "True or False", caching)
-        expect(is_int(drafts, 0, 64), "num_speculative_tokens", "an integer from 0 to 64", drafts)
-        expect(self.kernels in backend_names(), "kernels", ", ".join(backend_names()), self.kernels)
-        platforms = backend_platforms(self.kernels)
-        if platforms and (here := current_platform()) not in platforms:
-            of = " and ".join(HARDWARE[platform] for platform in sorted(platforms))
-            raise UsageError(f"{self.kernels} is for {of}, found the platform {here}", "kernels")
-
-    def _check_memory(self) -> None:
-        memory, share = self.kv_cache_memory, self.gpu_memory_utilization
-        expect(memory is None or is_int(memory, 1, 2**63), "kv_cache_memory", "bytes from 1 to 2**63", memory)
-        fine = share is None or (is_number(share, 0, 1) and share > 0)
-        expect(fine, "gpu_memory_utilization", "a number above 0, at most 1", share)
-        if memory is not None and share is not None:
-            raise UsageError("expected this or kv_cache_memory, found both", "gpu_memory_utilization")
-        if self.kv_cache_dtype is not None:
-            kv_dtype(self.kv_cache_dtype)
-
-
-@dataclasses.dataclass(slots=True)
-class TokenEvent:
-    """A new token of completion `index` of a request, or the error that ended it.
-
-    `prompt_logprobs` come with the first token, and `finish_reason` with the last. `cached_tokens` is the number of
-    prompt tokens found in the prefix cache. `drafted` and `accepted` count the sequence's drafts so far. With an
-    `error` the finish reason is "error", and there is no token.
-    """
-
-    request_id: str
-    index: int
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: FinishReason | None = None
-    cached_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    error: Exception | None = None
-
-
-@dataclasses.dataclass
-class Load:
-    """The engine's current load and its counters since the start, summed over all data-parallel ranks.
-
-    Args:
-      waiting, running: sequences that wait to be admitted, and that are being computed.
-      pages_used, pages: pages of the full-attention layers held by running sequences, and all of them.
-      sliding_pages_used, sliding_pages: those of the sliding layers.
-      hit_tokens: tokens found in the prefix cache when sequences were admitted.
-      tokens, padding: tokens computed by forward passes, and padding tokens beside them.
-      preemptions: how often a running sequence was preempted.
-      failures: how often the device failed, so that the cache was made anew.
-      steps: steps launched.
-      launches: launches, each of one or more steps.
-      idle_launches: launches that came after the device had finished the previous one, and so had waited for the host.
-      step_seconds: a moving average of the time between the ends of steps while launches follow each other.
-      drafted, accepted: tokens drafted by speculative decoding, and those of them that were accepted.
-      programs, compiled_after_warm_up: compiled programs, and those that were compiled since the last `warm_up`.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    pages_used: int = 0
-    pages: int = 0
-    sliding_pages_used: int = 0
-    sliding_pages: int = 0
-    hit_tokens: int = 0
-    tokens: int = 0
-    padding: int = 0
-    preemptions: int = 0
-    failures: int = 0
-    steps: int = 0
-    launches: int = 0
-    idle_launches: int = 0
-    step_seconds: float = 0.0
-    drafted: int = 0
-    accepted: int = 0
-    programs: int = 0
-    compiled_after_warm_up: int = 0
 
 
 class Engine:
@@ -241,19 +101,7 @@ class Engine:
             ahead=max(self.pace.num_decode_steps, 1 + drafts),
             enable_prefix_caching=options.enable_prefix_caching,
         )
-        limits = Limits(
-            self.shape,
-            model.config.sliding_window,
-            self.pace.token_sizes[-1],
-            self.pace.token_sizes,
-            self.pace.long_prefill_token_threshold,
-            self.pace.row_sizes[-1],
-            self.pace.num_decode_steps,
-            FEW,
-            max(self.pace.decode_sizes, default=0),
-            options.enable_prefix_caching,
-        )
-        self._scheduler = Scheduler(limits, ranks)
+        self._scheduler = Scheduler(self._limits(), ranks)
         self._runner = Runner(model, self.shape, self.pace, dtype, self._eos, options.kernels)
         self._make_drafter: DrafterFactory = drafter or PromptLookup
         self._constrain = constrain
@@ -271,6 +119,22 @@ class Engine:
         self._load = Load()
         self._compiled_before = 0
         self._read_at = 0.0
+
+    def _limits(self) -> Limits:
+        """What bounds the scheduler's plans."""
+        pace = self.pace
+        return Limits(
+            cache=self.shape,
+            window=self.config.sliding_window,
+            tokens=pace.token_sizes[-1],
+            sizes=pace.token_sizes,
+            chunk=pace.long_prefill_token_threshold,
+            rows=pace.row_sizes[-1],
+            decode_steps=pace.num_decode_steps,
+            few=FEW,
+            decodes=max(pace.decode_sizes, default=0),
+            caching=self.options.enable_prefix_caching,
+        )
 
     @property
     def unfinished(self) -> int:
@@ -451,19 +315,24 @@ class Engine:
         """Start the sampling of a launch that waited for its constraints."""
         if not launched.awaits_constraints:
             return
+        failure = self._failure_of_sampling(launched, self._constraints)
+        if failure is not None and self._runner.intact:
+            # A constraint has failed, most likely; without the constrained requests nothing else is concerned.
+            self._fail([s for s in self._constraints if s.rank >= 0], failure)
+            failure = self._failure_of_sampling(launched, {})
+        if failure is not None:
+            self._recover(failure)
+
+    def _failure_of_sampling(
+        self, launched: Launched, constraints: dict[Sequence, TokenConstraint]
+    ) -> Exception | None:
+        """Start the sampling; the failure that all processes have seen, if there is one."""
         try:
-            try:
-                self._runner.sample(launched, self._constraints)
-            except Exception as error:
-                if not self._runner.intact:
-                    raise
-                self._agree(error)
-                # A constraint has failed, most likely; without the constrained requests nothing else is concerned.
-                self._fail([s for s in self._constraints if s.rank >= 0], error)
-                self._runner.sample(launched, {})
+            self._runner.sample(launched, constraints)
         except Exception as error:
             self._agree(error)
-            self._recover(error)
+            return error
+        return None
 
     def _must_wait(self) -> bool:
         """Whether the next step depends on how many tokens the last one has accepted."""
@@ -505,14 +374,12 @@ class Engine:
 
     def _agree(self, error: Exception) -> None:
         """Raise a failure that other processes do not see alike: this process cannot go on alone."""
-        agree, self.agree = self.agree, None
         if not self._several:
             return
-        if agree is None:
+        if self.agree is None:
             raise error
         state = "intact" if self._runner.intact else "lost"
-        agree(f"{type(error).__name__} after {self._load.launches} launches, state {state}")
-        self.agree = agree
+        self.agree(f"{type(error).__name__} after {self._load.launches} launches, state {state}")
 
     def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """End the requests of these sequences."""

@@ -55,7 +55,7 @@ def follow(engine: Engine, cluster: Cluster) -> None:
         arguments = {key: _decoded(value) for key, value in message["arguments"].items()}
         if "progress" in arguments:
             arguments["progress"] = False
-        # What process 0 is told about bad input need not be reported again.
+        # Process 0 reports bad input for all.
         with contextlib.suppress(GptOssError):
             getattr(engine, message["call"])(*map(_decoded, message["args"]), **arguments)
 

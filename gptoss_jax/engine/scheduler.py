@@ -21,10 +21,10 @@ TYPICAL_OUTPUT = 1024
 
 
 FULL, LEAST = 0.9, 64
-"""A step is shortened to the largest size of at least 64 of which this share is used, on average over the ranks.
+"""A step is shortened to the largest size, of 64 tokens or more, that is 90 % full on average over the ranks.
 
 On a mixed workload of 512 requests, 256 at a time, 7 % of the computed tokens are then padding on one rank, and 10 % on
-two; other shares made more. Fewer tokens than 64 take the time of 64, which is that of reading the weights.
+two; other shares made more. A step of fewer than 64 tokens takes as long as one of 64, which reads the same weights.
 """
 
 DEFERRED, DEFERRALS = 8, 32

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptoss_jax.engine import memory
-from gptoss_jax.engine.engine import EngineOptions
 from gptoss_jax.engine.inputs import idle_inputs, needed_shape
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.engine.pace import Pace, padded
 from gptoss_jax.engine.step import (
     DeviceState,

@@ -19,7 +19,9 @@ import numpy as np
 
 from gptoss_jax.checkpoints.hub import resolve
 from gptoss_jax.checkpoints.loading import EMBEDDED, load_model
-from gptoss_jax.engine.engine import Engine, EngineOptions, Load, TokenEvent
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
+from gptoss_jax.engine.outputs import Load, TokenEvent
 from gptoss_jax.errors import CheckpointError, EngineError, GptOssError, UsageError, expect, named
 from gptoss_jax.runtime.compile_cache import enable_compile_cache
 from gptoss_jax.serving.worker import Inbox, Worker

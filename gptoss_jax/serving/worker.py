@@ -19,7 +19,8 @@ from functools import partial
 from typing import Any
 
 from gptoss_jax.engine.compiling import as_in_this_thread
-from gptoss_jax.engine.engine import Engine, Load, TokenEvent
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.outputs import Load, TokenEvent
 from gptoss_jax.errors import EngineError
 from gptoss_jax.types import SamplingParams, Scope
 

@@ -15,7 +15,7 @@ from gptoss_jax.benching.sampling import SAMPLING_MODES
 from gptoss_jax.benching.workload import Arrival
 from gptoss_jax.checkpoints.loading import EMBEDDED
 from gptoss_jax.commands.traces import read_trace
-from gptoss_jax.engine.engine import TokenEvent
+from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.engine.pace import Pace
 from sharding.compiled.program import count_kernels
 

@@ -8,7 +8,7 @@ import pytest
 
 from gptoss_jax import LLM, chat, generate
 from gptoss_jax.checkpoints.loading import EMBEDDED
-from gptoss_jax.engine.engine import TokenEvent
+from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.text.tokenizer import Tokenizer
 from tests.text.harmony.test_parse import tokens_of
 

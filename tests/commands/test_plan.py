@@ -17,7 +17,8 @@ import pytest
 
 from gptoss_jax import plan
 from gptoss_jax.checkpoints.loading import random_model
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.errors import GptOssError
 from gptoss_jax.model.config import ModelConfig

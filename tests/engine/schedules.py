@@ -15,8 +15,9 @@ import pytest
 from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.commands.flags import add_cluster_flags
 from gptoss_jax.commands.running import run_command
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.leading import LeadingEngine, follow
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.engine.scheduler import Rank
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss

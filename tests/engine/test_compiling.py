@@ -13,7 +13,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from gptoss_jax.checkpoints.loading import random_model
 from gptoss_jax.engine import compiling, runner
 from gptoss_jax.engine.compiling import collected_once, compiler_options, graphs_collectives
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.engine.pace import Pace
 from gptoss_jax.engine.runner import program_options
 from gptoss_jax.engine.step import StepShape

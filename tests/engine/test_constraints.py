@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.checkpoints.loading import random_model
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.engine.runner import Launched
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.types import SamplingParams, Scope, StructuredOutputsParams

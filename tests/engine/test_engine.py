@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.checkpoints.loading import random_model
-from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
+from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.memory import cache_budget
+from gptoss_jax.engine.options import EngineOptions
+from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss

@@ -127,7 +127,7 @@ def test_a_soak_over_two_processes() -> None:
 
 
 def with_faults(which: str) -> list[Outcome]:
-    """How two processes end of which all or one fail at random points of a schedule."""
+    """The outcomes of two processes; both of them, or only the second, fail at random points of a schedule."""
     arguments = ("--mesh", "expert=8", "--seed", "7", "--faults", which)
     return Processes(2, 4, "tests.engine.schedules", *arguments).outcomes(300)
 

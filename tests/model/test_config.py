@@ -17,7 +17,8 @@ from gptoss_jax import LLM, SamplingParams
 from gptoss_jax.checkpoints.conversion import Layout, convert
 from gptoss_jax.checkpoints.loading import EMBEDDED, load_model
 from gptoss_jax.checkpoints.reader import open_checkpoint
-from gptoss_jax.engine.engine import EngineOptions, TokenEvent
+from gptoss_jax.engine.options import EngineOptions
+from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.model.config import ModelConfig, RopeConfig
 from gptoss_jax.serving.client import Request, _RunningRequest

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from gptoss_jax.checkpoints.loading import load_model
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss, rope_frequencies
 from gptoss_jax.model.kv_cache import CacheShape, KVCache, WholeSequence

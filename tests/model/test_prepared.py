@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gptoss_jax.checkpoints.loading import random_model
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.engine.step import Structure
 from gptoss_jax.model.gpt_oss import weight_specs
 from gptoss_jax.model.mxfp4 import MXFP4Tensor

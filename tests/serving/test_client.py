@@ -12,7 +12,7 @@ import pytest
 
 from gptoss_jax import LLM, AsyncLLM, EngineError, SamplingParams
 from gptoss_jax.checkpoints.loading import EMBEDDED
-from gptoss_jax.engine.engine import EngineOptions
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.errors import UsageError
 from gptoss_jax.serving.worker import Inbox
 
@@ -145,7 +145,7 @@ def test_an_interrupt_ends_the_call_and_not_the_engine(monkeypatch: pytest.Monke
 
 
 def test_asyncio() -> None:
-    """Several tasks, one of which leaves its stream and one of which is cancelled."""
+    """Several tasks share a model; one leaves its stream early, and another is cancelled."""
     params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
     alone = [output.outputs[0].token_ids for output in llm().generate(["1 + 2", "3 + 4"], params)]
     answer = llm().chat(QUESTION, FEW)[0].outputs[0].token_ids

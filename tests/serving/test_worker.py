@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gptoss_jax.engine.engine import Engine, TokenEvent
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.errors import EngineError, UsageError
 from gptoss_jax.serving import worker as workers
 from gptoss_jax.serving.worker import Inbox, Worker

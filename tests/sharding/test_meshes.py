@@ -18,7 +18,9 @@ from jax.typing import DTypeLike
 
 import sharding.experts
 from gptoss_jax.checkpoints.loading import EMBEDDED, load_model
-from gptoss_jax.engine.engine import Engine, EngineOptions, TokenEvent
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
+from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.model.placement import partition_for, place

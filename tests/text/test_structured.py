@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from gptoss_jax import LLM, SamplingParams, StructuredOutputsParams
 from gptoss_jax.checkpoints.loading import EMBEDDED, random_model
-from gptoss_jax.engine.engine import Engine, EngineOptions, Load
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
+from gptoss_jax.engine.outputs import Load
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.gpt_oss import GptOss

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptoss_jax.checkpoints.loading import load_model
-from gptoss_jax.engine.engine import Engine, EngineOptions
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.text.harmony.messages import Message
 from gptoss_jax.text.tokenizer import Tokenizer
