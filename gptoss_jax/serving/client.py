@@ -230,10 +230,10 @@ class _Model:
 class _Running:
     """Requests that run together, and what has become of them; their events arrive in one inbox."""
 
-    def __init__(self, model: _Model, requests: Iterable[Request], inbox: Inbox) -> None:
-        self._model, self._inbox = model, inbox
+    def __init__(self, model: _Model, requests: list[Request], inbox: Inbox) -> None:
+        self._model = model
         self._states: dict[str, _RunningRequest] = {}
-        requests, seen = list(requests), set[str]()
+        seen = set[str]()
         for request in requests:
             if request.request_id in seen:
                 raise UsageError(f"{request.request_id!r} is used twice", "request_id")
@@ -337,9 +337,10 @@ class LLM(_Model):
         Closing the iterator cancels the requests that are still running; a reader that is slow slows them. Raises
         UsageError for a request that can never run, before any request starts.
         """
-        return self._stream(list(requests), Inbox())
+        return self._stream(list(requests), each=True)
 
-    def _stream(self, requests: list[Request], inbox: Inbox) -> Iterator[Progress]:
+    def _stream(self, requests: list[Request], each: bool) -> Iterator[Progress]:
+        inbox = Inbox(each=each)
         running = _Running(self, requests, inbox)
         try:
             while running:
@@ -356,9 +357,7 @@ class LLM(_Model):
 
         outputs: dict[str, RequestOutput] = {}
         with tqdm(total=len(requests), unit="request", file=sys.stderr, disable=not use_tqdm) as bar:
-            # Stop strings are found by the reader.
-            inbox = Inbox(each=any(request.params.stop for request in requests))
-            for progress in self._stream(requests, inbox):
+            for progress in self._stream(requests, _found_by_reader(requests)):
                 outputs[progress.output.request_id] = progress.output
                 bar.update(progress.output.finished)
         return [outputs[request.request_id] for request in requests]
@@ -394,7 +393,7 @@ class AsyncLLM(_Model):
         Python closes an iterator that is left by `break` when it is collected, at the latest by the event loop; use
         `contextlib.aclosing` to close it at once.
         """
-        return self._stream(list(requests), True)
+        return self._stream(list(requests), each=True)
 
     async def _stream(self, requests: list[Request], each: bool) -> AsyncGenerator[Progress]:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
@@ -417,11 +416,15 @@ class AsyncLLM(_Model):
 
     async def _run(self, requests: list[Request]) -> list[RequestOutput]:
         outputs = {}
-        each = any(request.params.stop for request in requests)
-        async with contextlib.aclosing(self._stream(requests, each)) as stream:
+        async with contextlib.aclosing(self._stream(requests, _found_by_reader(requests))) as stream:
             async for progress in stream:
                 outputs[progress.output.request_id] = progress.output
         return [outputs[request.request_id] for request in requests]
+
+
+def _found_by_reader(requests: list[Request]) -> bool:
+    """Whether the reader may find the end of a request, by a stop string, and so has to read each event as it comes."""
+    return any(request.params.stop for request in requests)
 
 
 def _failure(request: Request, error: Exception) -> GptOssError:

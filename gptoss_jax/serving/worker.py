@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import heapq
 import itertools
 import os
 import queue
@@ -85,7 +86,6 @@ class _Request:
     inbox: Inbox
     left: int
     tokens: int
-    deadline: float | None
     started: bool = False
 
 
@@ -105,6 +105,8 @@ class Worker:
         self._max_requests, self._max_tokens = max_queued_requests, max_queued_tokens
         self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._requests: dict[str, _Request] = {}
+        # A heap, whose entries stay until they are due or first, whatever becomes of their requests.
+        self._deadlines: list[tuple[float, str]] = []
         self._names = map(str, itertools.count())
         self._lock = threading.Lock()
         self._queued = self._queued_tokens = 0
@@ -137,14 +139,14 @@ class Worker:
         self._check_process()
         prompt = list(prompt_token_ids)
         deadline = None if timeout is None else time.monotonic() + timeout
-        request = _Request(inbox, params.n, len(prompt), deadline)
+        request = _Request(inbox, params.n, len(prompt))
         with self._lock:
             self._check_room(len(prompt))
             name = next(self._names)
             self._queued += 1
             self._queued_tokens += request.tokens
             self._idle.clear()
-            self._commands.put(lambda: self._add(name, request, prompt, params, scope, priority))
+            self._commands.put(lambda: self._add(name, request, deadline, prompt, params, scope, priority))
         return name
 
     def abort(self, name: str, index: int | None = None) -> None:
@@ -242,8 +244,9 @@ class Worker:
             command()
 
     def _patience(self) -> float | None:
-        deadlines = [request.deadline for request in self._requests.values() if request.deadline is not None]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        while self._deadlines and self._deadlines[0][1] not in self._requests:
+            heapq.heappop(self._deadlines)
+        return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
 
     def _keep_from_collector(self) -> None:
         """Exclude what is there from garbage collection, which takes 0.2 s each time: mostly traces and programs."""
@@ -252,10 +255,19 @@ class Worker:
             gc.freeze()
 
     def _add(
-        self, name: str, request: _Request, prompt: list[int], params: SamplingParams, scope: Scope, priority: int
+        self,
+        name: str,
+        request: _Request,
+        deadline: float | None,
+        prompt: list[int],
+        params: SamplingParams,
+        scope: Scope,
+        priority: int,
     ) -> None:
         self._requests[name] = request
         request.inbox._names.add(name)
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, name))
         try:
             if self._ended:
                 raise self._ended
@@ -301,9 +313,9 @@ class Worker:
             self._forget(name)
 
     def _expire(self) -> None:
-        now = time.monotonic()
-        for name, request in list(self._requests.items()):
-            if request.deadline is not None and request.deadline <= now:
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            _, name = heapq.heappop(self._deadlines)
+            if name in self._requests:
                 self._engine.cancel(name)
                 self._fail(name, EngineError("the request's time limit was reached"))
 

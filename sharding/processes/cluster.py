@@ -101,6 +101,12 @@ class Cluster:
         self._start_thread(exit_late, 4 * END_SECONDS, code)
 
 
+def unshared(process: int, other: int, facts: Mapping[str, Any]) -> ClusterError:
+    """The error if only the second of two processes has facts to compare."""
+    described = ", ".join(f"{name}: {value}" for name, value in facts.items())
+    return ClusterError(f"process {process} does not have the same as process {other}: {described}")
+
+
 def ping(link: Link) -> None:
     """Send heartbeats until the connection is lost."""
     with contextlib.suppress(Gone):

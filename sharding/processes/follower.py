@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sharding.errors import ClusterError
-from sharding.processes.cluster import END_SECONDS, START_SECONDS, Cluster, ping
+from sharding.processes.cluster import END_SECONDS, START_SECONDS, Cluster, ping, unshared
 from sharding.processes.handshake import Caller, Kind, call
 from sharding.processes.links import Gone, Link, connect, forward, listen
 from sharding.processes.membership import Membership
@@ -84,8 +84,7 @@ class Follower(Cluster):
         if message is None:
             self.end(self.exit_code)
         elif message["kind"] != "verdict":
-            described = ", ".join(f"{name}: {value}" for name, value in facts.items())
-            raise ClusterError(f"process 0 does not have the same as process {self.process_id}: {described}")
+            raise unshared(0, self.process_id, facts)
         elif message["differences"]:
             raise ClusterError(message["differences"])
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from sharding.errors import ClusterError
-from sharding.processes.cluster import END_SECONDS, START_SECONDS, Cluster, ping
+from sharding.processes.cluster import END_SECONDS, START_SECONDS, Cluster, ping, unshared
 from sharding.processes.handshake import Caller, Kind
 from sharding.processes.links import NOTE_SECONDS, SILENCE_SECONDS, Gone, Link, connect, forward, listen
 from sharding.processes.membership import Membership
@@ -152,8 +152,7 @@ class Leader(Cluster):
             try:
                 message = inbox.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                described = ", ".join(f"{name}: {value}" for name, value in facts.items())
-                raise ClusterError(f"process {process} does not have the same as process 0: {described}") from None
+                raise unshared(process, 0, facts) from None
             if message is None:
                 time.sleep(START_SECONDS)  # The thread that watches the link ends this process.
             by_process[process] = message["facts"]
