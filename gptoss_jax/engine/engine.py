@@ -355,6 +355,7 @@ class Engine:
         except Exception as error:
             self._agree(error)
             if self._runner.intact:
+                self._runner.wait()
                 self._fail(planned, error)
             else:
                 self._recover(error, planned)
@@ -390,6 +391,7 @@ class Engine:
 
     def _recover(self, error: Exception, planned: Iterable[Sequence] = ()) -> None:
         """End the requests of launches that the device has lost, and compute all others again from their tokens."""
+        self._runner.wait()
         lost = [work.sequence for launched in self._flying for work in launched.plan.work]
         self._flying.clear()
         self._fail([s for s in (*lost, *planned) if s in self._sequences.get(s.request_id, ())], error)

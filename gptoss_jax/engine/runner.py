@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import weakref
@@ -374,6 +375,16 @@ class Runner:
     def intact(self) -> bool:
         """Whether the device's state is there, so that no program has taken it over without returning the next one."""
         return not any(array.is_deleted() for array in jax.tree.leaves((self._state, self._generated)))
+
+    def wait(self) -> None:
+        """Wait for all that has been started, whether it succeeds or fails.
+
+        A process that exits while a launch is in flight may abort.
+        """
+        last = self._last and (self._last.hidden, self._last.outputs)
+        for array in jax.tree.leaves((self._state, self._generated, last)):
+            with contextlib.suppress(Exception):
+                array.block_until_ready()
 
     @property
     def programs(self) -> int:

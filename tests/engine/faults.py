@@ -51,6 +51,7 @@ class Faults:
         def run(launched: Any) -> None:
             start(launched)
             if self.rng.random() < self.rate:
+                self.engine._runner.wait()
                 for array in jax.tree.leaves(self.engine._runner._state):
                     array.delete()
                 self.fail((launched,), "lost")

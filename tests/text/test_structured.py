@@ -23,6 +23,7 @@ from gptoss_jax.text.harmony import function_tools, parse, to_openai
 from gptoss_jax.text.structured import GrammarCompiler, check
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import TokenConstraint
+from tests.engine.schedules import overcommit
 
 SCHEMA = {
     "type": "object",
@@ -90,7 +91,7 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
         "long_prefill_token_threshold": 64,
         "max_num_batched_tokens": 64,
     } | options
-    engine = Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=compiler())
+    engine = overcommit(Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=compiler()))
     tokens = [[[] for _ in range(params.n)] for params in requests]
     for name, params in enumerate(requests):
         engine.add(str(name), range(1, 42 + name), params, "final" if name % 2 else "text")

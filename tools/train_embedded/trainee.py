@@ -39,24 +39,24 @@ class PackedRows(NamedTuple):
         window: int | None,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, PackedRows]:
-        """Attention as in `pallas_kernels.attention`, masked between conversations."""
+        """Attention as in `pallas_kernels.attention`, masked between conversations; positions only rotate."""
         q_BTHD, k_BTKD = (rotate(x, positions_BT, *rotation).astype(dtype) for x in (q_BTHD, k_BTKD))
-        rows = (q_BTHD, k_BTKD, v_BTKD.astype(dtype), positions_BT, self.segments_BT)
+        places_BT = jnp.broadcast_to(jnp.arange(q_BTHD.shape[1]), positions_BT.shape)
+        rows = (q_BTHD, k_BTKD, v_BTKD.astype(dtype), places_BT, self.segments_BT)
         if window is not None and q_BTHD.shape[1] > 2 * window:
             out = _attend(*_query_blocks(rows, window), sinks_H=sinks_H, window=window)
             return out.reshape(q_BTHD.shape[0], -1, *q_BTHD.shape[2:])[:, : q_BTHD.shape[1]], self
-        q, k, v, positions, segments = rows
-        return _attend(q, k, v, positions, positions, segments, segments, sinks_H=sinks_H, window=window), self
+        q, k, v, places, segments = rows
+        return _attend(q, k, v, places, places, segments, segments, sinks_H=sinks_H, window=window), self
 
 
 def _query_blocks(rows: tuple[jax.Array, ...], window: int) -> tuple[jax.Array, ...]:
     """Queries in blocks of a window, each with the keys of its block and the previous one, which cover the window.
 
-    Requires rows filled from the left and positions that grow at least as fast as the index. Blocks are folded into the
-    batch dimension.
+    Requires rows filled from the left. Blocks are folded into the batch dimension.
     """
     padding = -rows[0].shape[1] % window
-    q, k, v, positions, segments = (
+    q, k, v, places, segments = (
         jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)).reshape(x.shape[0], -1, window, *x.shape[2:])
         for x in rows
     )
@@ -65,7 +65,7 @@ def _query_blocks(rows: tuple[jax.Array, ...], window: int) -> tuple[jax.Array, 
         before = jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
         return jnp.concatenate([before, x], axis=2)
 
-    blocks = (q, with_previous(k), with_previous(v), positions, with_previous(positions), segments,
+    blocks = (q, with_previous(k), with_previous(v), places, with_previous(places), segments,
               with_previous(segments))  # fmt: skip
     return tuple(x.reshape(-1, *x.shape[2:]) for x in blocks)
 
@@ -74,8 +74,8 @@ def _attend(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
     v_BSKD: jax.Array,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
+    q_places_BT: jax.Array,
+    k_places_BS: jax.Array,
     q_segments_BT: jax.Array,
     k_segments_BS: jax.Array,
     *,
@@ -86,7 +86,7 @@ def _attend(
     kv_heads = k_BSKD.shape[2]
     q_BTKGD = (q_BTHD * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores_BKGTS = jnp.einsum("btkgd,bskd->bkgts", q_BTKGD, k_BSKD, preferred_element_type=jnp.float32)
-    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
+    distance_BTS = q_places_BT[:, :, None] - k_places_BS[:, None, :]
     seen_BTS = (q_segments_BT[:, :, None] == k_segments_BS[:, None, :]) & (distance_BTS >= 0)
     if window is not None:
         seen_BTS &= distance_BTS < window
