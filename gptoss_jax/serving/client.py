@@ -260,20 +260,24 @@ class _Running:
         """Whether any is unfinished."""
         return bool(self._states)
 
-    def advance(self, events: Iterable[TokenEvent]) -> Iterator[Progress]:
-        """The progress that each event makes. Raises the error of a request that failed."""
-        for event in events:
-            if (state := self._states.get(event.request_id)) is None:
+    def advance(self, events: list[TokenEvent], each: bool) -> Iterator[Progress]:
+        """The progress that each event makes, or all events of a completion together.
+
+        Raises the error of a request that failed.
+        """
+        for own in _one_by_one(events) if each else _by_completion(events):
+            name, index = own[0].request_id, own[0].index
+            if (state := self._states.get(name)) is None:
                 continue
-            if event.error is not None:
-                del self._states[event.request_id]
-                raise _failure(state.request, event.error)
-            progress = state.push(event)
-            if progress.completion.finish_reason and not event.finish_reason:
+            if (error := own[-1].error) is not None:
+                del self._states[name]
+                raise _failure(state.request, error)
+            progress = state.push(own)
+            if progress.completion.finish_reason and not own[-1].finish_reason:
                 # The text reached a stop string, which the engine cannot detect.
-                self._model.worker.abort(event.request_id, event.index)
+                self._model.worker.abort(name, index)
             if progress.output.finished:
-                del self._states[event.request_id]
+                del self._states[name]
             yield progress
 
     def abort(self, wait: bool = False) -> None:
@@ -284,6 +288,18 @@ class _Running:
             with contextlib.suppress(EngineError):
                 self._model.worker.call(lambda _: None)
         self._states.clear()
+
+
+def _one_by_one(events: Iterable[TokenEvent]) -> Iterator[list[TokenEvent]]:
+    return ([event] for event in events)
+
+
+def _by_completion(events: Iterable[TokenEvent]) -> Iterable[list[TokenEvent]]:
+    """The events of each completion, in their order; a request's error ends one of its completions."""
+    found: dict[tuple[str, int], list[TokenEvent]] = {}
+    for event in events:
+        found.setdefault((event.request_id, event.index), []).append(event)
+    return found.values()
 
 
 class LLM(_Model):
@@ -344,7 +360,7 @@ class LLM(_Model):
         running = _Running(self, requests, inbox)
         try:
             while running:
-                yield from running.advance(inbox.get())
+                yield from running.advance(inbox.get(), each)
         except (Exception, GeneratorExit):
             running.abort(wait=True)
             raise
@@ -409,7 +425,7 @@ class AsyncLLM(_Model):
             while running:
                 await ready.wait()
                 ready.clear()
-                for progress in running.advance(inbox.get(0)):
+                for progress in running.advance(inbox.get(0), each):
                     yield progress
         finally:
             running.abort()
@@ -455,26 +471,30 @@ class _RunningRequest:
             request.request_id, request.prompt, request.prompt_token_ids, completions, False
         )
 
-    def push(self, event: TokenEvent) -> Progress:
-        completion, transcript = self._output.outputs[event.index], self._transcripts[event.index]
+    def push(self, events: list[TokenEvent]) -> Progress:
+        """The progress that further events of one completion make; several at once if there are no stop strings."""
+        last = events[-1]
+        completion, transcript = self._output.outputs[last.index], self._transcripts[last.index]
         if completion.finish_reason:
             return Progress([], completion, self._output)
-        completion.token_ids.append(event.token_id)
-        if completion.logprobs is not None and event.logprobs is not None:
-            completion.logprobs.append(event.logprobs)
-        if event.prompt_logprobs is not None:
-            self._output.prompt_logprobs = event.prompt_logprobs
-        self._output.cached_tokens = max(self._output.cached_tokens, event.cached_tokens)
-        self._drafts[event.index] = event.drafted, event.accepted
-        self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._drafts, strict=True))
+        for event in events:
+            completion.token_ids.append(event.token_id)
+            if completion.logprobs is not None and event.logprobs is not None:
+                completion.logprobs.append(event.logprobs)
+            if event.prompt_logprobs is not None:
+                self._output.prompt_logprobs = event.prompt_logprobs
+        self._output.cached_tokens = max(self._output.cached_tokens, last.cached_tokens)
+        if last.drafted:
+            self._drafts[last.index] = last.drafted, last.accepted
+            self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._drafts, strict=True))
         may_stop = len(completion.token_ids) >= self._params.min_tokens
-        unseen = event.finish_reason == "stop" and event.token_id not in self._marks
-        deltas = [] if unseen else transcript.push(event.token_id, may_stop)
-        finish = "stop" if transcript.stopped else event.finish_reason
+        unseen = last.finish_reason == "stop" and last.token_id not in self._marks
+        deltas = transcript.push([event.token_id for event in (events[:-1] if unseen else events)], may_stop)
+        finish = "stop" if transcript.turn.stopped else last.finish_reason
         if finish:
             deltas += transcript.finish()
             completion.text = transcript.text
-            completion.message, completion.malformed = transcript.message, list(transcript.malformed)
+            completion.message, completion.malformed = transcript.message, list(transcript.turn.malformed)
             called = finish == "stop" and completion.message and completion.message.get("tool_calls")
             completion.finish_reason = "tool_calls" if called else finish
             self._output.finished = all(c.finish_reason for c in self._output.outputs)

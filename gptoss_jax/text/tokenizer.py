@@ -152,9 +152,14 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token: int) -> str:
-        """The text completed by this token; "" in the middle of a character."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+    def push(self, tokens: Iterable[int]) -> str:
+        """The text completed by these tokens; "" in the middle of a character."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(tokens))
+
+    @property
+    def pending(self) -> bool:
+        """Whether the last character is incomplete."""
+        return bool(self._decoder.getstate()[0])
 
     def finish(self) -> str:
         """U+FFFD for an incomplete character at the end, else "". Resets the decoder."""

@@ -1,4 +1,4 @@
-"""Converts generated tokens to text incrementally: whole characters, and stop strings across token boundaries."""
+"""Converts generated tokens to the text, and the message, of a completion."""
 
 from __future__ import annotations
 
@@ -6,58 +6,9 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from gptoss_jax.text.harmony import (
-    SEPARATOR,
-    Delta,
-    Event,
-    Kind,
-    MessageStart,
-    ParsedMessage,
-    StreamParser,
-    join_texts,
-    meaning,
-    to_openai,
-)
-from gptoss_jax.text.harmony.header import Header
-from gptoss_jax.text.tokenizer import StreamDecoder, Tokenizer
-
-
-class StopMatcher:
-    """Passes text through until a stop string occurs; withholds text that may be the beginning of one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
-        self.looking = True
-
-    def push(self, text: str) -> str:
-        """Consumes text and returns the part that no stop string can begin in.
-
-        The first match sets `stopped`; the stop string and the text after it are dropped. While `looking` is False,
-        text is returned unchanged.
-        """
-        if self.stopped or not self._stop or not self.looking:
-            return "" if self.stopped else text
-        self._held += text
-        found = min((at for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
-        if found is not None:
-            self.stopped = True
-            out, self._held = self._held[:found], ""
-            return out
-        keep = max(_overlap(self._held, s) for s in self._stop)
-        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return out
-
-    def finish(self) -> str:
-        """The withheld text, at the end of the input."""
-        out, self._held = self._held, ""
-        return out
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+from gptoss_jax.text.harmony import SEPARATOR, Kind, join_texts, to_openai
+from gptoss_jax.text.items import ChatItems, Item, ItemEvent, ItemText, RawItems
+from gptoss_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,39 +29,27 @@ class RawTranscript:
     """A completion as plain text, without special tokens."""
 
     message: dict[str, Any] | None = None
-    malformed: Sequence[str] = ()
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
-        self._special = set(tokenizer.special_tokens.values()) if tokenizer else set()
-        self._matcher = StopMatcher(stop)
-        self._text: list[str] = []
+        self._has_text = tokenizer is not None
+        self.turn = RawItems(tokenizer, stop)
 
-    def push(self, token: int, may_stop: bool = True) -> list[TextDelta]:
-        """The text that a token adds; stop strings are matched only if `may_stop`."""
-        self._matcher.looking = may_stop
-        if self._decoder is None or token in self._special:
-            return []
-        return self._add(self._matcher.push(self._decoder.push(token)))
+    def push(self, tokens: Sequence[int], may_stop: bool = True) -> list[TextDelta]:
+        """The text that further tokens add; stop strings are matched only if `may_stop`."""
+        return _deltas(self.turn.push(tokens, (), may_stop))
 
     def finish(self) -> list[TextDelta]:
         """The withheld text, at the end of the completion."""
-        rest = self._matcher.push(self._decoder.finish()) if self._decoder else ""
-        return self._add(rest + self._matcher.finish())
-
-    def _add(self, text: str) -> list[TextDelta]:
-        self._text.append(text)
-        return [TextDelta(text)] if text else []
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has occurred."""
-        return self._matcher.stopped
+        return _deltas(self.turn.finish())
 
     @property
     def text(self) -> str | None:
         """All text so far; None without a tokenizer."""
-        return None if self._decoder is None else "".join(self._text)
+        return "".join(item.text for item in self.turn.items) if self._has_text else None
+
+
+def _deltas(events: Sequence[ItemEvent]) -> list[TextDelta]:
+    return [TextDelta(event.text) for event in events if isinstance(event, ItemText)]
 
 
 _FIELDS: dict[Kind, str] = {"answer": "content", "preamble": "content", "reasoning": "thinking"}
@@ -124,74 +63,53 @@ class ChatTranscript:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], tools: Collection[str] | None = None) -> None:
-        self._parser = StreamParser(tokenizer, tools=tools)
-        self._matcher = StopMatcher(stop)
+        self.turn = ChatItems(tokenizer, stop, tools)
         self._tools = tools
-        self._messages: list[tuple[Kind, list[str]]] = []
+        self._written = set[str]()
+        self._item: Item | None = None
 
-    def push(self, token: int, may_stop: bool = True) -> list[TextDelta]:
-        """The text that a token adds; stop strings are matched only if `may_stop`."""
-        self._matcher.looking = may_stop
-        return self._apply(self._parser.push(token))
+    def push(self, tokens: Sequence[int], may_stop: bool = True) -> list[TextDelta]:
+        """The text that further tokens add; stop strings are matched only if `may_stop`."""
+        return self._apply(self.turn.push(tokens, (), may_stop))
 
     def finish(self) -> list[TextDelta]:
         """The withheld text, at the end of the completion."""
-        return self._apply(self._parser.finish())
+        return self._apply(self.turn.finish())
 
-    def _apply(self, events: Sequence[Event]) -> list[TextDelta]:
+    def _apply(self, events: Sequence[ItemEvent]) -> list[TextDelta]:
         deltas = []
         for event in events:
-            if isinstance(event, MessageStart):
-                self._messages.append((meaning(event.header, self._tools).kind, []))
-            elif isinstance(event, Delta):
-                is_answer = self._messages[-1][0] == "answer"
-                text = self._matcher.push(event.text) if is_answer else event.text
-                deltas += self._add(text, event.header)
-            else:
-                # Withheld text belongs to the message that ends.
-                deltas += self._add(self._matcher.finish(), event.message)
-                kind = meaning(event.message, self._tools).kind
-                self._messages[-1] = kind, self._messages[-1][1]
+            if isinstance(event, ItemText) and event.text:
+                item = event.item
+                deltas.append(
+                    TextDelta(self._separator(item) + event.text, item.channel, item.recipient, item.kind)
+                )
         return deltas
 
-    def _add(self, text: str, source: Header | ParsedMessage) -> list[TextDelta]:
-        if not text:
-            return []
-        kind, texts = self._messages[-1]
-        before = "" if texts or not self._has_earlier(kind) else SEPARATOR
-        texts.append(text)
-        return [TextDelta(before + text, source.channel, source.recipient, kind)]
-
-    def _has_earlier(self, kind: Kind) -> bool:
-        """Whether an earlier message has text for the same field as one of this kind."""
-        same = _FIELDS.get(kind)
-        return same is not None and any(
-            texts and _FIELDS.get(earlier) == same for earlier, texts in self._messages[:-1]
-        )
+    def _separator(self, item: Item) -> str:
+        """What separates an item's first text from that of an earlier one of the same field."""
+        if item is self._item:
+            return ""
+        self._item = item
+        if (own := _FIELDS.get(item.kind)) is None:
+            return ""
+        follows = own in self._written
+        self._written.add(own)
+        return SEPARATOR if follows else ""
 
     def _joined(self, *kinds: Kind) -> str:
-        return join_texts("".join(texts) for kind, texts in self._messages if kind in kinds)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has occurred."""
-        return self._matcher.stopped
+        return join_texts(item.text for item in self.turn.items if item.kind in kinds)
 
     @property
     def text(self) -> str:
         """The text of the answers so far."""
-        calls = any(kind == "call" for kind, _ in self._messages)
+        calls = any(item.kind == "call" for item in self.turn.items)
         return self._joined("answer") or ("" if calls else self._joined("preamble"))
 
     @property
     def message(self) -> dict[str, Any]:
         """The completion as an OpenAI-style assistant message."""
-        message = to_openai(self._parser.result.messages, tools=self._tools)
-        if self.stopped:
+        message = to_openai(self.turn.parser.result.messages, tools=self._tools)
+        if self.turn.stopped:
             message["content"] = self._joined("answer", "preamble")
         return message
-
-    @property
-    def malformed(self) -> Sequence[str]:
-        """Violations of the harmony format, one line each."""
-        return self._parser.result.malformed

@@ -180,7 +180,7 @@ def test_stream_decoder(text: str, cut: int, from_json: Tokenizer) -> None:
     tokens = [from_json._ranks[bytes([value])] for value in text.encode()]
     tokens = tokens[: len(tokens) - cut]
     decoder = StreamDecoder(from_json)
-    streamed = "".join(decoder.push(token) for token in tokens)
+    streamed = "".join(decoder.push([token]) for token in tokens)
     assert "\ufffd" not in streamed or "\ufffd" in text
     assert streamed + decoder.finish() == from_json.decode(tokens)
 

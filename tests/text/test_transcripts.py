@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.checkpoints.loading import EMBEDDED
+from gptoss_jax.text.items import ChatItems, ItemText
+from gptoss_jax.text.stop import StopMatcher
 from gptoss_jax.text.tokenizer import Tokenizer
-from gptoss_jax.text.transcripts import ChatTranscript, StopMatcher, TextDelta
+from gptoss_jax.text.transcripts import ChatTranscript, TextDelta
+from gptoss_jax.types import TokenLogprobs
 from tests.text.harmony.test_parse import MARKS, tokens_of
 
 TOKENIZER = Tokenizer.from_dir(EMBEDDED)
@@ -53,8 +56,8 @@ def pushed(
     transcript = ChatTranscript(TOKENIZER, stop, tools)
     deltas: list[TextDelta] = []
     for token in tokens_of(TOKENIZER, text):
-        deltas += transcript.push(token)
-        if transcript.stopped:
+        deltas += transcript.push([token])
+        if transcript.turn.stopped:
             break
     return transcript, deltas + transcript.finish()
 
@@ -100,7 +103,7 @@ def test_text_is_the_text_of_the_answers(completion: str, text: str, content: st
 )
 def test_a_stop_string_ends_any_answer(header: str) -> None:
     transcript, deltas = pushed(f"{header}<|message|>one STOP two<|return|>", ["STOP"])
-    assert transcript.stopped
+    assert transcript.turn.stopped
     assert "".join(delta.text for delta in deltas) == transcript.text == transcript.message["content"] == "one "
 
 
@@ -158,10 +161,63 @@ def test_deltas_concatenate_to_the_message(
     assert streamed("reasoning") == message.get("thinking", "")
     kinds = {delta.kind for delta in deltas}
     calls = "".join(call["function"]["arguments"] for call in message.get("tool_calls", []))
-    if "nothing" not in kinds:
-        assert streamed("call") == calls
+    assert streamed("call") == calls
     if "answer" in kinds:
         assert transcript.text == streamed("answer").removeprefix("\n\n")
         assert not any(string in answer for string in stop for answer in transcript.text.split("\n\n"))
     elif "tool_calls" not in message:
         assert transcript.text == (message["content"] or "")
+
+
+@given(
+    parts=st.lists(st.sampled_from([*MARKS, *WORDS, *FRAGMENTS, "\u00e9\u4e2d\U0001f600 words"]), max_size=20),
+    broken=st.lists(st.integers(0, 1100), max_size=5),
+    cuts=st.lists(st.integers(1, 6), min_size=1, max_size=20),
+)
+@settings(max_examples=400)
+def test_tokens_pushed_together_make_the_same_items(parts: list[str], broken: list[int], cuts: list[int]) -> None:
+    tokens = list(tokens_of(TOKENIZER, "".join(parts)))
+    for token in broken:
+        tokens.insert(token % (len(tokens) + 1), token)
+    single, several = ChatItems(TOKENIZER), ChatItems(TOKENIZER)
+    for token in tokens:
+        single.push([token])
+    at, rest = 0, iter(cuts)
+    while at < len(tokens):
+        size = next(rest, 3)
+        several.push(tokens[at : at + size])
+        at += size
+    single.finish()
+    several.finish()
+    assert several.malformed == single.malformed
+    assert several.parser.result == single.parser.result
+    assert [(i.kind, i.tool, i.text, i.complete) for i in several.items] == [
+        (i.kind, i.tool, i.text, i.complete) for i in single.items
+    ]
+
+
+@given(
+    text=st.text("ab\u00e9\U0001f600 ST", max_size=30), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=40)
+)
+@settings(max_examples=200)
+def test_reported_tokens_join_to_the_text(text: str, sizes: list[int]) -> None:
+    completion = (
+        f"<|channel|>analysis<|message|>no<|end|><|start|>assistant<|channel|>final<|message|>{text}<|return|>"
+    )
+    tokens = list(tokens_of(TOKENIZER, completion))
+    turn, at, rest = ChatItems(TOKENIZER, ("ST",)), 0, iter(sizes)
+    events = []
+    while at < len(tokens) and not turn.stopped:
+        own = tokens[at : at + next(rest, 1)]
+        events += turn.push(own, [TokenLogprobs(token, -1.0, {}) for token in own])
+        at += len(own)
+    events += turn.finish()
+    answer = turn.items[-1]
+    assert answer.text == text.partition("ST")[0]
+    data = b"".join(token.data for token in answer.tokens)
+    # A token may contain the beginning of the stop string.
+    assert data[: len(answer.text.encode())] == answer.text.encode()
+    assert answer.tokens == [token for event in events if isinstance(event, ItemText) for token in event.tokens]
+    assert len(data) <= len(text.encode())
+    if not turn.stopped:
+        assert data == text.encode()

@@ -1,7 +1,7 @@
 """Parses tokens to messages, one token at a time. It accepts any tokens: format violations are reported, not raised."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gptoss_jax.text.harmony.header import Header, read_header, shorten
@@ -125,6 +125,49 @@ class StreamParser:
             self._push_between(token, events)
         self._position += 1
         return events
+
+    def push_all(self, tokens: Sequence[int]) -> list[Event]:
+        """As `push` for one token after the other, but with a single delta for the text of adjacent tokens."""
+        events: list[Event] = []
+        at = 0
+        while at < len(tokens):
+            end = max(at + 1, self._end_of_run(tokens, at) if self._content else 0)
+            if not (self._content and self._push_run(self._content, tokens[at:end], events)):
+                for token in tokens[at:end]:
+                    events += self.push(token)
+            at = end
+        return events
+
+    def _end_of_run(self, tokens: Sequence[int], at: int) -> int:
+        """The index of the first token from `at` that is special or unknown."""
+        special, known = self._special, self._tokenizer
+        while at < len(tokens) and tokens[at] not in special and tokens[at] in known:
+            at += 1
+        return at
+
+    def _push_run(self, content: _Content, tokens: Sequence[int], events: list[Event]) -> bool:
+        """Consumes tokens of the content at once; returns False for others and for invalid UTF-8."""
+        if len(tokens) == 1:
+            return False
+        data = bytes(self._bytes) + self._tokenizer.decode_bytes(tokens)
+        try:
+            text, rest = data.decode(), b""
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":
+                return False
+            text, rest = data[: error.start].decode(), data[error.start :]
+        self._bytes[:] = rest
+        self._position += len(tokens)
+        self._delta = text or None
+        if text:
+            content.text.append(text)
+            events.append(Delta(text, content.header))
+        return True
+
+    @property
+    def pending(self) -> bool:
+        """Whether the last character of the content is incomplete."""
+        return bool(self._bytes)
 
     def finish(self) -> list[Event]:
         """Ends the token stream, and returns the events for the rest of the current message."""
@@ -316,7 +359,6 @@ def parse(
 ) -> ParsedCompletion:
     """The messages of a completion and its format violations. Arguments are as for StreamParser. Never raises."""
     parser = StreamParser(tokenizer, role, strict=strict)
-    for token in tokens:
-        parser.push(token)
+    parser.push_all(list(tokens))
     parser.finish()
     return parser.result
