@@ -13,6 +13,14 @@ class EngineError(GptOssError):
     """A request that the engine could not finish, with the reason."""
 
 
+class OverloadedError(EngineError):
+    """A request that was not taken, since too many are waiting or the engine is being shut down."""
+
+
+class DeadlineError(EngineError):
+    """A request that did not finish within its time limit."""
+
+
 class CheckpointError(GptOssError):
     """A checkpoint that cannot be loaded: names the file or the tensor, what was expected and what was found."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import datetime
 import numbers
 import sys
 import threading
@@ -24,19 +23,16 @@ from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.engine.outputs import Load, TokenEvent
 from gptoss_jax.errors import CheckpointError, EngineError, GptOssError, UsageError, expect, named
 from gptoss_jax.runtime.compile_cache import enable_compile_cache
+from gptoss_jax.serving.generated import Completion, Request
+from gptoss_jax.serving.prompts import Message, Prompts
 from gptoss_jax.serving.worker import Inbox, Worker
 from gptoss_jax.text import harmony
+from gptoss_jax.text.items import ChatItems
 from gptoss_jax.text.structured import GrammarCompiler
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.text.transcripts import ChatTranscript, RawTranscript, TextDelta
-from gptoss_jax.types import CompletionOutput, RequestOutput, SamplingParams, Scope, TokenLogprobs
+from gptoss_jax.types import CompletionOutput, RequestOutput, SamplingParams
 from sharding import ShardingRules
-
-Message = Mapping[str, Any]
-
-_MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", *harmony.STOP_TOKENS)
-"""The special tokens of the harmony format; other stop tokens are not part of the text."""
-
 
 _CHAT_OPTIONS = {
     "reasoning_effort",
@@ -51,26 +47,6 @@ _CHAT_OPTIONS = {
 
 
 @dataclasses.dataclass
-class Request:
-    """A tokenized prompt with its sampling parameters.
-
-    `chat` parses the completion as harmony; `tools` then holds the names of the available tools. `scope` is the part of
-    the completion that structured output constrains. Requests of lower `priority` numbers run first, and one that has
-    not finished after `timeout` seconds fails.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    chat: bool = False
-    prompt: str | None = None
-    scope: Scope = "text"
-    tools: frozenset[str] | None = None
-    priority: int = 0
-    timeout: float | None = None
-
-
-@dataclasses.dataclass
 class Progress:
     """The effect of one token: the new text, its completion, and the output of the whole request so far."""
 
@@ -79,7 +55,7 @@ class Progress:
     output: RequestOutput
 
 
-class _Model:
+class _Model(Prompts):
     """A model with its tokenizer and engine, and the thread that runs the engine; see `LLM` and `AsyncLLM`.
 
     `path`, `mesh`, `dtype` and `rules` are as for `load_model`; `engine` holds the engine options. `kernels` is "auto",
@@ -105,8 +81,8 @@ class _Model:
         engine = engine or EngineOptions()
         if kernels is not None:
             engine = dataclasses.replace(engine, kernels=kernels)
-        self._path = path = resolve(path)
-        self.tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").exists() else None
+        path = resolve(path)
+        super().__init__(path)
         enable_compile_cache()
         model = load_model(path, mesh, dtype, rules=rules, progress=progress)
         self.config = model.config
@@ -192,39 +168,9 @@ class _Model:
             )
         ]
 
-    def raw_request(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams) -> Request:
-        """A request that continues text or token ids. Raises UsageError."""
-        if params.stop:
-            self._need_tokenizer("stop strings")
-        if isinstance(prompt, str):
-            return Request(request_id, self._need_tokenizer("text").encode(prompt), params, prompt=prompt)
-        return Request(request_id, list(prompt), params)
-
-    def chat_request(
-        self, request_id: str, messages: Sequence[Message], params: SamplingParams, **options: Any
-    ) -> Request:
-        """A request for the assistant's next message; `options` as for `chat`. Raises UsageError."""
-        tokenizer = self._need_tokenizer("conversations")
-        if not messages:
-            raise UsageError("expected at least one", "messages")
-        options = {name: value for name, value in options.items() if value is not None}
-        options.setdefault("current_date", datetime.date.today().isoformat())
-        scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
-        prompt = harmony.render(messages, tokenizer, **options)
-        tools = harmony.tool_names(options.get("tools"), options.get("builtin_tools", ()))
-        return Request(request_id, prompt, params, chat=True, scope=scope, tools=tools)
-
     def check(self, request: Request) -> None:
         """Raises UsageError for a request that can never run, as `LLM.stream` does before it starts any request."""
         self.engine.check(request.prompt_token_ids, request.params, request.scope)
-
-    def _need_tokenizer(self, purpose: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise UsageError(
-                f"no such file, so {purpose} cannot be used; pass token ids (generate --prompt-tokens)",
-                where=str(self._path / "tokenizer.json"),
-            )
-        return self.tokenizer
 
 
 class _Running:
@@ -457,55 +403,46 @@ class _RunningRequest:
     """The output of a running request, updated by its token events."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
-        self.request, self._params = request, request.params
-        special = tokenizer.special_tokens if tokenizer and request.chat else {}
-        self._marks = {special[name] for name in _MARKS if name in special}
-        self._transcripts: list[ChatTranscript | RawTranscript] = []
-        self._drafts = [(0, 0)] * request.params.n
-        completions = []
-        for index in range(request.params.n):
-            self._transcripts.append(_transcript(request, tokenizer))
-            logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
-            completions.append(CompletionOutput(index, [], self._transcripts[index].text, logprobs, None))
-        self._output = RequestOutput(
-            request.request_id, request.prompt, request.prompt_token_ids, completions, False
-        )
+        self.request, n = request, request.params.n
+        self._completions = [Completion(request, tokenizer) for _ in range(n)]
+        self._transcripts = [_transcript(completion) for completion in self._completions]
+        self._drafts = [(0, 0)] * n
+        logged = request.params.logprobs is not None
+        outputs = [
+            CompletionOutput(i, [], transcript.text, [] if logged else None, None)
+            for i, transcript in enumerate(self._transcripts)
+        ]
+        self._output = RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, outputs, False)
 
     def push(self, events: list[TokenEvent]) -> Progress:
         """The progress that further events of one completion make; several at once if there are no stop strings."""
         last = events[-1]
-        completion, transcript = self._output.outputs[last.index], self._transcripts[last.index]
-        if completion.finish_reason:
-            return Progress([], completion, self._output)
+        output, transcript = self._output.outputs[last.index], self._transcripts[last.index]
+        if output.finish_reason:
+            return Progress([], output, self._output)
         for event in events:
-            completion.token_ids.append(event.token_id)
-            if completion.logprobs is not None and event.logprobs is not None:
-                completion.logprobs.append(event.logprobs)
+            output.token_ids.append(event.token_id)
+            if output.logprobs is not None and event.logprobs is not None:
+                output.logprobs.append(event.logprobs)
             if event.prompt_logprobs is not None:
                 self._output.prompt_logprobs = event.prompt_logprobs
         self._output.cached_tokens = max(self._output.cached_tokens, last.cached_tokens)
         if last.drafted:
             self._drafts[last.index] = last.drafted, last.accepted
             self._output.drafted_tokens, self._output.accepted_tokens = map(sum, zip(*self._drafts, strict=True))
-        may_stop = len(completion.token_ids) >= self._params.min_tokens
-        unseen = last.finish_reason == "stop" and last.token_id not in self._marks
-        deltas = transcript.push([event.token_id for event in (events[:-1] if unseen else events)], may_stop)
-        finish = "stop" if transcript.turn.stopped else last.finish_reason
-        if finish:
-            deltas += transcript.finish()
-            completion.text = transcript.text
-            completion.message, completion.malformed = transcript.message, list(transcript.turn.malformed)
-            called = finish == "stop" and completion.message and completion.message.get("tool_calls")
-            completion.finish_reason = "tool_calls" if called else finish
+        completion = self._completions[last.index]
+        deltas = transcript.deltas(completion.push(events))
+        if completion.finish_reason:
+            output.text, output.message = transcript.text, transcript.message
+            output.malformed = list(completion.turn.malformed)
+            output.finish_reason = completion.finish_reason
             self._output.finished = all(c.finish_reason for c in self._output.outputs)
-        return Progress(deltas, completion, self._output)
+        return Progress(deltas, output, self._output)
 
 
-def _transcript(request: Request, tokenizer: Tokenizer | None) -> ChatTranscript | RawTranscript:
-    if not request.chat:
-        return RawTranscript(tokenizer, request.params.stop)
-    assert tokenizer is not None
-    return ChatTranscript(tokenizer, request.params.stop, request.tools)
+def _transcript(completion: Completion) -> ChatTranscript | RawTranscript:
+    turn = completion.turn
+    return ChatTranscript(turn) if isinstance(turn, ChatItems) else RawTranscript(turn)
 
 
 def _is_list(value: Any) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from gptoss_jax.engine.compiling import as_in_this_thread
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.outputs import Load, TokenEvent
-from gptoss_jax.errors import EngineError
+from gptoss_jax.errors import DeadlineError, EngineError, OverloadedError
 from gptoss_jax.types import SamplingParams, Scope
 
 INBOX_EVENTS = 4096
@@ -153,9 +153,19 @@ class Worker:
         """Drop a request, or one of its completions; no events of it follow. Unknown names are ignored."""
         self._tell(lambda: self._drop(name) if index is None else self._stop(name, index))
 
+    def check(self, prompt_token_ids: Iterable[int], params: SamplingParams, scope: Scope = "text") -> None:
+        """Raise UsageError for a request that can never run; compiles its grammar in the caller's thread."""
+        self._engine.check(prompt_token_ids, params, scope)
+
     def load(self) -> Load:
         """The engine's load."""
         return self.call(lambda engine: engine.load)
+
+    def join(self) -> EngineError:
+        """Wait until the engine has ended; returns the reason."""
+        self._thread.join()
+        assert self._ended is not None
+        return self._ended
 
     def call[T](self, function: Callable[[Engine], T]) -> T:
         """The result of a function of the engine, called between two steps. Raises EngineError once it has ended."""
@@ -208,13 +218,13 @@ class Worker:
 
     def _check_room(self, tokens: int) -> None:
         if self._ended or self._draining:
-            raise self._ended or EngineError("the engine is being shut down and takes no requests")
+            raise self._ended or OverloadedError("the engine is being shut down and takes no requests")
         for limit, count, what in (
             (self._max_requests, self._queued + 1, "requests"),
             (self._max_tokens, self._queued_tokens + tokens, "prompt tokens"),
         ):
             if limit is not None and count > limit:
-                raise EngineError(f"overloaded: {count} {what} would wait, at most {limit} may")
+                raise OverloadedError(f"overloaded: {count} {what} would wait, at most {limit} may")
 
     def _run(self) -> None:
         reason = EngineError("the engine was closed")
@@ -317,7 +327,7 @@ class Worker:
             _, name = heapq.heappop(self._deadlines)
             if name in self._requests:
                 self._engine.cancel(name)
-                self._fail(name, EngineError("the request's time limit was reached"))
+                self._fail(name, DeadlineError("the request's time limit was reached"))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand out the events of a step, and hold the requests of readers that are too far behind."""

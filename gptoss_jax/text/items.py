@@ -82,8 +82,13 @@ class RawItems:
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._special = set(tokenizer.special_tokens.values()) if tokenizer else set()
-        self._answer = _Answer(Item("answer", channel=None), StopMatcher(stop))
+        self._answer = _Answer(Item("answer"), StopMatcher(stop))
         self.items: list[Item] = []
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._decoder is not None
 
     @property
     def stopped(self) -> bool:
@@ -99,7 +104,8 @@ class RawItems:
             return events
         self._answer.matcher.looking = may_stop
         for token, logprob in zip(tokens, logprobs, strict=False):
-            self._answer.note(token, self._tokenizer, logprob)
+            if token not in self._special:
+                self._answer.note(token, self._tokenizer, logprob)
         text = self._decoder.push([token for token in tokens if token not in self._special])
         return events + self._answer.add(text, settled=not self._decoder.pending)
 
@@ -127,7 +133,7 @@ class ChatItems:
     def __init__(
         self, tokenizer: Tokenizer, stop: Sequence[str] = (), tools: Collection[str] | None = None
     ) -> None:
-        self._tokenizer, self._tools = tokenizer, tools
+        self._tokenizer, self.tools = tokenizer, tools
         self.parser = StreamParser(tokenizer, tools=tools)
         self._special = set(tokenizer.special_tokens.values())
         self._matcher = StopMatcher(stop)
@@ -178,7 +184,7 @@ class ChatItems:
         return events
 
     def _start(self, event: MessageStart) -> list[ItemEvent]:
-        meant = meaning(event.header, self._tools)
+        meant = meaning(event.header, self.tools)
         self._open = Item(meant.kind, meant.tool, event.header.channel, event.header.recipient)
         self._answer = _Answer(self._open, self._matcher) if meant.kind == "answer" else None
         if meant.kind == "nothing":
@@ -199,7 +205,7 @@ class ChatItems:
         self._open = self._answer = None
         item.complete = event.message.stop is not None or self.stopped
         if item.kind == "nothing":
-            meant = meaning(event.message, self._tools)
+            meant = meaning(event.message, self.tools)
             if meant.kind == "nothing":
                 return []
             item.kind, item.tool = meant.kind, meant.tool

@@ -53,13 +53,14 @@ def pushed(
     text: str, stop: Sequence[str] = (), tools: frozenset[str] | None = None
 ) -> tuple[ChatTranscript, list[TextDelta]]:
     """The transcript of a completion up to the first stop string, and its deltas."""
-    transcript = ChatTranscript(TOKENIZER, stop, tools)
+    turn = ChatItems(TOKENIZER, stop, tools)
+    transcript = ChatTranscript(turn)
     deltas: list[TextDelta] = []
     for token in tokens_of(TOKENIZER, text):
-        deltas += transcript.push([token])
-        if transcript.turn.stopped:
+        deltas += transcript.deltas(turn.push([token]))
+        if turn.stopped:
             break
-    return transcript, deltas + transcript.finish()
+    return transcript, deltas + transcript.deltas(turn.finish())
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_text_is_the_text_of_the_answers(completion: str, text: str, content: st
 )
 def test_a_stop_string_ends_any_answer(header: str) -> None:
     transcript, deltas = pushed(f"{header}<|message|>one STOP two<|return|>", ["STOP"])
-    assert transcript.turn.stopped
+    assert transcript._turn.stopped
     assert "".join(delta.text for delta in deltas) == transcript.text == transcript.message["content"] == "one "
 
 

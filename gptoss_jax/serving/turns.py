@@ -1,0 +1,109 @@
+"""Requests in asyncio: what each step of the engine adds to the items of each completion."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator
+
+from gptoss_jax.engine.outputs import TokenEvent
+from gptoss_jax.errors import EngineError, UsageError
+from gptoss_jax.serving.generated import Completion, Request
+from gptoss_jax.serving.owner import EngineOwner
+from gptoss_jax.text.items import Item, ItemEvent
+from gptoss_jax.text.tokenizer import Tokenizer
+from gptoss_jax.types import FinishReason, TokenLogprobs
+
+
+@dataclasses.dataclass
+class Usage:
+    """Token counts of a request, over all its completions."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Update:
+    """What one step of the engine, or several that are read together, added to one completion.
+
+    Args:
+      index: the completion.
+      events: what happened to its items.
+      items: all its items so far.
+      finish_reason: why it ended, in its last update.
+      malformed: violations of the harmony format so far, one line each.
+      prompt_logprobs: those of the prompt, in the first update of a request that asked for them.
+      usage: of the whole request, exact in the last update.
+    """
+
+    index: int
+    events: list[ItemEvent]
+    items: list[Item]
+    finish_reason: FinishReason | None
+    malformed: list[str]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    usage: Usage
+
+
+async def run(owner: EngineOwner, tokenizer: Tokenizer | None, request: Request) -> AsyncGenerator[Update]:
+    """Run a request; leaving the loop, once the generator is closed, aborts what has not finished.
+
+    Raises UsageError for a request that can never run, and EngineError if the engine takes no requests or fails.
+    """
+    stream = await owner.submit(request)
+    completions = [Completion(request, tokenizer) for _ in range(request.params.n)]
+    usage, unfinished = Usage(len(request.prompt_token_ids)), len(completions)
+    try:
+        while unfinished:
+            for own in _by_completion(await stream.events()):
+                update = _update(completions[own[0].index], own, usage)
+                if update is None:
+                    continue
+                if update.finish_reason:
+                    unfinished -= 1
+                    if not own[-1].finish_reason:
+                        # The text reached a stop string, which the engine cannot detect.
+                        stream.abort(update.index)
+                yield update
+    finally:
+        if unfinished:
+            stream.abort()
+
+
+def _by_completion(events: list[TokenEvent]) -> list[list[TokenEvent]]:
+    """The events of each completion, in their order."""
+    found: dict[int, list[TokenEvent]] = {}
+    for event in events:
+        found.setdefault(event.index, []).append(event)
+    return list(found.values())
+
+
+def _update(completion: Completion, events: list[TokenEvent], usage: Usage) -> Update | None:
+    """The update of a completion; None if it has ended already."""
+    if (error := events[-1].error) is not None:
+        if isinstance(error, UsageError | EngineError):
+            raise error
+        raise EngineError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+    if completion.finish_reason:
+        return None
+    before = completion.tokens
+    new: list[ItemEvent] = []
+    # A stop string may end the completion before the last of several tokens.
+    for own in [[event] for event in events] if completion.stops else [events]:
+        new += completion.push(own)
+    usage.completion_tokens += completion.tokens - before
+    usage.cached_tokens = max(usage.cached_tokens, events[-1].cached_tokens)
+    if completion.finish_reason:
+        usage.reasoning_tokens += completion.reasoning_tokens
+    prompt_logprobs = next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None)
+    return Update(
+        events[0].index,
+        new,
+        completion.turn.items,
+        completion.finish_reason,
+        list(completion.turn.malformed),
+        prompt_logprobs,
+        usage,
+    )

@@ -1,0 +1,127 @@
+"""A server over a scripted engine, for tests of the APIs without a model's time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import uvicorn
+
+from gptoss_jax.checkpoints.loading import EMBEDDED
+from gptoss_jax.engine.outputs import Load, TokenEvent
+from gptoss_jax.errors import EngineError
+from gptoss_jax.serving.api.app import build_app
+from gptoss_jax.serving.api.server import Server
+from gptoss_jax.serving.generated import Request
+from gptoss_jax.serving.prompts import Prompts
+from gptoss_jax.types import TokenLogprobs
+from tests.text.harmony.test_parse import tokens_of
+
+PROMPTS = Prompts(EMBEDDED)
+ANSWER = "<|channel|>analysis<|message|>Think.<|end|><|start|>assistant<|channel|>final<|message|>The answer is 42.<|return|>"
+CALL = (
+    "<|channel|>analysis<|message|>Call.<|end|><|start|>assistant<|channel|>commentary to=functions.add "
+    '<|constrain|>json<|message|>{"a": 1, "b": 2}<|call|>'
+)
+
+Script = str | Sequence[int] | Exception
+"""What a completion consists of: text with special tokens, token ids, or an error after the first half of ANSWER."""
+
+
+class ScriptedOwner:
+    """An EngineOwner whose completions are given: `script` maps a request and the completion's index to its tokens.
+
+    `per_step` tokens come together, `delay` seconds after the previous ones. `requests` are those submitted,
+    `aborted` the indices of those aborted before their end, with the completion's index or None.
+    """
+
+    def __init__(
+        self, script: Callable[[Request, int], Script] | Script = ANSWER, per_step: int = 4, delay: float = 0.0
+    ) -> None:
+        self._script = script if callable(script) else lambda request, index: script
+        self._per_step, self._delay = per_step, delay
+        self.requests: list[Request] = []
+        self.aborted: list[tuple[int, int | None]] = []
+        self.refusal: Exception | None = None
+
+    async def submit(self, request: Request) -> _Stream:
+        if self.refusal:
+            raise self.refusal
+        self.requests.append(request)
+        tokens = [self._tokens(request, index) for index in range(request.params.n)]
+        number = len(self.requests) - 1
+        return _Stream(request, tokens, self._per_step, self._delay, lambda i: self.aborted.append((number, i)))
+
+    def _tokens(self, request: Request, index: int) -> tuple[list[int], Exception | None]:
+        script = self._script(request, index)
+        if isinstance(script, Exception):
+            tokens = list(tokens_of(PROMPTS.tokenizer, ANSWER))
+            return tokens[: len(tokens) // 2], script
+        return list(tokens_of(PROMPTS.tokenizer, script) if isinstance(script, str) else script), None
+
+    async def load(self) -> Load:
+        return Load()
+
+    async def ended(self) -> EngineError:
+        return await asyncio.get_running_loop().create_future()
+
+
+class _Stream:
+    def __init__(
+        self,
+        request: Request,
+        tokens: list[tuple[list[int], Exception | None]],
+        per_step: int,
+        delay: float,
+        aborted: Callable[[int | None], None],
+    ) -> None:
+        self._request, self._tokens, self._per_step, self._delay = request, tokens, per_step, delay
+        self._at = 0
+        self.abort = aborted
+
+    async def events(self) -> list[TokenEvent]:
+        await asyncio.sleep(self._delay)
+        params, found = self._request.params, []
+        for index, (all_tokens, error) in enumerate(self._tokens):
+            tokens = all_tokens[: params.max_tokens]
+            ended = "length" if len(tokens) < len(all_tokens) or params.max_tokens == len(tokens) else "stop"
+            for i in range(self._at, min(self._at + self._per_step, len(tokens))):
+                last = i == len(tokens) - 1 and error is None
+                logprobs = None if params.logprobs is None else TokenLogprobs(tokens[i], -0.5, {tokens[i]: -0.5})
+                found.append(
+                    TokenEvent(
+                        self._request.request_id, index, tokens[i], logprobs, finish_reason=ended if last else None
+                    )
+                )
+            if error is not None and self._at <= len(tokens) < self._at + self._per_step:
+                found.append(TokenEvent(self._request.request_id, index, -1, finish_reason="error", error=error))
+        self._at += self._per_step
+        return found
+
+
+def server_over(owner: object, **more: object) -> Server:
+    """A server of the shipped model's tokenizer over an owner."""
+    vocabulary = PROMPTS.tokenizer.vocab_size if PROMPTS.tokenizer else 0
+    fields = {"names": ["gpt-oss-test"], "max_model_len": 4096, "vocab_size": vocabulary} | more
+    return Server(PROMPTS, owner, **fields)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def serving(server: Server) -> Iterator[str]:
+    """Serves on a free port of the loopback address, in a thread; the URL without a path."""
+    config = uvicorn.Config(build_app(server), host="127.0.0.1", port=0, log_level="warning", lifespan="on")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        if not thread.is_alive():
+            raise RuntimeError("the server did not start")
+        threading.Event().wait(0.01)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        running.should_exit = True
+        thread.join(10)
