@@ -389,8 +389,8 @@ def test_the_token_that_ends_a_chat_is_not_shown() -> None:
     for end in (END, special["<|return|>"], *tokenizer.encode("a")):
         running = _RunningRequest(Request("r", [], SamplingParams(), chat=True), tokenizer)
         for token in (*head, *tokenizer.encode("Hi there")):
-            running.push(TokenEvent("r", 0, token))
-        progress = running.push(TokenEvent("r", 0, end, finish_reason="stop"))
+            running.push([TokenEvent("r", 0, token)])
+        progress = running.push([TokenEvent("r", 0, end, finish_reason="stop")])
         assert progress.completion.text == "Hi there"
         assert progress.completion.message == {"role": "assistant", "content": "Hi there"}
         assert progress.completion.finish_reason == "stop"

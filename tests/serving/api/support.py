@@ -20,7 +20,10 @@ from gptoss_jax.types import TokenLogprobs
 from tests.text.harmony.test_parse import tokens_of
 
 PROMPTS = Prompts(EMBEDDED)
-ANSWER = "<|channel|>analysis<|message|>Think.<|end|><|start|>assistant<|channel|>final<|message|>The answer is 42.<|return|>"
+ANSWER = (
+    "<|channel|>analysis<|message|>Think.<|end|><|start|>assistant"
+    "<|channel|>final<|message|>The answer is 42.<|return|>"
+)
 CALL = (
     "<|channel|>analysis<|message|>Call.<|end|><|start|>assistant<|channel|>commentary to=functions.add "
     '<|constrain|>json<|message|>{"a": 1, "b": 2}<|call|>'
