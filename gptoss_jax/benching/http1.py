@@ -37,6 +37,8 @@ class Address:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("expected http://HOST:PORT or https://HOST")
+        if parts.username is not None or parts.port == 0:
+            raise ValueError("expected a URL without a user, and a port from 1")
         if not parts.path.isascii() or any(character.isspace() for character in url):
             raise ValueError("expected a URL of ASCII characters without spaces")
         tls = parts.scheme == "https"

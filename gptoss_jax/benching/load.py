@@ -137,7 +137,7 @@ async def _read_stream(response: Response, endpoint: Endpoint, outcome: Outcome)
 
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(data.decode())
     except (ValueError, RecursionError):
         raise EventError(f"expected an event of JSON, found {data!r:.120}") from None
 

@@ -195,7 +195,7 @@ def _show(options: argparse.Namespace, count: int, measured: _Measured) -> int:
     result: dict[str, Any] = facts | found | {"failures": dict(errors.most_common())} | measured.cpu
     print(json.dumps(result) if options.json else table(result, metrics, percentiles), flush=True)
     for message, number in errors.most_common(SHOWN_ERRORS):
-        _progress(f"{number} requests failed: {message}")
+        _progress(f"{number} failed: {message}")
     if (share := measured.cpu.get("client_cpu_share", 0.0)) > BUSY_SHARE:
         _progress(f"warning: this client used {share:.0%} of a CPU core; its own delays are in the latencies")
     if measured.path is not None:

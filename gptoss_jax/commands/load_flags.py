@@ -86,7 +86,10 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags of `bench serve`."""
     _add_server(parser.add_argument_group("server"))
     _add_load(parser.add_argument_group("load"))
-    _add_dataset(parser.add_argument_group("requests"))
+    requests = parser.add_argument_group("requests")
+    _add_dataset(requests)
+    _add_random(requests)
+    _add_body(parser.add_argument_group("fields of each request"))
     _add_output(parser.add_argument_group("output"))
 
 
@@ -169,6 +172,15 @@ def _add_dataset(group: argparse._ActionsContainer) -> None:
         help="requests (default: 1000; of a file all, or its first N)",
     )
     group.add_argument(
+        "--custom-output-len",
+        type=_count(1),
+        metavar="N",
+        help="output tokens of custom prompts (default: the line's output_tokens, otherwise 256)",
+    )
+
+
+def _add_random(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--random-input-len", type=_count(1), metavar="N", help="prompt tokens after the prefix (default: 1024)"
     )
     group.add_argument("--random-output-len", type=_count(1), metavar="N", help="output tokens (default: 128)")
@@ -188,12 +200,9 @@ def _add_dataset(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="random token ids are below N, at most the size of the model's vocabulary (default: 1000)",
     )
-    group.add_argument(
-        "--custom-output-len",
-        type=_count(1),
-        metavar="N",
-        help="output tokens of custom prompts (default: the line's output_tokens, otherwise 256)",
-    )
+
+
+def _add_body(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--ignore-eos", action="store_true", help="ask for all output tokens, a request field that OpenAI lacks"
     )
