@@ -1,4 +1,4 @@
-"""python -m gptoss_jax.bench: measure a model on this machine, and compare it with the device's peak rates."""
+"""python -m gptoss_jax.bench: measure a model on this machine or behind a server, and compare it with peak rates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.commands import plotting
+from gptoss_jax.commands import load_flags, plotting
 from gptoss_jax.commands.flags import (
     add_engine_flags,
     add_max_num_seqs,
@@ -21,6 +21,7 @@ from gptoss_jax.commands.flags import (
     flag_name,
     integers,
 )
+from gptoss_jax.commands.load_flags import add_serve_flags
 from gptoss_jax.commands.options import by_flag, engine_options, sampling_params
 from gptoss_jax.commands.running import run_command
 from gptoss_jax.errors import UsageError
@@ -38,9 +39,9 @@ UNTRACED = {"num_prompts": 64, "input_len": 512, "output_len": 128}
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = command_parser(
-        "bench", "Measure a model on this machine. The --help of a subcommand lists its flags."
+        "bench", "Measure a model on this machine, or a server. The --help of a subcommand lists its flags."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="latency|throughput|start")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="latency|throughput|start|serve")
     latency = _add(
         commands, "latency", "Time to first token and decode step time of a batch of equally long requests."
     )
@@ -76,6 +77,8 @@ def flags() -> argparse.ArgumentParser:
         "Time from the start of a process to its first tokens, with a cold and with a warm compile cache.",
     )
     start.add_argument("--started-at", type=float, help=argparse.SUPPRESS)
+    description = "Send a load to an OpenAI-compatible server: throughput, and percentiles of the latencies."
+    add_serve_flags(commands.add_parser("serve", help=description, description=description))
     return parser
 
 
@@ -119,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = flags().parse_args(arguments)
+    if options.command == "serve":
+        return _serve(options)
     _check(options)
     if options.plot:
         plotting.check(options.plot)
@@ -236,6 +241,13 @@ def _throughput(options: argparse.Namespace) -> int:
         plotting.save(report.throughput_figure(one), options.plot)
     _show(options, dataclasses.asdict(one), report.throughput_table(one))
     return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    load_flags.check(options)
+    from gptoss_jax.commands.load import serve
+
+    return serve(options)
 
 
 def _start(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ COMMANDS = {
     "gptoss_jax.chat": [""],
     "gptoss_jax.harmony": [""],
     "gptoss_jax.plan": [""],
-    "gptoss_jax.bench": ["latency", "throughput", "start"],
+    "gptoss_jax.bench": ["latency", "throughput", "start", "serve"],
     "tools.convert": [""],
 }
 """Each command's subcommands; "" where it has none."""

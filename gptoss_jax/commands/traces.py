@@ -1,4 +1,4 @@
-"""Reads the file of `--trace`: the arrival times and lengths of requests."""
+"""Reads a trace: the arrival times and lengths of requests."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gptoss_jax.commands.files import parse_json, read_text
 from gptoss_jax.errors import UsageError
 
 
-def read_trace(path: Path) -> list[Arrival]:
-    """The requests of a JSON-lines file, sorted by arrival time. Raises UsageError, naming the line."""
+def read_trace(path: Path, flag: str = "--trace") -> list[Arrival]:
+    """The requests of a JSON-lines file named by a flag, by arrival time. Raises UsageError, naming the line."""
     arrivals = []
-    for number, text in enumerate(read_text(path, "--trace").splitlines(), 1):
+    for number, text in enumerate(read_text(path, flag).splitlines(), 1):
         if text.strip():
-            where = f"--trace: {path}: line {number}"
+            where = f"{flag}: {path}: line {number}"
             arrivals.append(_arrival(parse_json(text, where, dict), where))
     if not arrivals:
-        raise UsageError(f"{path}: expected one request per line, found none", "--trace")
+        raise UsageError(f"{path}: expected one request per line, found none", flag)
     return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
 
 

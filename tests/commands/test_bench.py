@@ -125,7 +125,7 @@ def test_plot_writes_a_figure(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ((), "latency|throughput|start"),
+        ((), "latency|throughput|start|serve"),
         (("latency", "--batch-size", "1,x"), "--batch-size"),
         (("latency", "--batch-size", "0"), "--batch-size"),
         (
