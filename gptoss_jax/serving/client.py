@@ -420,12 +420,11 @@ class _RunningRequest:
         output, transcript = self._output.outputs[last.index], self._transcripts[last.index]
         if output.finish_reason:
             return Progress([], output, self._output)
-        for event in events:
-            output.token_ids.append(event.token_id)
-            if output.logprobs is not None and event.logprobs is not None:
-                output.logprobs.append(event.logprobs)
-            if event.prompt_logprobs is not None:
-                self._output.prompt_logprobs = event.prompt_logprobs
+        output.token_ids += [event.token_id for event in events]
+        if output.logprobs is not None:
+            output.logprobs += [event.logprobs for event in events if event.logprobs is not None]
+        if events[0].prompt_logprobs is not None:
+            self._output.prompt_logprobs = events[0].prompt_logprobs
         self._output.cached_tokens = max(self._output.cached_tokens, last.cached_tokens)
         if last.drafted:
             self._drafts[last.index] = last.drafted, last.accepted

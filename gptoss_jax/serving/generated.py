@@ -39,6 +39,7 @@ class Completion:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self._least, stop = request.params.min_tokens, request.params.stop
+        self._logged = request.params.logprobs is not None
         self.turn: ChatItems | RawItems
         self._marks = frozenset[int]()
         if request.chat:
@@ -63,7 +64,7 @@ class Completion:
         self.tokens += len(events)
         unseen = last.finish_reason == "stop" and last.token_id not in self._marks
         shown = events[:-1] if unseen else events
-        logprobs = [event.logprobs for event in shown if event.logprobs is not None]
+        logprobs = [event.logprobs for event in shown if event.logprobs is not None] if self._logged else []
         new = self.turn.push([event.token_id for event in shown], logprobs, self.tokens >= self._least)
         finish = "stop" if self.turn.stopped else last.finish_reason
         if finish:

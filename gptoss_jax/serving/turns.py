@@ -70,6 +70,7 @@ async def run(owner: EngineOwner, tokenizer: Tokenizer | None, request: Request)
     finally:
         if unfinished:
             stream.abort()
+        stream.close()
 
 
 def _by_completion(events: list[TokenEvent]) -> list[list[TokenEvent]]:

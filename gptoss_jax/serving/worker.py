@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from gptoss_jax.engine.compiling import as_in_this_thread
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.outputs import Load, TokenEvent
@@ -137,7 +139,7 @@ class Worker:
         UsageError. Raises EngineError if the engine takes no requests.
         """
         self._check_process()
-        prompt = list(prompt_token_ids)
+        prompt = prompt_token_ids if isinstance(prompt_token_ids, np.ndarray) else list(prompt_token_ids)
         deadline = None if timeout is None else time.monotonic() + timeout
         request = _Request(inbox, params.n, len(prompt))
         with self._lock:
@@ -153,13 +155,23 @@ class Worker:
         """Drop a request, or one of its completions; no events of it follow. Unknown names are ignored."""
         self._tell(lambda: self._drop(name) if index is None else self._stop(name, index))
 
-    def check(self, prompt_token_ids: Iterable[int], params: SamplingParams, scope: Scope = "text") -> None:
-        """Raise UsageError for a request that can never run; compiles its grammar in the caller's thread."""
-        self._engine.check(prompt_token_ids, params, scope)
+    def leave(self, inbox: Inbox) -> None:
+        """Drop all requests of a client."""
+
+        def drop() -> None:
+            for name in list(inbox._names):
+                self._drop(name)
+
+        self._tell(drop)
 
     def load(self) -> Load:
         """The engine's load."""
         return self.call(lambda engine: engine.load)
+
+    @property
+    def reason(self) -> EngineError | None:
+        """Why the engine has ended; None while it runs."""
+        return self._ended
 
     def join(self) -> EngineError:
         """Wait until the engine has ended; returns the reason."""
@@ -269,7 +281,7 @@ class Worker:
         name: str,
         request: _Request,
         deadline: float | None,
-        prompt: list[int],
+        prompt: list[int] | np.ndarray,
         params: SamplingParams,
         scope: Scope,
         priority: int,

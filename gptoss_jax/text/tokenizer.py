@@ -1,6 +1,7 @@
 """A tokenizer that reads a checkpoint's tokenizer.json and encodes with tiktoken."""
 
 import codecs
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -97,6 +98,11 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, int]:
         """The ids of all special tokens by their text."""
         return dict(self._special)
+
+    @functools.cached_property
+    def ordinary_tokens(self) -> frozenset[int]:
+        """The ids of all tokens that are not special."""
+        return frozenset(self._bytes.keys() - self._special.values())
 
     @property
     def vocab_size(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Mapping
 
 from starlette.responses import Response
@@ -14,6 +15,9 @@ PING_SECONDS = 15.0
 
 SLOW_SECONDS = 30.0
 """Seconds that a client may take to read what was sent before its connection is closed."""
+
+WATCH_SECONDS = 5.0
+"""Seconds between two looks at a response."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -35,47 +39,44 @@ class EventStream(Response):
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._events = events
+        self._sent_at = time.monotonic()
+        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, as an ASGI application."""
         async with contextlib.aclosing(self._events):
             sending = asyncio.ensure_future(self._send_all(send))
-            leaving = asyncio.ensure_future(_disconnected(receive))
+            others = [asyncio.ensure_future(task) for task in (_disconnected(receive), self._watch(send))]
             try:
-                await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((sending, *others), return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for task in (sending, leaving):
+                for task in (sending, *others):
                     task.cancel()
-                await asyncio.wait((sending, leaving))
+                await asyncio.wait((sending, *others))
         if not sending.cancelled() and (error := sending.exception()):
             raise error
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        following: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                following = following or asyncio.ensure_future(anext(self._events))
-                done, _ = await asyncio.wait((following,), timeout=PING_SECONDS)
-                if not done:
-                    await _in_time(send, b": ping\n\n")
-                    continue
-                try:
-                    data = following.result()
-                except StopAsyncIteration:
-                    break
-                following = None
-                await _in_time(send, data)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            if following and not following.done():
-                following.cancel()
-                await asyncio.wait((following,))
+        async for data in self._events:
+            await self._send(send, data)
+        await self._send(send, b"", more=False)
 
+    async def _send(self, send: Send, data: bytes, more: bool = True) -> None:
+        self._sending_since = time.monotonic()
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+        self._sending_since, self._sent_at = None, time.monotonic()
 
-async def _in_time(send: Send, data: bytes) -> None:
-    async with asyncio.timeout(SLOW_SECONDS):
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _watch(self, send: Send) -> None:
+        """Send pings; returns once the client has not read for too long."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            if self._sending_since is not None:
+                if now - self._sending_since > SLOW_SECONDS:
+                    return
+            elif now - self._sent_at > PING_SECONDS:
+                await self._send(send, b": ping\n\n")
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -140,8 +140,8 @@ class StreamParser:
 
     def _end_of_run(self, tokens: Sequence[int], at: int) -> int:
         """The index of the first token from `at` that is special or unknown."""
-        special, known = self._special, self._tokenizer
-        while at < len(tokens) and tokens[at] not in special and tokens[at] in known:
+        ordinary = self._tokenizer.ordinary_tokens
+        while at < len(tokens) and tokens[at] in ordinary:
             at += 1
         return at
 

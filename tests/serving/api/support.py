@@ -84,6 +84,9 @@ class _Stream:
         self._at = 0
         self.abort = aborted
 
+    def close(self) -> None:
+        pass
+
     async def events(self) -> list[TokenEvent]:
         await asyncio.sleep(self._delay)
         params, found = self._request.params, []

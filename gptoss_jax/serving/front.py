@@ -1,0 +1,80 @@
+"""The process that answers HTTP requests: `python -m gptoss_jax.serving.front` is started by `gptoss_jax.serve`.
+
+It has no device and no model, so that text, JSON and connections never hold up the engine's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import uvicorn
+
+from gptoss_jax.serving.api.app import build_app
+from gptoss_jax.serving.api.server import Server
+from gptoss_jax.serving.link.front_end import FrontEnd
+from gptoss_jax.serving.link.options import FrontOptions
+from gptoss_jax.serving.prompts import Prompts
+
+
+class _HttpServer(uvicorn.Server):
+    """A uvicorn server that leaves signals to the front."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        """Signals are handled by `_run`."""
+        yield
+
+
+async def _run(options: FrontOptions) -> int:
+    loop = asyncio.get_running_loop()
+    owner = await FrontEnd.connect(socket.socket(fileno=options.link))
+    server = Server(Prompts(Path(options.model)), owner, options.names)
+    http = _HttpServer(
+        uvicorn.Config(build_app(server), log_level="warning", access_log=False, server_header=False)
+    )
+    stopping = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    # Ctrl-C reaches all processes of a terminal; the one that owns the engine passes it on as SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serving = asyncio.ensure_future(http.serve([socket.socket(fileno=options.listener)]))
+    ended = asyncio.ensure_future(owner.ended())
+    starting = asyncio.ensure_future(_announce(owner, server, options))
+    stop = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait((serving, ended, stop), return_when=asyncio.FIRST_COMPLETED)
+    starting.cancel()
+    server.drain()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(options.shutdown_timeout if not ended.done() else 5.0):
+            await server.idle()
+    http.should_exit = True
+    http.config.timeout_graceful_shutdown = 1
+    await asyncio.wait((serving,), timeout=5.0)
+    return 1 if ended.done() else 0
+
+
+async def _announce(owner: FrontEnd, server: Server, options: FrontOptions) -> None:
+    ready = await owner.ready
+    server.begin(ready.max_model_len, ready.vocab_size)
+    print(f"{options.names[0]} is served at {options.url}", flush=True)
+
+
+def main() -> int:
+    """Run the front with the options given as JSON."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = msgspec.json.decode(sys.argv[1], type=FrontOptions)
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        return uvloop.run(_run(options))
+    return asyncio.run(_run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
