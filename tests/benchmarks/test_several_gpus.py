@@ -153,7 +153,7 @@ def test_closing_the_rows_kills_the_processes(tmp_path: Path) -> None:
 Rows = list[dict[str, Any]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_virtual_devices(tmp_path: Path) -> None:
     """All parts on a mesh of both devices with both strategies, and on a mesh that needs more devices."""
     file = tmp_path / "rows.jsonl"

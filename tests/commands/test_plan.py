@@ -531,12 +531,20 @@ def test_tables_of_a_plan_that_was_not_compiled() -> None:
 
 
 SLICES = ("v5e:4x8", "v5p:2x2x2", "v6e:4x4", "tpu7x:2x2x1", "h100:1x1x8")
+COMPILED = [(path, topology) for path in (M120B, M20B) for topology in SLICES]
+SHOWN = ((M120B, "v5e:4x8"), (M20B, "h100:1x1x8"))
 
 
 @needs_aot
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", SLICES)
-@pytest.mark.parametrize("path", [M120B, M20B], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("path", "topology"),
+    [
+        pytest.param(
+            *case, marks=pytest.mark.slow if case in SHOWN else pytest.mark.long, id=f"{case[0].stem}-{case[1]}"
+        )
+        for case in COMPILED
+    ],
+)
 def test_released_models_fit(path: Path, topology: str) -> None:
     """Every layer of both models, decode and prefill, for each of the slices."""
     (mesh,) = planned(path, topology, "--batch", "64", "--context", "8192")["meshes"]

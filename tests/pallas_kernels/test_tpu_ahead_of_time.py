@@ -109,13 +109,13 @@ def reduced(op: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
 @pytest.mark.parametrize(
     ("topology", "data", "expert", "tensor"),
     [
-        ("v5e:2x2", 1, 1, 4),
-        ("v5e:2x4", 1, 1, 8),
+        pytest.param("v5e:2x2", 1, 1, 4, marks=pytest.mark.long),
+        pytest.param("v5e:2x4", 1, 1, 8, marks=pytest.mark.long),
         ("v5e:2x4", 1, 8, 1),
         ("v5e:4x8", 2, 1, 16),
-        ("v6e:2x2", 1, 1, 4),
+        pytest.param("v6e:2x2", 1, 1, 4, marks=pytest.mark.long),
         ("v6e:4x4", 2, 1, 8),
-        ("v6e:4x4", 1, 1, 16),
+        pytest.param("v6e:4x4", 1, 1, 16, marks=pytest.mark.long),
         ("v5p:2x2x2", 1, 1, 8),
         ("tpu7x:2x2x1", 1, 1, 8),
         ("tpu7x:2x2x1", 1, 4, 2),

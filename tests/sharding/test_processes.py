@@ -129,7 +129,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     [
         (2, 1, None),
         pytest.param(2, 4, None, marks=pytest.mark.slow),
-        pytest.param(4, 2, None, marks=pytest.mark.slow),
+        pytest.param(4, 2, None, marks=pytest.mark.long),
         pytest.param(4, 2, "data=2,expert=2,tensor=2", marks=pytest.mark.slow),
     ],
 )
@@ -230,8 +230,8 @@ def decoding(folder: Path) -> Processes:
     [
         pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.long),
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
