@@ -28,6 +28,7 @@ from gptoss_jax.serving.worker import Inbox, Worker
 from gptoss_jax.text import harmony
 from gptoss_jax.text.structured import GrammarCompiler
 from gptoss_jax.text.tokenizer import Tokenizer
+from gptoss_jax.text.tool_choice import chat_scope
 from gptoss_jax.text.transcripts import ChatTranscript, RawTranscript, TextDelta
 from gptoss_jax.types import CompletionOutput, RequestOutput, SamplingParams, Scope, TokenLogprobs
 from sharding import ShardingRules
@@ -46,17 +47,19 @@ _CHAT_OPTIONS = {
     "current_date",
     "response_format",
     "auto_drop_analysis",
+    "tool_choice",
+    "parallel_tool_calls",
 }
-"""The options of a conversation, besides its tools: those of `harmony.render` with which the assistant is next."""
+"""The options of a conversation besides its tools: those of `harmony.render` for the assistant, and of `chat_scope`."""
 
 
 @dataclasses.dataclass
 class Request:
     """A tokenized prompt with its sampling parameters.
 
-    `chat` parses the completion as harmony; `tools` then holds the names of the available tools. `scope` is the part of
-    the completion that structured output constrains. Requests of lower `priority` numbers run first, and one that has
-    not finished after `timeout` seconds fails.
+    `chat` parses the completion as harmony; `tools` then holds the names of the available tools. `scope` is what
+    structured output applies to, and the tool calls that a chat allows. Requests of lower `priority` numbers run first,
+    and one that has not finished after `timeout` seconds fails.
     """
 
     request_id: str
@@ -209,9 +212,12 @@ class _Model:
             raise UsageError("expected at least one", "messages")
         options = {name: value for name, value in options.items() if value is not None}
         options.setdefault("current_date", datetime.date.today().isoformat())
-        scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
+        choice = {name: options.pop(name, None) for name in ("tool_choice", "parallel_tool_calls")}
         prompt = harmony.render(messages, tokenizer, **options)
-        tools = harmony.tool_names(options.get("tools"), options.get("builtin_tools", ()))
+        given = options.get("tools"), options.get("builtin_tools", ())
+        has_grammar = params.structured_outputs is not None
+        scope = chat_scope(harmony.tool_recipients(*given), **choice, has_grammar=has_grammar)
+        tools = harmony.tool_names(*given)
         return Request(request_id, prompt, params, chat=True, scope=scope, tools=tools)
 
     def check(self, request: Request) -> None:
@@ -326,8 +332,9 @@ class LLM(_Model):
 
         `tools` are OpenAI tool objects or Python functions; `options` go to `harmony.render`: reasoning_effort,
         builtin_tools, model_identity, knowledge_cutoff, current_date (default: today), response_format and
-        auto_drop_analysis; None is the default. Each output's `message` is the assistant's next message, including its
-        tool calls. Raises UsageError.
+        auto_drop_analysis; None is the default. `tool_choice` and `parallel_tool_calls` have OpenAI's values, and
+        grammars enforce them, as they do the parameters of tools with `strict`. Each output's `message` is the
+        assistant's next message, including its tool calls. Raises UsageError.
         """
         return self._run(self._conversations(messages, sampling_params, tools, options), use_tqdm)
 

@@ -22,7 +22,7 @@ from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.text.harmony import function_tools, parse, to_openai
 from gptoss_jax.text.structured import GrammarCompiler, check
 from gptoss_jax.text.tokenizer import Tokenizer
-from gptoss_jax.types import TokenConstraint
+from gptoss_jax.types import ChatScope, Scope, TokenConstraint
 from tests.engine.schedules import overcommit
 
 SCHEMA = {
@@ -40,6 +40,7 @@ GRAMMARS = {
     "gbnf": ({"grammar": 'root ::= "x" [0-9] ("," "y" [a-c])?'}, re.compile(r"x\d(,y[a-c])?").fullmatch),
 }
 VOCABULARY = 1064
+NO_CALLS, ANY_CALLS = ChatScope("none"), ChatScope()
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 
 
@@ -94,7 +95,7 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
     engine = overcommit(Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=compiler()))
     tokens = [[[] for _ in range(params.n)] for params in requests]
     for name, params in enumerate(requests):
-        engine.add(str(name), range(1, 42 + name), params, "final" if name % 2 else "text")
+        engine.add(str(name), range(1, 42 + name), params, NO_CALLS if name % 2 else "text")
     while engine.unfinished:
         for event in engine.step():
             tokens[int(event.request_id)][event.index].append(event.token_id)
@@ -102,10 +103,16 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
     return tokens, engine.load
 
 
-def babble(grammar: dict, scope: str, seed: int, most: int = 150) -> tuple[list[int], bool]:
-    """The output of a model that samples allowed tokens, preferring special ones, and whether it ended."""
+def babble(
+    grammar: dict | None, scope: Scope, seed: int, most: int = 150, likely: str = ""
+) -> tuple[list[int], bool]:
+    """The output of a model that samples allowed tokens, preferring special ones, and whether it ended.
+
+    It also prefers the characters in `likely`.
+    """
     rng, marks = random.Random(seed), set(tokenizer().special_tokens.values())
-    constraint = compiler()(StructuredOutputsParams(**grammar), scope)
+    marks |= {tokenizer().encode(character)[0] for character in likely}
+    constraint = compiler()(None if grammar is None else StructuredOutputsParams(**grammar), scope)
     tokens: list[int] = []
     while len(tokens) < most:
         words = np.full(-(-VOCABULARY // 32), 0xFFFFFFFF, np.uint32)
@@ -122,8 +129,8 @@ def babble(grammar: dict, scope: str, seed: int, most: int = 150) -> tuple[list[
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(sorted(GRAMMARS)), st.sampled_from(["final", "final or call"]), st.integers(0, 10**9))
-def test_no_output_can_violate_the_grammar(name: str, scope: str, seed: int) -> None:
+@given(st.sampled_from(sorted(GRAMMARS)), st.sampled_from([NO_CALLS, ANY_CALLS]), st.integers(0, 10**9))
+def test_no_output_can_violate_the_grammar(name: str, scope: ChatScope, seed: int) -> None:
     grammar, fits = GRAMMARS[name]
     tokens, ended = babble(grammar, scope, seed)
     result = parse(tokens, tokenizer())
@@ -135,14 +142,14 @@ def test_no_output_can_violate_the_grammar(name: str, scope: str, seed: int) -> 
     assert {message.role for message in result.messages} == {"assistant"}
     last = result.messages[-1]
     if last.stop == "<|call|>":
-        assert scope == "final or call"
+        assert scope == ANY_CALLS
         [call] = to_openai([last])["tool_calls"]
         assert call["function"]["name"]
         return
     assert last.channel == "final"
     assert last.stop == "<|return|>"
     assert fits(last.text)
-    assert scope != "final" or "tool_calls" not in to_openai(result.messages)
+    assert scope != NO_CALLS or "tool_calls" not in to_openai(result.messages)
 
 
 @settings(max_examples=20)
@@ -153,12 +160,12 @@ def test_text_scope_constrains_from_the_first_token(name: str, seed: int) -> Non
     assert not ended or fits(tokenizer().decode(tokens[:-1]))
 
 
-def masked(text: str) -> str:
-    """The rest of `text` from the first token that the mask of a chat with tools does not allow."""
+def masked(text: str, scope: ChatScope = ANY_CALLS) -> str:
+    """The rest of `text` from the first token that the mask of a chat does not allow."""
     parts = re.split(r"(<\|[a-z_]+\|>)", text)
     marks = tokenizer().special_tokens
     tokens = [token for part in parts for token in ([marks[part]] if part in marks else tokenizer().encode(part))]
-    constraint = compiler()(StructuredOutputsParams(json_object=True), "final or call")
+    constraint = compiler()(StructuredOutputsParams(json_object=True), scope)
     return tokenizer().decode(tokens[allowed(constraint, tokens) :])
 
 
