@@ -251,6 +251,7 @@ class ChatScope:
         if self.tools is not None:
             # JSON has lists instead of tuples.
             object.__setattr__(self, "tools", tuple((name, schema) for name, schema in self.tools))
+        expect(self.calls != "required" or self.tools != (), "tools", "at least one if calls are required", "none")
 
     @property
     def free(self) -> bool:

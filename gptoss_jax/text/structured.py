@@ -85,6 +85,7 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
         self._header = functools.lru_cache(CACHE_SIZE)(self._make_header)
         self._answer = functools.lru_cache(CACHE_SIZE)(self._make_answer)
+        self.arguments = functools.lru_cache(CACHE_SIZE)(self._make_arguments)
         self.bitmask = functools.cache(self._make_bitmask)
 
     def __call__(self, params: StructuredOutputsParams | None, scope: Scope) -> TokenConstraint:
@@ -126,7 +127,7 @@ class GrammarCompiler:
         """
         return self._header(first, scope, called).deep_copy()
 
-    def arguments(self, recipient: str, schema: str) -> LLMatcher:
+    def _make_arguments(self, recipient: str, schema: str) -> LLMatcher:
         """The matcher of a tool's arguments, to be copied. Raises UsageError, naming the tool."""
         try:
             return self._answer("tools", "json_schema", _schema(schema, "tools"))
@@ -206,7 +207,7 @@ class _ChatConstraint:
         for event in events:
             if isinstance(event, MessageStart):
                 self._begin(event.header)
-            elif isinstance(event, MessageEnd):
+            elif isinstance(event, MessageEnd) and event.message.stop == "<|end|>":
                 self._ends, self._matcher = (), self._compiler.header(False, self._scope, self._called)
 
     def _begin(self, header: Header) -> None:
@@ -224,7 +225,7 @@ class _ChatConstraint:
 
 def _header_grammar(first: bool, scope: ChatScope, called: bool) -> str:
     """The Lark grammar of a header; `called` says whether the completion has called a tool."""
-    calls = [] if scope.calls == "none" or (called and not scope.parallel) else _call_rules(scope.tools)
+    calls = [] if scope.calls == "none" else _call_rules(scope.tools)
     kinds = ["message", *(name for name, _ in calls)]
     if scope.calls != "required" or called:
         kinds.append("final")
@@ -256,7 +257,7 @@ def _accept(matcher: LLMatcher, token: int) -> None:
     failed = matcher.is_error()
     if not matcher.consume_token(token) and not failed:
         # For example, the grammar's state has become too complex: from here on only a stop token is allowed.
-        _logger.warning("structured_outputs: the answer is truncated: %s", _one_line(matcher.get_error()))
+        _logger.warning("structured_outputs: the answer or call is truncated: %s", _one_line(matcher.get_error()))
 
 
 def _compile(field: str, kind: str, text: str, vocabulary: LLTokenizer | None) -> str:

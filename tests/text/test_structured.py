@@ -4,9 +4,12 @@ import json
 import random
 import re
 import sys
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import openai_harmony
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -24,6 +27,8 @@ from gptoss_jax.text.structured import GrammarCompiler, check
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import ChatScope, Scope, TokenConstraint
 from tests.engine.schedules import overcommit
+from tools.goldens.harmony_goldens import load_oracle
+from tools.goldens.o200k import install
 
 SCHEMA = {
     "type": "object",
@@ -225,6 +230,139 @@ def test_invalid_tool_names_cannot_be_called(name: str) -> None:
     assert masked(f"<|channel|>commentary to={name} <|constrain|>json<|message|>{{}}<|call|>").endswith(
         "{}<|call|>"
     )
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+ARGUMENTS = {
+    "functions.weather": json.dumps(WEATHER),
+    "functions.weather_now": json.dumps({"type": "object"}),
+    "functions.größe.2": None,
+    "browser.search": json.dumps(
+        {"type": "object", "properties": {"query": {"type": "string", "maxLength": 3}}, "required": ["query"]}
+    ),
+    "python": None,
+}
+SCOPES = st.builds(
+    lambda calls, names, parallel: ChatScope(calls, tuple((name, ARGUMENTS[name]) for name in names), parallel),
+    st.sampled_from(["none", "auto", "required"]),
+    st.lists(st.sampled_from(sorted(ARGUMENTS)), min_size=1, unique=True),
+    st.booleans(),
+)
+
+
+def assert_arguments(recipient: str, text: str) -> None:
+    """The content of a call follows the tool's schema."""
+    if ARGUMENTS[recipient] is None:
+        return
+    arguments = json.loads(text)
+    assert isinstance(arguments, dict)
+    if recipient == "functions.weather":
+        assert arguments.keys() - {"days"} == {"city"}
+        assert arguments["city"] in ("Paris", "Rome")
+        assert arguments.get("days", 1) in range(1, 10)
+    elif recipient == "browser.search":
+        assert len(arguments["query"]) <= 3
+
+
+@cache
+def oracle() -> openai_harmony.HarmonyEncoding:
+    with tempfile.TemporaryDirectory() as directory:
+        install(Path(directory))
+        return load_oracle()
+
+
+def read(tokens: list[int]) -> list[openai_harmony.Message]:
+    """The messages of a completion as openai-harmony reads them, from the released vocabulary's tokens."""
+    text = tokenizer().decode(tokens)
+    return oracle().parse_messages_from_completion_tokens(
+        oracle().encode(text, allowed_special="all"), openai_harmony.Role.ASSISTANT
+    )
+
+
+@settings(max_examples=150)
+@given(SCOPES, st.sampled_from([None, "json", "regex"]), st.integers(0, 10**9))
+def test_no_output_can_violate_the_scope(scope: ChatScope, name: str | None, seed: int) -> None:
+    grammar, fits = GRAMMARS[name] if name else (None, lambda text: True)
+    tokens, ended = babble(grammar, scope, seed, most=400, likely='{}"')
+    result = parse(tokens, tokenizer())
+    messages = result.messages if ended else result.messages[:-1]
+    called = [message.recipient is not None for message in messages]
+    for message in messages:
+        assert message.channel in ("analysis", "commentary", "final")
+        assert message.recipient is None or message.recipient in dict(scope.tools)
+        if message.recipient is not None:
+            assert_arguments(message.recipient, message.text)
+    assert scope.calls != "none" or not any(called)
+    assert scope.parallel or not any(called[:-1])
+    assert all(message.channel != "final" for message in messages[:-1])
+    if not ended:
+        return
+    assert not [problem for problem in result.malformed if "UTF-8" not in problem]
+    assert scope.calls != "required" or any(called)
+    assert messages[-1].stop == ("<|call|>" if called[-1] else "<|return|>")
+    assert called[-1] or (messages[-1].channel == "final" and fits(messages[-1].text))
+    assert [message.recipient for message in read(tokens)] == [message.recipient for message in messages]
+
+
+@pytest.mark.parametrize("calls", ["auto", "required"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_most_outputs_end(calls: str, parallel: bool) -> None:
+    """The properties above are thus not those of truncated outputs alone."""
+    scope = ChatScope(calls, tuple(ARGUMENTS.items()), parallel)
+    runs = [babble(None, scope, seed, most=400, likely='{}"') for seed in range(20)]
+    assert sum(ended for _, ended in runs) >= 12
+    recipients = {message.recipient for tokens, _ in runs for message in parse(tokens, tokenizer()).messages}
+    assert len(recipients - {None}) > 3
+
+
+CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}'
+THOUGHT = "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant"
+PREAMBLE = "<|channel|>commentary<|message|>I'll look.<|end|><|start|>assistant"
+ANSWER = "<|channel|>final<|message|>{}<|return|>"
+
+
+@pytest.mark.parametrize(
+    ("calls", "parallel", "text", "rest"),
+    [
+        ("none", True, f"{THOUGHT}{PREAMBLE}{ANSWER}", ""),
+        ("none", True, CALL, " to=functions.weather"),
+        ("auto", True, f"{THOUGHT}{ANSWER}", ""),
+        ("auto", True, f"{THOUGHT}{CALL}<|end|><|start|>assistant{CALL}<|call|>", ""),
+        ("auto", False, f"{THOUGHT}{CALL}<|call|>", ""),
+        ("auto", False, f"{THOUGHT}{CALL}<|end|>", "<|end|>"),
+        ("required", True, f"{THOUGHT}{PREAMBLE}{CALL}<|call|>", ""),
+        ("required", True, f"{THOUGHT}{ANSWER}", "final<|message|>"),
+        ("required", True, f"{PREAMBLE}{ANSWER}", "final<|message|>"),
+        ("required", True, f"{THOUGHT}{CALL}<|end|><|start|>assistant{ANSWER}", ""),
+        ("required", True, f"{THOUGHT}{CALL}<|return|>", "<|return|>"),
+        ("required", True, CALL.replace("Rome", "Oslo"), "Oslo"),
+        ("required", True, CALL.replace("}", ', "days": 0}'), "0}"),
+        ("required", True, CALL.replace("weather", "weatherman"), "man"),
+        ("required", True, CALL.replace("functions.", ""), "weather"),
+        ("required", True, CALL.replace("json", "code"), "code"),
+        ("required", True, CALL.replace(" <|constrain|>json", ""), "<|message|>"),
+        ("required", True, CALL.replace('{"city": "Rome"}', "<|call|>"), "<|call|>"),
+        ("required", True, " to=functions.weather<|channel|>commentary<|constrain|>json<|message|>{", ""),
+        ("required", True, "<|channel|>analysis to=python code<|message|>1 + 1<|call|>", ""),
+        ("required", True, '<|channel|>analysis to=browser.search code<|message|>{"query": "a"}<|call|>', ""),
+        ("required", True, '<|channel|>analysis to=browser.search code<|message|>{"query": "abcd"}', "d"),
+    ],
+)
+def test_what_a_scope_allows(calls: str, parallel: bool, text: str, rest: str) -> None:
+    stopped = masked(text, ChatScope(calls, tuple(ARGUMENTS.items()), parallel))
+    # A token of the vocabulary may join characters before or after the first that is not allowed.
+    assert stopped.startswith(rest) if rest else not stopped
+
+
+def test_a_schema_that_cannot_be_enforced_is_rejected_by_the_name_of_the_tool() -> None:
+    scope = ChatScope(tools=(("functions.f", json.dumps({"type": "object", "not": {"required": ["a"]}})),))
+    with pytest.raises(UsageError, match=r"^tools: functions\.f: .*not"):
+        compiler()(None, scope)
 
 
 @pytest.mark.slow
