@@ -236,8 +236,9 @@ class ChatScope:
     ends so: the last. Calls before it end with `<|end|>`, as other messages do.
 
     Args:
-      calls: "none" allows no call and "auto" any number of calls; with "required" the completion has no final channel
-        until it has called a tool.
+      calls: "none" allows no call and "auto" any number of calls. With "required" the completion has no final channel
+        until it has called a tool, and at most one message in each other channel, so that a model that would rather
+        answer does not reason again and again.
       tools: the recipients that can be called, such as `functions.NAME`, `browser.search` or `python`, each with the
         text of a JSON schema that the call's content follows, or None if the content is free. None allows any name.
       parallel: whether another message may follow a call; if not, the first call ends the completion.

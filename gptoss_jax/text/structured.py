@@ -24,6 +24,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.text.harmony import MessageEnd, MessageStart, StreamParser
 from gptoss_jax.text.harmony.header import Header
 from gptoss_jax.text.harmony.meaning import BARE_NAMESPACES, NON_TOOL_RECIPIENTS
+from gptoss_jax.text.harmony.messages import CHANNELS
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import ChatScope, Scope, StructuredOutputsParams, TokenConstraint
 
@@ -46,10 +47,11 @@ are rejected, except an unknown `format`, which does not constrain the string.
 _HEADER = """
 start: {start}header
 header: {kinds}
-message: <|channel|> CHANNEL <|message|>
-final: <|channel|> "final" <|message|>
 CHANNEL: /analysis|commentary/
 TYPE: /[a-z_]+/
+"""
+_MESSAGE = """
+message: <|channel|> /{channels}/ <|message|>
 """
 _CALL = """
 {name}: ({to} <|channel|> CHANNEL | <|channel|> CHANNEL {to}) {type} <|message|>
@@ -57,6 +59,7 @@ _CALL = """
 """
 _ANY_TYPE = '(" code" | " "? <|constrain|> TYPE)?'
 _JSON_TYPE = '" "? <|constrain|> "json"'
+_CHANNELS = frozenset(CHANNELS)
 
 # No tool has these names, and the name of a channel is read as the channel. Any other name that harmony.tools accepts
 # can be a recipient, in any script.
@@ -120,12 +123,12 @@ class GrammarCompiler:
         """A new parser of a completion."""
         return StreamParser(self._tokenizer)
 
-    def header(self, first: bool, scope: ChatScope, called: bool) -> LLMatcher:
+    def header(self, first: bool, scope: ChatScope, channels: frozenset[str]) -> LLMatcher:
         """A matcher of a message header; the `<|start|>assistant` of the first message is part of the prompt.
 
-        `called` says whether the completion has called a tool.
+        `channels` are those of messages that are not calls.
         """
-        return self._header(first, scope, called).deep_copy()
+        return self._header(first, scope, channels).deep_copy()
 
     def _make_arguments(self, recipient: str, schema: str) -> LLMatcher:
         """The matcher of a tool's arguments, to be copied. Raises UsageError, naming the tool."""
@@ -134,8 +137,8 @@ class GrammarCompiler:
         except UsageError as error:
             raise UsageError(f"{recipient}: {error.message}", error.field) from None
 
-    def _make_header(self, first: bool, scope: ChatScope, called: bool) -> LLMatcher:
-        return self._make_matcher(_llguidance().grammar_from("lark", _header_grammar(first, scope, called)))
+    def _make_header(self, first: bool, scope: ChatScope, channels: frozenset[str]) -> LLMatcher:
+        return self._make_matcher(_llguidance().grammar_from("lark", _header_grammar(first, scope, channels)))
 
     def _make_answer(self, field: str, kind: str, text: str) -> LLMatcher:
         return self._make_matcher(_compile(field, kind, text, self._vocabulary))
@@ -182,9 +185,10 @@ class _ChatConstraint:
             if schema is not None and scope.calls != "none"
         }
         self._parser = compiler.parser()
-        self._called = False
+        self._calls_first = scope.calls == "required"
+        self._channels = _CHANNELS - {"final"} if self._calls_first else _CHANNELS
         self._ends: tuple[str, ...] = ()
-        self._matcher: LLMatcher | None = compiler.header(True, scope, called=False)
+        self._matcher: LLMatcher | None = compiler.header(True, scope, self._channels)
 
     def fill(self, bitmask: np.ndarray) -> None:
         """See TokenConstraint."""
@@ -208,7 +212,7 @@ class _ChatConstraint:
             if isinstance(event, MessageStart):
                 self._begin(event.header)
             elif isinstance(event, MessageEnd) and event.message.stop == "<|end|>":
-                self._ends, self._matcher = (), self._compiler.header(False, self._scope, self._called)
+                self._ends, self._matcher = (), self._compiler.header(False, self._scope, self._channels)
 
     def _begin(self, header: Header) -> None:
         """Constrain the content of a message with this header."""
@@ -218,19 +222,19 @@ class _ChatConstraint:
             self._ends = ("<|return|>",)
         elif header.recipient is None:
             self._ends = ("<|end|>",)
+            if self._calls_first:
+                self._channels -= {header.channel}
         else:
-            self._called = True
+            self._calls_first, self._channels = False, _CHANNELS
             self._ends = ("<|end|>", "<|call|>") if self._scope.parallel else ("<|call|>",)
 
 
-def _header_grammar(first: bool, scope: ChatScope, called: bool) -> str:
-    """The Lark grammar of a header; `called` says whether the completion has called a tool."""
-    calls = [] if scope.calls == "none" else _call_rules(scope.tools)
-    kinds = ["message", *(name for name, _ in calls)]
-    if scope.calls != "required" or called:
-        kinds.append("final")
+def _header_grammar(first: bool, scope: ChatScope, channels: frozenset[str]) -> str:
+    """The Lark grammar of a header; `channels` are those of messages that are not calls."""
     start = "" if first else '<|start|> "assistant" '
-    return _HEADER.format(start=start, kinds=" | ".join(kinds)) + "".join(rule for _, rule in calls)
+    rules = [("message", _MESSAGE.format(channels="|".join(sorted(channels))))] if channels else []
+    rules += [] if scope.calls == "none" else _call_rules(scope.tools)
+    return _HEADER.format(start=start, kinds=" | ".join(name for name, _ in rules)) + "".join(r for _, r in rules)
 
 
 def _call_rules(tools: tuple[tuple[str, str | None], ...] | None) -> list[tuple[str, str]]:

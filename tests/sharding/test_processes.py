@@ -166,7 +166,11 @@ def test_structured_output_over_two_processes(tmp_path: Path) -> None:
             "id": "call",
             "prompt": "What is 17 + 25?",
             "tools": [
-                {"name": "get_time", "strict": True, "parameters": {"type": "object", "required": ["zone"]}}
+                {
+                    "name": "get_time",
+                    "strict": True,
+                    "parameters": {"properties": {"zone": {"enum": ["UTC"]}}, "required": ["zone"]},
+                }
             ],
             "tool_choice": "required",
             "parallel_tool_calls": False,
@@ -183,7 +187,7 @@ def test_structured_output_over_two_processes(tmp_path: Path) -> None:
     texts = {name: line["text"] for name, line in lines.items()}
     [call] = lines["call"]["messages"][0]["tool_calls"]
     assert call["function"]["name"] == "get_time"
-    assert "zone" in json.loads(call["function"]["arguments"])
+    assert json.loads(call["function"]["arguments"])["zone"] == "UTC"
     assert len(texts["regex"]) == 3
     assert json.loads(texts["json"]) in (1, "b")
     assert texts["free"] == "17 + 25 = 42"

@@ -199,7 +199,8 @@ def test_any_valid_tool_name_can_be_called(name: str) -> None:
         f"<|channel|>commentary to=functions.{name} <|constrain|>json",
         f"<|channel|>analysis to=functions.{name} code",
     ):
-        assert masked(f"{header}<|message|>{{}}<|call|>") == ""
+        for scope in (ANY_CALLS, ChatScope("required", ((f"functions.{name}", None),))):
+            assert masked(f"{header}<|message|>{{}}<|call|>", scope) == ""
 
 
 @pytest.mark.parametrize("name", ["browser.search", "browser.open", "browser.find", "python"])
@@ -300,6 +301,13 @@ def test_no_output_can_violate_the_scope(scope: ChatScope, name: str | None, see
     assert scope.calls != "none" or not any(called)
     assert scope.parallel or not any(called[:-1])
     assert all(message.channel != "final" for message in messages[:-1])
+    before = [message.channel for message in messages[: called.index(True) if any(called) else None]]
+    assert scope.calls != "required" or sorted(before) in (
+        [],
+        ["analysis"],
+        ["commentary"],
+        ["analysis", "commentary"],
+    )
     if not ended:
         return
     assert not [problem for problem in result.malformed if "UTF-8" not in problem]
@@ -336,6 +344,12 @@ ANSWER = "<|channel|>final<|message|>{}<|return|>"
         ("auto", False, f"{THOUGHT}{CALL}<|call|>", ""),
         ("auto", False, f"{THOUGHT}{CALL}<|end|>", "<|end|>"),
         ("required", True, f"{THOUGHT}{PREAMBLE}{CALL}<|call|>", ""),
+        ("required", True, f"{PREAMBLE}{THOUGHT}{CALL}<|call|>", ""),
+        ("required", True, f"{THOUGHT}{THOUGHT}", "<|message|>Let"),
+        ("required", True, f"{PREAMBLE}{PREAMBLE}", "<|message|>I"),
+        ("required", True, f"{THOUGHT}{PREAMBLE}{ANSWER}", "final<|message|>"),
+        ("required", True, f"{CALL}<|end|><|start|>assistant{THOUGHT}{THOUGHT}{ANSWER}", ""),
+        ("auto", True, f"{THOUGHT}{THOUGHT}{PREAMBLE}{PREAMBLE}{ANSWER}", ""),
         ("required", True, f"{THOUGHT}{ANSWER}", "final<|message|>"),
         ("required", True, f"{PREAMBLE}{ANSWER}", "final<|message|>"),
         ("required", True, f"{THOUGHT}{CALL}<|end|><|start|>assistant{ANSWER}", ""),
