@@ -100,7 +100,9 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
     engine = overcommit(Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=compiler()))
     tokens = [[[] for _ in range(params.n)] for params in requests]
     for name, params in enumerate(requests):
-        engine.add(str(name), range(1, 42 + name), params, NO_CALLS if name % 2 else "text")
+        # A scope without calls would constrain a free request as well.
+        scope = NO_CALLS if name % 2 and params.structured_outputs else "text"
+        engine.add(str(name), range(1, 42 + name), params, scope)
     while engine.unfinished:
         for event in engine.step():
             tokens[int(event.request_id)][event.index].append(event.token_id)
