@@ -507,6 +507,8 @@ class Engine:
             sequence.drafted,
             sequence.accepted,
         )
+        if len(sequence.tokens) == 1:
+            event.queue_seconds = sequence.admitted - sequence.created
         if finish:
             self._scheduler.settle(sequence, sequence.known_length - 1)
             self._finish(sequence)

@@ -11,9 +11,10 @@ from gptoss_jax.types import FinishReason, TokenLogprobs
 class TokenEvent:
     """A new token of completion `index` of a request, or the error that ended it.
 
-    `prompt_logprobs` come with the first token, and `finish_reason` with the last. `cached_tokens` is the number of
-    prompt tokens found in the prefix cache. `drafted` and `accepted` count the sequence's drafts so far. With an
-    `error` the finish reason is "error", and there is no token.
+    `prompt_logprobs` come with the first token, and so do `queue_seconds`, the time until the sequence was first
+    admitted; `finish_reason` comes with the last. `cached_tokens` is the number of prompt tokens found in the prefix
+    cache. `drafted` and `accepted` count the sequence's drafts so far. With an `error` the finish reason is "error", and
+    there is no token.
     """
 
     request_id: str
@@ -26,6 +27,7 @@ class TokenEvent:
     drafted: int = 0
     accepted: int = 0
     error: Exception | None = None
+    queue_seconds: float = 0.0
 
 
 @dataclasses.dataclass

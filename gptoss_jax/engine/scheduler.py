@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 import operator
+import time
 from collections.abc import Callable, Iterable
 
 from gptoss_jax.engine.pages import PagePlan, PagePool
@@ -288,6 +289,7 @@ class Scheduler:
         if sequence.epoch == 0:
             # Prefix hits after a preemption are on the sequence's own pages and do not count.
             sequence.prefix_hits = admission.computed
+            sequence.admitted = time.monotonic()
 
     def _decode_steps(self, single: Callable[[Sequence], bool]) -> int:
         """The steps of a launch that only decodes: several for few sequences, which all decode so many more; else 0."""

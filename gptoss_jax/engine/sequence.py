@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Sequence:
       branches: numbers of blocks after which its prompt ends or parts from another; the window before each is kept.
       prefix_hits: prompt tokens found in the prefix cache when it was first admitted.
       drafts: proposed tokens for the next step.
+      created: when it was added; `admitted` when it was first admitted, in seconds of `time.monotonic`.
     """
 
     request_id: str
@@ -55,6 +57,8 @@ class Sequence:
     drafts: list[int] = dataclasses.field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+    created: float = dataclasses.field(default_factory=time.monotonic)
+    admitted: float = 0.0
     _keys: list[bytes] = dataclasses.field(default_factory=list)
 
     @functools.cached_property

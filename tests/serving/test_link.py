@@ -155,7 +155,8 @@ def test_logprobs_and_errors_cross_the_link() -> None:
             "7", 1, 5, TokenLogprobs(5, -0.5, {5: -0.5, 6: -1.0}), [None, TokenLogprobs(1, -2.0, {})], "stop", 3
         ),
         TokenEvent("7", 0, -1, finish_reason="error", error=UsageError("wrong", "max_tokens")),
-        TokenEvent("8", 0, 9),
+        TokenEvent("8", 0, 9, queue_seconds=1.5),
+        TokenEvent("9", 0, 9),
     ]
     reply = decode_reply(encoded(Events([packed(event) for event in given]))[HEADER.size :])
     assert isinstance(reply, Events)

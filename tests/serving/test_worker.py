@@ -223,3 +223,22 @@ def test_a_forked_process_is_refused(worker: Worker) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert b"create the LLM after the fork" in os.read(receive, 1000)
+
+
+def test_the_first_token_says_how_long_its_sequence_waited_to_be_admitted() -> None:
+    own = Worker(engine(max_num_seqs=1))
+    inbox = Inbox()
+    began = time.monotonic()
+    first = own.submit(prompt_of(1), SamplingParams(max_tokens=3, temperature=0.0), inbox)
+    second = own.submit(prompt_of(2), SamplingParams(max_tokens=3, temperature=0.0), inbox)
+    queued: dict[str, list[float]] = {first: [], second: []}
+    ended: dict[str, float] = {}
+    while len(ended) < 2:
+        for event in inbox.get(60):
+            queued[event.request_id].append(event.queue_seconds)
+            if event.finish_reason:
+                ended[event.request_id] = time.monotonic() - began
+    own.close()
+    assert queued[first][1:] == queued[second][1:] == [0, 0]
+    assert 0 < queued[first][0] < ended[first]
+    assert ended[first] * 0.9 < queued[second][0] < ended[second]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from gptoss_jax.serving.api.errors import ApiError, as_api_error
+from gptoss_jax.serving.api.routing import Handler, route
 from gptoss_jax.serving.api.server import Server
 
-Handler = Callable[[HttpRequest], Awaitable[Response]]
+__all__ = ["Handler", "Routes", "build_app", "route"]
 
 
 def build_app(server: Server) -> Starlette:
@@ -21,18 +22,6 @@ def build_app(server: Server) -> Starlette:
     app = Starlette(routes=[], exception_handlers={HTTPException: _http_error, Exception: _any_error})
     app.state.server = server
     return app
-
-
-def route(path: str, handler: Handler, *methods: str) -> Route:
-    """A route whose handler may raise any error, which becomes a response in OpenAI's shape."""
-
-    async def answer(http: HttpRequest) -> Response:
-        try:
-            return await handler(http)
-        except Exception as error:
-            return as_api_error(error).response()
-
-    return Route(path, answer, methods=list(methods))
 
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from gptoss_jax.serving import turns
 from gptoss_jax.serving.api.errors import not_found
+from gptoss_jax.serving.api.grammars import GrammarChecks
+from gptoss_jax.serving.api.lifecycle import Drain, Health
+from gptoss_jax.serving.api.metrics import Metrics
+from gptoss_jax.serving.api.work import CountedTurn, Work
 from gptoss_jax.serving.generated import Request
 from gptoss_jax.serving.owner import EngineOwner
 from gptoss_jax.serving.prompts import Prompts
@@ -27,14 +33,21 @@ class Server:
       names: the names of the model; the first is used in responses to requests that name none.
       max_model_len, vocab_size: the engine's.
       created: when the model was loaded, in seconds since 1970.
+      draining, health: the server's states.
+      metrics: counts all requests.
+      grammars: checks the grammars of requests; None leaves it to the engine.
     """
 
     prompts: Prompts
     owner: EngineOwner
     names: list[str]
-    max_model_len: int
-    vocab_size: int
+    max_model_len: int = 0
+    vocab_size: int = 0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    draining: Drain = dataclasses.field(default_factory=Drain)
+    health: Health = dataclasses.field(default_factory=Health)
+    metrics: Metrics = dataclasses.field(default_factory=Metrics)
+    grammars: GrammarChecks | None = None
     _noted: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -52,9 +65,58 @@ class Server:
             )
         return model
 
-    def run(self, request: Request) -> AsyncGenerator[turns.Update]:
+    async def run(self, request: Request) -> AsyncGenerator[turns.Update]:
         """Run a request; see `turns.run`."""
-        return turns.run(self.owner, self.prompts.tokenizer, request)
+        async with contextlib.aclosing(await self.start(request)) as turn:
+            async for update in turn:
+                yield update
+
+    async def start(self, request: Request) -> turns.Turn:
+        """Submit a request, which the caller closes; see `turns.start`.
+
+        It is counted, checked and within the limits of the HTTP request that it is for. Raises ApiError, UsageError
+        and EngineError.
+        """
+        work = Work(request, self.draining, self.metrics)
+        try:
+            work.admit()
+            if self.grammars:
+                await self.grammars.check(request.params.structured_outputs)
+            stream = await self.owner.submit(request)
+        except Exception as error:
+            work.end(error)
+            raise
+        except BaseException:
+            work.end()
+            raise
+        return CountedTurn(stream, self.prompts.tokenizer, request, work)
+
+    def begin(self, max_model_len: int, vocab_size: int) -> None:
+        """Take requests, now that the engine is ready."""
+        self.max_model_len, self.vocab_size = max_model_len, vocab_size
+        self.health.ready = True
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self.draining.begin()
+
+    async def idle(self) -> None:
+        """Wait until no requests are in flight."""
+        await self.draining.wait()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+        """What runs beside the application: it notes the end of the engine, and checks grammars."""
+        following = asyncio.ensure_future(self.health.follow(self.owner))
+        if self.grammars:
+            self.grammars.start()
+        try:
+            yield
+        finally:
+            following.cancel()
+            await asyncio.wait((following,))
+            if self.grammars:
+                await self.grammars.close()
 
     def note_once(self, field: str, text: str) -> None:
         """Log, once, that a field of a request changes nothing."""

@@ -96,16 +96,22 @@ decode_reply = msgspec.msgpack.Decoder(Reply).decode
 def packed(event: TokenEvent) -> tuple[Any, ...]:
     """An event's fields; what few events have comes last, and only if there is any of it."""
     head = (event.request_id, event.index, event.token_id, event.finish_reason, event.cached_tokens)
-    if event.logprobs is None and event.prompt_logprobs is None and event.error is None:
+    if (
+        event.logprobs is None
+        and event.prompt_logprobs is None
+        and event.error is None
+        and not event.queue_seconds
+    ):
         return head
     error = None if event.error is None else error_fields(event.error)
-    return (*head, event.logprobs, event.prompt_logprobs, error)
+    return (*head, event.logprobs, event.prompt_logprobs, error, event.queue_seconds)
 
 
 class _Tail(msgspec.Struct, array_like=True):
     logprobs: TokenLogprobs | None
     prompt_logprobs: list[TokenLogprobs | None] | None
     error: tuple[str, ...] | None
+    queue_seconds: float
 
 
 def unpacked(fields: tuple[Any, ...]) -> TokenEvent:
@@ -116,6 +122,7 @@ def unpacked(fields: tuple[Any, ...]) -> TokenEvent:
         rest = msgspec.convert(fields[5:], _Tail)
         event.logprobs, event.prompt_logprobs = rest.logprobs, rest.prompt_logprobs
         event.error = None if rest.error is None else error_of(rest.error)
+        event.queue_seconds = rest.queue_seconds
     return event
 
 
