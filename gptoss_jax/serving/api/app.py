@@ -18,7 +18,11 @@ Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 def build_app(server: Server) -> Starlette:
     """The application of a server."""
-    app = Starlette(routes=[], exception_handlers={HTTPException: _http_error, Exception: _any_error})
+    # These modules need `route`.
+    from gptoss_jax.serving.api import chat, completions
+
+    routes: list[BaseRoute] = [*chat.routes(server), *completions.routes(server)]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _any_error})
     app.state.server = server
     return app
 

@@ -7,12 +7,16 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 
+from gptoss_jax import __version__
 from gptoss_jax.serving import turns
 from gptoss_jax.serving.api.errors import not_found
 from gptoss_jax.serving.generated import Request
 from gptoss_jax.serving.owner import EngineOwner
 from gptoss_jax.serving.prompts import Prompts
 from gptoss_jax.text.tokenizer import Tokenizer
+
+MAX_NOTES = 1000
+"""The most fields that are logged; clients choose the names of unknown ones."""
 
 _logger = logging.getLogger(__name__)
 
@@ -27,6 +31,8 @@ class Server:
       names: the names of the model; the first is used in responses to requests that name none.
       max_model_len, vocab_size: the engine's.
       created: when the model was loaded, in seconds since 1970.
+      reasoning_fields: the names under which Chat Completions have the reasoning.
+      fingerprint: the `system_fingerprint` of responses.
     """
 
     prompts: Prompts
@@ -35,6 +41,8 @@ class Server:
     max_model_len: int
     vocab_size: int
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    reasoning_fields: tuple[str, ...] = ("reasoning", "reasoning_content")
+    fingerprint: str = f"gptoss-jax-{__version__}"
     _noted: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -62,6 +70,6 @@ class Server:
 
     def note_once(self, field: str, text: str) -> None:
         """Log, once, that a field of a request changes nothing."""
-        if field not in self._noted:
+        if field not in self._noted and len(self._noted) < MAX_NOTES:
             self._noted.add(field)
             _logger.info("%s: %s", field, text)
