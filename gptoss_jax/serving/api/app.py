@@ -19,7 +19,11 @@ __all__ = ["Handler", "Routes", "build_app", "route"]
 
 def build_app(server: Server) -> Starlette:
     """The application of a server."""
-    app = Starlette(routes=[], exception_handlers={HTTPException: _http_error, Exception: _any_error})
+    # These modules need `route`.
+    from gptoss_jax.serving.api import chat, completions
+
+    routes: list[BaseRoute] = [*chat.routes(server), *completions.routes(server)]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _any_error})
     app.state.server = server
     return app
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 
+from gptoss_jax import __version__
 from gptoss_jax.serving import turns
 from gptoss_jax.serving.api.errors import not_found
 from gptoss_jax.serving.api.grammars import GrammarChecks
@@ -19,6 +20,9 @@ from gptoss_jax.serving.generated import Request
 from gptoss_jax.serving.owner import EngineOwner
 from gptoss_jax.serving.prompts import Prompts
 from gptoss_jax.text.tokenizer import Tokenizer
+
+MAX_NOTES = 1000
+"""The most fields that are logged; clients choose the names of unknown ones."""
 
 _logger = logging.getLogger(__name__)
 
@@ -118,8 +122,12 @@ class Server:
             if self.grammars:
                 await self.grammars.close()
 
+    async def start(self, request: Request) -> turns.Turn:
+        """Submit a request, which the caller closes; see `turns.start`."""
+        return await turns.start(self.owner, self.prompts.tokenizer, request)
+
     def note_once(self, field: str, text: str) -> None:
         """Log, once, that a field of a request changes nothing."""
-        if field not in self._noted:
+        if field not in self._noted and len(self._noted) < MAX_NOTES:
             self._noted.add(field)
             _logger.info("%s: %s", field, text)

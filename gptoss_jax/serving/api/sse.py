@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Mapping
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gptoss_jax.serving.api.disconnect import disconnected
+
 PING_SECONDS = 15.0
 """Seconds without an event after which a comment is sent, so that proxies keep the connection."""
 
@@ -31,11 +33,14 @@ class EventStream(Response):
     """A response that streams what a generator yields, each a whole number of events.
 
     The generator is closed as soon as the client leaves or stops reading; it must turn its own errors into events.
+    `first` is what it has yielded already; see `stream`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None, first: bytes = b""
+    ) -> None:
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._events = events
