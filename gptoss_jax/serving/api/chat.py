@@ -16,7 +16,6 @@ from starlette.routing import BaseRoute
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.serving.api import sse
-from gptoss_jax.serving.api.app import route
 from gptoss_jax.serving.api.body import read_body
 from gptoss_jax.serving.api.disconnect import while_connected
 from gptoss_jax.serving.api.encoding import JsonResponse, encode
@@ -30,6 +29,7 @@ from gptoss_jax.serving.api.objects import (
     new_id,
     usage_object,
 )
+from gptoss_jax.serving.api.routing import route
 from gptoss_jax.serving.api.sampling import SamplingFields, TopLogprobs, check_size, renamed, sampling_params
 from gptoss_jax.serving.api.server import Server
 from gptoss_jax.serving.generated import Request

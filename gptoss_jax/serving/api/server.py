@@ -40,6 +40,8 @@ class Server:
       draining, health: the server's states.
       metrics: counts all requests.
       grammars: checks the grammars of requests; None leaves it to the engine.
+      reasoning_fields: the names under which Chat Completions have the reasoning.
+      fingerprint: the `system_fingerprint` of responses.
     """
 
     prompts: Prompts
@@ -52,6 +54,8 @@ class Server:
     health: Health = dataclasses.field(default_factory=Health)
     metrics: Metrics = dataclasses.field(default_factory=Metrics)
     grammars: GrammarChecks | None = None
+    reasoning_fields: tuple[str, ...] = ("reasoning", "reasoning_content")
+    fingerprint: str = f"gptoss-jax-{__version__}"
     _noted: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -121,10 +125,6 @@ class Server:
             await asyncio.wait((following,))
             if self.grammars:
                 await self.grammars.close()
-
-    async def start(self, request: Request) -> turns.Turn:
-        """Submit a request, which the caller closes; see `turns.start`."""
-        return await turns.start(self.owner, self.prompts.tokenizer, request)
 
     def note_once(self, field: str, text: str) -> None:
         """Log, once, that a field of a request changes nothing."""

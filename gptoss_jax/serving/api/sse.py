@@ -10,8 +10,6 @@ from collections.abc import AsyncGenerator, Mapping
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gptoss_jax.serving.api.disconnect import disconnected
-
 PING_SECONDS = 15.0
 """Seconds without an event after which a comment is sent, so that proxies keep the connection."""
 
@@ -43,7 +41,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._first = events, first
         self._sent_at = time.monotonic()
         self._sending_since: float | None = None
 
@@ -63,6 +61,8 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self._first:
+            await self._send(send, self._first)
         async for data in self._events:
             await self._send(send, data)
         await self._send(send, b"", more=False)
@@ -87,3 +87,11 @@ class EventStream(Response):
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def stream(events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> EventStream:
+    """A response that streams the events of a generator, whose first are there already, or b"" if it only has begun.
+
+    Raises what the generator raises before, so that a request that is refused has an error's status.
+    """
+    return EventStream(events, headers, await anext(events))

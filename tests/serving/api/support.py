@@ -37,8 +37,8 @@ class ScriptedOwner:
     """An EngineOwner whose completions are given: `script` maps a request and the completion's index to its tokens.
 
     `per_step` tokens come together, `delay` seconds after the previous ones. `requests` are those submitted,
-    `aborted` the indices of those aborted before their end, with the completion's index or None. `cached_tokens` of each
-    prompt are reported as found in the prefix cache.
+    `aborted` the indices of those aborted before their end, with the completion's index or None. `cached_tokens` of
+    each prompt are reported as found in the prefix cache.
     """
 
     def __init__(
