@@ -18,7 +18,12 @@ Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 def build_app(server: Server) -> Starlette:
     """The application of a server."""
-    app = Starlette(routes=[], exception_handlers={HTTPException: _http_error, Exception: _any_error})
+    # This module needs `route`.
+    from gptoss_jax.serving.api import responses
+
+    app = Starlette(
+        routes=responses.routes(server), exception_handlers={HTTPException: _http_error, Exception: _any_error}
+    )
     app.state.server = server
     return app
 

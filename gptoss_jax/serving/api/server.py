@@ -6,13 +6,21 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
 
+from gptoss_jax import __version__
 from gptoss_jax.serving import turns
 from gptoss_jax.serving.api.errors import not_found
 from gptoss_jax.serving.generated import Request
 from gptoss_jax.serving.owner import EngineOwner
 from gptoss_jax.serving.prompts import Prompts
 from gptoss_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptoss_jax.serving.api.responses.store import StoreOptions
+
+MAX_NOTES = 1000
+"""The most fields that are logged; clients choose the names of unknown ones."""
 
 _logger = logging.getLogger(__name__)
 
@@ -27,6 +35,10 @@ class Server:
       names: the names of the model; the first is used in responses to requests that name none.
       max_model_len, vocab_size: the engine's.
       created: when the model was loaded, in seconds since 1970.
+      response_store: where the Responses API stores responses; None is in memory.
+      response_secret: encrypts reasoning that clients keep; None is a random one.
+      reasoning_fields: the names under which Chat Completions have the reasoning.
+      fingerprint: the `system_fingerprint` of responses.
     """
 
     prompts: Prompts
@@ -35,6 +47,10 @@ class Server:
     max_model_len: int
     vocab_size: int
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    response_store: StoreOptions | None = None
+    response_secret: bytes | None = None
+    reasoning_fields: tuple[str, ...] = ("reasoning", "reasoning_content")
+    fingerprint: str = f"gptoss-jax-{__version__}"
     _noted: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -62,6 +78,6 @@ class Server:
 
     def note_once(self, field: str, text: str) -> None:
         """Log, once, that a field of a request changes nothing."""
-        if field not in self._noted:
+        if field not in self._noted and len(self._noted) < MAX_NOTES:
             self._noted.add(field)
             _logger.info("%s: %s", field, text)
