@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Mapping
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gptoss_jax.serving.api.disconnect import disconnected
+
 PING_SECONDS = 15.0
 """Seconds without an event after which a comment is sent, so that proxies keep the connection."""
 
@@ -40,7 +42,7 @@ class EventStream(Response):
         """Send the response, as an ASGI application."""
         async with contextlib.aclosing(self._events):
             sending = asyncio.ensure_future(self._send_all(send))
-            leaving = asyncio.ensure_future(_disconnected(receive))
+            leaving = asyncio.ensure_future(disconnected(receive))
             try:
                 await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -76,8 +78,3 @@ class EventStream(Response):
 async def _in_time(send: Send, data: bytes) -> None:
     async with asyncio.timeout(SLOW_SECONDS):
         await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
