@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import AsyncGenerator
 
 from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.errors import EngineError, UsageError
 from gptoss_jax.serving.generated import Completion, Request
-from gptoss_jax.serving.owner import EngineOwner
+from gptoss_jax.serving.owner import EngineOwner, EventStream
 from gptoss_jax.text.items import Item, ItemEvent
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import FinishReason, TokenLogprobs
@@ -32,6 +34,7 @@ class Update:
       index: the completion.
       events: what happened to its items.
       items: all its items so far.
+      tokens: its new tokens, of any kind, as the engine reported them.
       finish_reason: why it ended, in its last update.
       malformed: violations of the harmony format so far, one line each.
       prompt_logprobs: those of the prompt, in the first update of a request that asked for them.
@@ -41,10 +44,56 @@ class Update:
     index: int
     events: list[ItemEvent]
     items: list[Item]
+    tokens: list[TokenEvent]
     finish_reason: FinishReason | None
     malformed: list[str]
     prompt_logprobs: list[TokenLogprobs | None] | None
     usage: Usage
+
+
+class Turn:
+    """The updates of a request that was submitted; `aclose` aborts what has not finished."""
+
+    def __init__(self, stream: EventStream, tokenizer: Tokenizer | None, request: Request) -> None:
+        self._stream = stream
+        self._completions = [Completion(request, tokenizer) for _ in range(request.params.n)]
+        self._usage, self._unfinished = Usage(len(request.prompt_token_ids)), len(self._completions)
+        self._unread: deque[list[TokenEvent]] = deque()
+
+    def __aiter__(self) -> Turn:
+        return self
+
+    async def __anext__(self) -> Update:
+        """The next update. Raises UsageError or EngineError if the request fails."""
+        while self._unfinished:
+            if not self._unread:
+                self._unread.extend(_by_completion(await self._stream.events()))
+                continue
+            own = self._unread.popleft()
+            update = _update(self._completions[own[0].index], own, self._usage)
+            if update is None:
+                continue
+            if update.finish_reason:
+                self._unfinished -= 1
+                if not own[-1].finish_reason:
+                    # The text reached a stop string, which the engine cannot detect.
+                    self._stream.abort(update.index)
+            return update
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Abort what has not finished; there are no more updates."""
+        if self._unfinished:
+            self._unfinished = 0
+            self._stream.abort()
+
+
+async def start(owner: EngineOwner, tokenizer: Tokenizer | None, request: Request) -> Turn:
+    """Submit a request; the caller closes the turn, as by `contextlib.aclosing`.
+
+    Raises UsageError for a request that can never run, and EngineError if the engine takes no requests.
+    """
+    return Turn(await owner.submit(request), tokenizer, request)
 
 
 async def run(owner: EngineOwner, tokenizer: Tokenizer | None, request: Request) -> AsyncGenerator[Update]:
@@ -52,24 +101,9 @@ async def run(owner: EngineOwner, tokenizer: Tokenizer | None, request: Request)
 
     Raises UsageError for a request that can never run, and EngineError if the engine takes no requests or fails.
     """
-    stream = await owner.submit(request)
-    completions = [Completion(request, tokenizer) for _ in range(request.params.n)]
-    usage, unfinished = Usage(len(request.prompt_token_ids)), len(completions)
-    try:
-        while unfinished:
-            for own in _by_completion(await stream.events()):
-                update = _update(completions[own[0].index], own, usage)
-                if update is None:
-                    continue
-                if update.finish_reason:
-                    unfinished -= 1
-                    if not own[-1].finish_reason:
-                        # The text reached a stop string, which the engine cannot detect.
-                        stream.abort(update.index)
-                yield update
-    finally:
-        if unfinished:
-            stream.abort()
+    async with contextlib.aclosing(await start(owner, tokenizer, request)) as turn:
+        async for update in turn:
+            yield update
 
 
 def _by_completion(events: list[TokenEvent]) -> list[list[TokenEvent]]:
@@ -102,6 +136,7 @@ def _update(completion: Completion, events: list[TokenEvent], usage: Usage) -> U
         events[0].index,
         new,
         completion.turn.items,
+        events[: completion.tokens - before],
         completion.finish_reason,
         list(completion.turn.malformed),
         prompt_logprobs,

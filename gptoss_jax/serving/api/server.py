@@ -56,6 +56,10 @@ class Server:
         """Run a request; see `turns.run`."""
         return turns.run(self.owner, self.prompts.tokenizer, request)
 
+    async def start(self, request: Request) -> turns.Turn:
+        """Submit a request, which the caller closes; see `turns.start`."""
+        return await turns.start(self.owner, self.prompts.tokenizer, request)
+
     def note_once(self, field: str, text: str) -> None:
         """Log, once, that a field of a request changes nothing."""
         if field not in self._noted:
