@@ -29,14 +29,17 @@ class EventStream(Response):
     """A response that streams what a generator yields, each a whole number of events.
 
     The generator is closed as soon as the client leaves or stops reading; it must turn its own errors into events.
+    `first` is what it has yielded already; see `stream`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None, first: bytes = b""
+    ) -> None:
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._first = events, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, as an ASGI application."""
@@ -54,6 +57,8 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self._first:
+            await _in_time(send, self._first)
         following: asyncio.Future[bytes] | None = None
         try:
             while True:
@@ -73,6 +78,14 @@ class EventStream(Response):
             if following and not following.done():
                 following.cancel()
                 await asyncio.wait((following,))
+
+
+async def stream(events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> EventStream:
+    """A response that streams the events of a generator, whose first are there already, or b"" if it only has begun.
+
+    Raises what the generator raises before, so that a request that is refused has an error's status.
+    """
+    return EventStream(events, headers, await anext(events))
 
 
 async def _in_time(send: Send, data: bytes) -> None:
