@@ -29,17 +29,21 @@ class EventStream(Response):
     """A response that streams what a generator yields, each a whole number of events.
 
     The generator is closed as soon as the client leaves or stops reading; it must turn its own errors into events.
-    `first` is what it has yielded already; see `stream`.
+    `first` is what it has yielded already; see `stream`. `ping` is sent while there is nothing else to send.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None, first: bytes = b""
+        self,
+        events: AsyncGenerator[bytes],
+        headers: Mapping[str, str] | None = None,
+        first: bytes = b"",
+        ping: bytes = b": ping\n\n",
     ) -> None:
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._events, self._first = events, first
+        self._events, self._first, self._ping = events, first, ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, as an ASGI application."""
@@ -65,7 +69,7 @@ class EventStream(Response):
                 following = following or asyncio.ensure_future(anext(self._events))
                 done, _ = await asyncio.wait((following,), timeout=PING_SECONDS)
                 if not done:
-                    await _in_time(send, b": ping\n\n")
+                    await _in_time(send, self._ping)
                     continue
                 try:
                     data = following.result()
@@ -80,12 +84,14 @@ class EventStream(Response):
                 await asyncio.wait((following,))
 
 
-async def stream(events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> EventStream:
+async def stream(
+    events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None, ping: bytes = b": ping\n\n"
+) -> EventStream:
     """A response that streams the events of a generator, whose first are there already, or b"" if it only has begun.
 
     Raises what the generator raises before, so that a request that is refused has an error's status.
     """
-    return EventStream(events, headers, await anext(events))
+    return EventStream(events, headers, await anext(events), ping)
 
 
 async def _in_time(send: Send, data: bytes) -> None:
