@@ -18,7 +18,11 @@ Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 def build_app(server: Server) -> Starlette:
     """The application of a server."""
-    app = Starlette(routes=[], exception_handlers={HTTPException: _http_error, Exception: _any_error})
+    from gptoss_jax.serving.api import messages
+
+    app = Starlette(
+        routes=[*messages.routes(server)], exception_handlers={HTTPException: _http_error, Exception: _any_error}
+    )
     app.state.server = server
     return app
 
