@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from gptoss_jax import __version__
 from gptoss_jax.serving import turns
 from gptoss_jax.serving.api.errors import not_found
 from gptoss_jax.serving.api.grammars import GrammarChecks
@@ -55,7 +54,7 @@ class Server:
     metrics: Metrics = dataclasses.field(default_factory=Metrics)
     grammars: GrammarChecks | None = None
     reasoning_fields: tuple[str, ...] = ("reasoning", "reasoning_content")
-    fingerprint: str = f"gptoss-jax-{__version__}"
+    fingerprint: str = "gptoss-jax"
     _noted: set[str] = dataclasses.field(default_factory=set)
 
     @property
