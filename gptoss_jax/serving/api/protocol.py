@@ -21,8 +21,8 @@ from gptoss_jax.serving.api.errors import RETRY_SECONDS, ApiError
 LINGER_SECONDS = 1.0
 """Seconds for which input is discarded after a refusal, because a reset could reach the client before the answer."""
 
-DISCARDED_BYTES = 2**20
-"""Bytes of a body that are read after its response was sent, before the connection is closed."""
+DISCARDED_BYTES = 8 * 2**20
+"""Bytes that are discarded after a refusal, or of a body whose response was sent, before the connection is closed."""
 
 CLOSE_SECONDS = 30.0
 """Seconds that a client may take to read the rest of a response once its idle connection is being closed."""
@@ -92,6 +92,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """See asyncio.Protocol."""
         self._unset_keepalive_if_required()
         if self._refusal is not None:
+            self._discarded += len(data)
+            if self._discarded > DISCARDED_BYTES:
+                self.transport.abort()
             return
         # httptools holds a header field until it is complete, so bytes that lead to no call are counted, too.
         self._unreported += len(data)
@@ -218,7 +221,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is being received with an error, if no other answer could be mistaken for it, and close."""
-        self._refusal = error
+        self._refusal, self._discarded = error, 0
         self._stop_timer()
         if self.transport.is_closing():
             return
