@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 
+from gptoss_jax import __version__
 from gptoss_jax.serving import turns
 from gptoss_jax.serving.api.errors import not_found
 from gptoss_jax.serving.api.grammars import GrammarChecks
@@ -49,6 +50,9 @@ class Server:
     metrics: Metrics = dataclasses.field(default_factory=Metrics)
     grammars: GrammarChecks | None = None
     _noted: set[str] = dataclasses.field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.metrics.set_info(self.names, __version__)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -55,7 +55,9 @@ class ScriptedOwner:
         self.requests.append(request)
         tokens = [self._tokens(request, index) for index in range(request.params.n)]
         number = len(self.requests) - 1
-        return _Stream(request, tokens, self._per_step, self._delay, lambda i=None: self.aborted.append((number, i)))
+        return _Stream(
+            request, tokens, self._per_step, self._delay, lambda i=None: self.aborted.append((number, i))
+        )
 
     def _tokens(self, request: Request, index: int) -> tuple[list[int], Exception | None]:
         script = self._script(request, index)

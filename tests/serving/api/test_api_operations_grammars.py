@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import signal
@@ -18,13 +19,18 @@ from gptoss_jax.serving.api import grammars
 from gptoss_jax.serving.api.grammars import GrammarChecks
 from gptoss_jax.types import StructuredOutputsParams as Params
 
-OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+OBJECT = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 
 
 def bomb(pattern: str = "a") -> Params:
     """A schema of 2 kB whose references stand for a hundred thousand patterns."""
     names = ["v", "w", "x", "y", "z"]
-    ten = {one: {"allOf": [{"$ref": f"#/$defs/{next_}"}] * 10} for one, next_ in zip(names, names[1:], strict=False)}
+    ten = {one: {"allOf": [{"$ref": f"#/$defs/{next_}"}] * 10} for one, next_ in itertools.pairwise(names)}
     last = {"allOf": [{"properties": {"q": {"pattern": pattern + "{1,1000}"}}}] * 10}
     return Params(json={"$ref": "#/$defs/v", "$defs": {**ten, "z": last}})
 

@@ -145,7 +145,9 @@ def test_an_upgrade_to_http_2_is_answered_in_http_1(port: int) -> None:
     answer = exchange(port, get("/v1/models", *upgrade), get("/v1/models", CLOSE), pause=0.1)
     assert answer.count(b"HTTP/1.1 200 OK") == 2
     websocket = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"]
-    assert exchange(port, get("/v1/models", *websocket), get("/v1/models", CLOSE), pause=0.1).count(b" 200 OK") == 2
+    assert (
+        exchange(port, get("/v1/models", *websocket), get("/v1/models", CLOSE), pause=0.1).count(b" 200 OK") == 2
+    )
 
 
 def test_connections_are_bounded(port: int) -> None:
@@ -167,11 +169,10 @@ def test_a_body_of_1_gb_is_cut(port: int) -> None:
     head = f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\n".encode()
     block = b"\r\n".join([b"100000", b" " * 2**20, b""])
     for framing, part in ((f"Content-Length: {length}", b" " * 2**20), ("Transfer-Encoding: chunked", block)):
-        sent, answer = 0, b""
+        sent, answers = 0, list[bytes]()
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(head + framing.encode() + b"\r\n\r\n")
-            reader = threading.Thread(target=lambda c=connection: answers.append(c.recv(65536)))
-            answers: list[bytes] = []
+            reader = threading.Thread(target=lambda c=connection, to=answers: to.append(c.recv(65536)))
             reader.start()
             try:
                 while sent < length:
@@ -180,7 +181,7 @@ def test_a_body_of_1_gb_is_cut(port: int) -> None:
             except OSError:
                 pass
             reader.join(5)
-        answer = answers[0] if answers else b""
+        [answer] = answers
         assert answer.startswith(b"HTTP/1.1 413 ")
         assert "at most" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
         assert sent < length
@@ -205,7 +206,10 @@ def test_60_mb_of_headers_do_not_grow_the_memory() -> None:
         port = int(process.stdout.readline())
         assert exchange(port, get("/v1/models", CLOSE)).startswith(b"HTTP/1.1 200")
         before = memory(process.pid)
-        for start, part in ((b"X-Long: ", b"v" * 60_000), (b"", b"".join(b"X-%d: v\r\n" % i for i in range(6000)))):
+        for start, part in (
+            (b"X-Long: ", b"v" * 60_000),
+            (b"", b"".join(b"X-%d: v\r\n" % i for i in range(6000))),
+        ):
             answer = exchange(port, b"GET / HTTP/1.1\r\nHost: a\r\n" + start, *[part] * 1000)
             assert answer.startswith(b"HTTP/1.1 431 "), answer[:100]
         grown = memory(process.pid) - before
@@ -233,7 +237,9 @@ def certificate(folder: Path, password: str = "") -> tuple[Path, Path]:
     return cert, key
 
 
-@pytest.mark.skipif(not any(os.access(f"{p}/openssl", os.X_OK) for p in os.get_exec_path()), reason="needs openssl")
+@pytest.mark.skipif(
+    not any(os.access(f"{p}/openssl", os.X_OK) for p in os.get_exec_path()), reason="needs openssl"
+)
 def test_tls(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path)
     app = app_of(server_over(ScriptedOwner()))
