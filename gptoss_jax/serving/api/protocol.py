@@ -27,6 +27,8 @@ DISCARDED_BYTES = 8 * 2**20
 CLOSE_SECONDS = 30.0
 """Seconds that a client may take to read the rest of a response once its idle connection is being closed."""
 
+_UPGRADES = (b"upgrade", b"http2-settings")
+
 
 @dataclasses.dataclass(frozen=True)
 class HttpLimits:
@@ -111,9 +113,20 @@ class BoundedProtocol(HttpToolsProtocol):
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                # The request is answered in HTTP/1.1. The old parser takes nothing after a request for an upgrade.
-                data = data[upgrade.args[0] :]
-                self.parser = httptools.HttpRequestParser(self)
+                # The request is answered in HTTP/1.1. Some clients ask for HTTP/2 even with a body, which httptools
+                # takes for the new protocol's, so the request is read again without its wish.
+                data = self._without_upgrade() + data[upgrade.args[0] :]
+
+    def _without_upgrade(self) -> bytes:
+        """The header of the request, without its wish for another protocol."""
+        lines = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() not in _UPGRADES)
+            if name not in _UPGRADES:
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """See httptools."""
@@ -138,6 +151,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """See httptools."""
+        if self.parser.get_method() == b"CONNECT":
+            self._refusal = ApiError(405, "the server is no proxy")
+            raise self._refusal
+        if self.parser.should_upgrade():
+            return
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self._body_bytes = self._discarded = self._unreported = 0
@@ -160,6 +178,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """See httptools."""
+        if self.parser.should_upgrade():
+            return
         self._in_body = False
         self._unreported = 0
         super().on_message_complete()
@@ -177,9 +197,6 @@ class BoundedProtocol(HttpToolsProtocol):
         """See uvicorn; a client that does not read the rest of a response loses it after a while."""
         super().timeout_keep_alive_handler()
         self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        pass
 
     def _too_large(self) -> ApiError:
         self._refusal = ApiError(

@@ -25,6 +25,7 @@ from gptoss_jax.serving.api.keys import KeyGuard, Keys
 from gptoss_jax.serving.api.lifecycle import Drain
 from gptoss_jax.serving.api.limits import Bucket, KeyLimits
 from gptoss_jax.serving.api.middleware import allowed_hosts
+from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import SamplingParams
 from tests.serving.api.operations import GENERATE, app_of, plain_chat, running
 from tests.serving.api.support import PROMPTS, ScriptedOwner, server_over
@@ -333,6 +334,7 @@ def test_the_server_answers_a_number_of_requests_at_once() -> None:
         assert refused.status_code == 503
         assert error_of(refused)["code"] == "overloaded"
         assert int(refused.headers["retry-after"]) > 0
+        wait_for(lambda: client.post(GENERATE, json={"prompt": "hi"}).status_code == 200)
 
 
 def test_a_full_queue_of_the_engine_is_503(scripted: ScriptedOwner) -> None:
@@ -602,20 +604,27 @@ def test_errors_name_the_field(client: httpx.Client) -> None:
     assert client.post("/tokenize", json={"prompt": "a", "model": "gpt-5"}).status_code == 404
 
 
-def test_long_text_does_not_hold_up_others(client: httpx.Client) -> None:
+@pytest.mark.parametrize("body", [{"prompt": "a"}, {"messages": [{"role": "user", "content": "hi"}]}])
+def test_long_text_does_not_hold_up_others(
+    client: httpx.Client, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, finish = threading.Event(), threading.Event()
+
+    def encode(self: Tokenizer, text: str) -> list[int]:
+        began.set()
+        assert finish.wait(5)
+        return [1]
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
     answers = []
-    text = "".join(chr(97 + i * i % 26) if i % 7 else " " for i in range(3_000_000))
-    asking = threading.Thread(target=lambda: answers.append(client.post("/tokenize", json={"prompt": text})))
+    asking = threading.Thread(target=lambda: answers.append(client.post("/tokenize", json=body)))
     asking.start()
-    slowest = 0.0
-    with httpx.Client(base_url=client.base_url) as other:
-        other.get("/health/live")
-        while asking.is_alive():
-            began = time.monotonic()
-            other.get("/health/live")
-            slowest = max(slowest, time.monotonic() - began)
-    assert answers[0].json()["count"] > 100_000
-    assert slowest < 0.5
+    assert began.wait(5)
+    with httpx.Client(base_url=client.base_url, timeout=2) as other:
+        assert other.get("/health/live").status_code == 200
+    finish.set()
+    asking.join(10)
+    assert answers[0].status_code == 200
 
 
 def test_a_refused_grammar_never_reaches_the_engine(scripted: ScriptedOwner) -> None:

@@ -95,9 +95,16 @@ def test_trailers_and_chunk_extensions_are_bounded(port: int) -> None:
 
 
 def test_what_is_not_http_is_refused(port: int) -> None:
-    for data in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"NONSENSE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
+    for data in (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"NONSENSE\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET \xff HTTP/1.1\r\n\r\n",
+    ):
         status, error = error_of(exchange(port, data))
         assert (status, error["message"]) == (400, "expected a request in HTTP/1.1")
+    connect = b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n"
+    assert error_of(exchange(port, connect))[0] == 405
     # A request that could be read as two by others.
     smuggled = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     assert b"HTTP/1.1 200" not in exchange(port, smuggled)
@@ -144,6 +151,12 @@ def test_an_upgrade_to_http_2_is_answered_in_http_1(port: int) -> None:
     upgrade = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"]
     answer = exchange(port, get("/v1/models", *upgrade), get("/v1/models", CLOSE), pause=0.1)
     assert answer.count(b"HTTP/1.1 200 OK") == 2
+    # With a body, which is read, too.
+    body = json.dumps({"prompt": "hi"}).encode()
+    lines = [f"POST {GENERATE} HTTP/1.1", "Host: a", *upgrade, f"Content-Length: {len(body)}", "", ""]
+    head = "\r\n".join(lines).encode()
+    for parts in ([head, body, get("/v1/models", CLOSE)], [head + body + get("/v1/models", CLOSE)]):
+        assert exchange(port, *parts, pause=0.1).count(b"HTTP/1.1 200 OK") == 2
     websocket = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"]
     assert (
         exchange(port, get("/v1/models", *websocket), get("/v1/models", CLOSE), pause=0.1).count(b" 200 OK") == 2
