@@ -9,7 +9,7 @@ from typing import Any
 
 from gptoss_jax.engine.outputs import Load, TokenEvent
 from gptoss_jax.errors import expect
-from gptoss_jax.types import SamplingParams, Scope
+from gptoss_jax.types import FinishReason, SamplingParams, Scope
 
 
 @dataclasses.dataclass
@@ -80,7 +80,7 @@ class FakeEngine:
                     continue
                 counts[index] = count + 1
                 token = self._script[count % len(self._script)]
-                finish = "length" if count + 1 >= (params.max_tokens or 4096) else None
+                finish: FinishReason | None = "length" if count + 1 >= (params.max_tokens or 4096) else None
                 events.append(TokenEvent(name, index, token, finish_reason=finish))
                 if finish:
                     counts[index] = -1

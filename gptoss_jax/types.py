@@ -228,11 +228,45 @@ class RequestOutput:
     accepted_tokens: int = 0
 
 
-Scope = Literal["text", "final", "final or call"]
-"""The part of a completion that a constraint applies to.
+@dataclasses.dataclass(frozen=True)
+class ChatScope:
+    """The tool calls that a chat's completion may have. The reasoning is free, and an answer is in the final channel.
 
-"text" is all of it, "final" is harmony's final channel. "final or call" allows tool calls instead of a final answer.
-"""
+    Harmony ends a call with `<|call|>`, which is a stop token of the engine, so a completion has at most one call that
+    ends so: the last. Calls before it end with `<|end|>`, as other messages do.
+
+    Args:
+      calls: "none" allows no call and "auto" any number of calls. With "required" the completion has no final channel
+        until it has called a tool, and at most one message in each other channel, so that a model that would rather
+        answer does not reason again and again.
+      tools: the recipients that can be called, such as `functions.NAME`, `browser.search` or `python`, each with the
+        text of a JSON schema that the call's content follows, or None if the content is free. None allows any name.
+      parallel: whether another message may follow a call; if not, the first call ends the completion.
+    """
+
+    calls: Literal["none", "auto", "required"] = "auto"
+    tools: tuple[tuple[str, str | None], ...] | None = None
+    parallel: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tools is not None:
+            # JSON has lists instead of tuples.
+            object.__setattr__(self, "tools", tuple((name, schema) for name, schema in self.tools))
+        expect(self.calls != "required" or self.tools != (), "tools", "at least one if calls are required", "none")
+
+    @property
+    def free(self) -> bool:
+        """Whether it allows everything that an unconstrained model can generate."""
+        return self.calls == "auto" and self.tools is None and self.parallel
+
+
+Scope = Literal["text"] | ChatScope
+"""What a request's constraint applies to: all of a completion's text, or the messages of a chat."""
+
+
+def is_constrained(answer: StructuredOutputsParams | None, scope: Scope) -> bool:
+    """Whether a completion with this constraint on its answer, and with this scope, needs a `TokenConstraint`."""
+    return answer is not None or (isinstance(scope, ChatScope) and not scope.free)
 
 
 class TokenConstraint(Protocol):
@@ -250,6 +284,6 @@ class TokenConstraint(Protocol):
 class ConstraintFactory(Protocol):
     """Creates the constraint of a completion. Raises UsageError for a grammar that cannot be used."""
 
-    def __call__(self, params: StructuredOutputsParams, scope: Scope) -> TokenConstraint:
-        """A new constraint, for a single completion."""
+    def __call__(self, params: StructuredOutputsParams | None, scope: Scope) -> TokenConstraint:
+        """A new constraint, for a single completion. Without `params` the answer is free, and the scope is a chat's."""
         ...

@@ -17,6 +17,7 @@ PAGES = sorted(
     for page in (ROOT / folder).glob(pattern)
 )
 COMMANDS = {
+    "gptoss_jax.serve": [""],
     "gptoss_jax.generate": [""],
     "gptoss_jax.chat": [""],
     "gptoss_jax.harmony": [""],

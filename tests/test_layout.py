@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("gptoss_jax", "sharding", "pallas_kernels", "tools", "benchmarks")
-COMMANDS = {"generate", "chat", "harmony", "bench", "plan", "convert"}
+COMMANDS = {"serve", "generate", "chat", "harmony", "bench", "plan", "convert"}
 
 EVERYWHERE = {"types", "errors"}
 """What every room of gptoss_jax may import."""

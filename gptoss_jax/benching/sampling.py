@@ -57,7 +57,7 @@ class HalfVocabulary:
         """Ignore the token: the constraint has no state."""
 
 
-def half_vocabulary(params: StructuredOutputsParams, scope: Scope) -> HalfVocabulary:
+def half_vocabulary(params: StructuredOutputsParams | None, scope: Scope) -> HalfVocabulary:
     """Return the same constraint for every grammar."""
     return HalfVocabulary()
 

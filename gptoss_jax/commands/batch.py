@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from gptoss_jax.serving.client import LLM, Request
 
 _PROMPTS = ("prompt", "messages", "prompt_tokens")
-_CONVERSATION = ("tools", "builtin_tools", "reasoning_effort", "model_identity", "current_date", "response_format")
+_CONVERSATION = (
+    "tools",
+    "builtin_tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "reasoning_effort",
+    "model_identity",
+    "current_date",
+    "response_format",
+)
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _RESULT = b'{"id": '
 """The beginning of each line of results."""

@@ -37,6 +37,7 @@ from gptoss_jax.types import (
     Scope,
     TokenConstraint,
     TokenLogprobs,
+    is_constrained,
 )
 
 COMPILERS = 8
@@ -183,7 +184,7 @@ class Engine:
         scope: Scope = "text",
         priority: int = 0,
     ) -> None:
-        """Queue a request; `scope` is the part of its text that `params.structured_outputs` applies to.
+        """Queue a request; `scope` is what `params.structured_outputs` applies to, and the tool calls that it allows.
 
         Requests of lower `priority` numbers are admitted first and preempted last, as in vLLM.
         Raises UsageError, with the numbers, for a request that can never run or whose id is in use.
@@ -254,10 +255,13 @@ class Engine:
 
     def _constraints_of(self, params: SamplingParams, scope: Scope) -> list[TokenConstraint]:
         """One for each of the request's completions; none for free ones."""
-        if params.structured_outputs is None:
+        if not is_constrained(params.structured_outputs, scope):
             return []
         if self._constrain is None:
             raise UsageError("the checkpoint has no tokenizer.json", "structured_outputs")
+        # Only a stop token can follow a complete call, as SamplingParams says of a complete answer.
+        expect(not params.min_tokens, "min_tokens", "0 with a constraint on tool calls", params.min_tokens)
+        expect(not params.ignore_eos, "ignore_eos", "false with a constraint on tool calls", params.ignore_eos)
         return [self._constrain(params.structured_outputs, scope) for _ in range(params.n)]
 
     def cancel(self, request_id: str) -> bool:

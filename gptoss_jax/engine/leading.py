@@ -18,7 +18,7 @@ import numpy as np
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.interrupts import uninterrupted
 from gptoss_jax.errors import GptOssError
-from gptoss_jax.types import SamplingParams
+from gptoss_jax.types import ChatScope, SamplingParams
 from sharding.processes import Cluster
 
 ALIKE_SECONDS = 30.0
@@ -76,12 +76,16 @@ def _encoded(value: Any) -> Any:
     if isinstance(value, SamplingParams):
         # JSON keys are strings, so the mapping is sent as pairs.
         return {"params": dataclasses.asdict(value) | {"logit_bias": list((value.logit_bias or {}).items())}}
+    if isinstance(value, ChatScope):
+        return {"scope": dataclasses.asdict(value)}
     if isinstance(value, list | np.ndarray):
         return [int(token) for token in value]
     return value
 
 
 def _decoded(value: Any) -> Any:
+    if isinstance(value, dict) and "scope" in value:
+        return ChatScope(**value["scope"])
     if isinstance(value, dict):
         fields = value["params"]
         return SamplingParams(**fields | {"logit_bias": dict(fields["logit_bias"]) or None})

@@ -42,8 +42,10 @@ _CHAT_OPTIONS = {
     "current_date",
     "response_format",
     "auto_drop_analysis",
+    "tool_choice",
+    "parallel_tool_calls",
 }
-"""The options of a conversation, besides its tools: those of `harmony.render` with which the assistant is next."""
+"""The options of a conversation besides its tools: those of `harmony.render` for the assistant, and of `chat_scope`."""
 
 
 @dataclasses.dataclass
@@ -288,8 +290,9 @@ class LLM(_Model):
 
         `tools` are OpenAI tool objects or Python functions; `options` go to `harmony.render`: reasoning_effort,
         builtin_tools, model_identity, knowledge_cutoff, current_date (default: today), response_format and
-        auto_drop_analysis; None is the default. Each output's `message` is the assistant's next message, including its
-        tool calls. Raises UsageError.
+        auto_drop_analysis; None is the default. `tool_choice` and `parallel_tool_calls` have OpenAI's values, and
+        grammars enforce them, as they do the parameters of tools with `strict`. Each output's `message` is the
+        assistant's next message, including its tool calls. Raises UsageError.
         """
         return self._run(self._conversations(messages, sampling_params, tools, options), use_tqdm)
 

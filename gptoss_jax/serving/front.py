@@ -17,6 +17,7 @@ import msgspec
 import uvicorn
 
 from gptoss_jax.serving.api.app import build_app
+from gptoss_jax.serving.api.protocol import server_config
 from gptoss_jax.serving.api.server import Server
 from gptoss_jax.serving.link.front_end import FrontEnd
 from gptoss_jax.serving.link.options import FrontOptions
@@ -36,9 +37,7 @@ async def _run(options: FrontOptions) -> int:
     loop = asyncio.get_running_loop()
     owner = await FrontEnd.connect(socket.socket(fileno=options.link))
     server = Server(Prompts(Path(options.model)), owner, options.names)
-    http = _HttpServer(
-        uvicorn.Config(build_app(server), log_level="warning", access_log=False, server_header=False)
-    )
+    http = _HttpServer(server_config(build_app(server)))
     stopping = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     # Ctrl-C reaches all processes of a terminal; the one that owns the engine passes it on as SIGTERM.

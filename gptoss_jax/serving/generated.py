@@ -18,9 +18,9 @@ _MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>",
 class Request:
     """A tokenized prompt with its sampling parameters.
 
-    `chat` parses the completion as harmony; `tools` then holds the names of the available tools. `scope` is the part of
-    the completion that structured output constrains. Requests of lower `priority` numbers run first, and one that has
-    not finished after `timeout` seconds fails.
+    `chat` parses the completion as harmony; `tools` then holds the names of the available tools. `scope` is what
+    structured output applies to, and the tool calls that a chat allows. Requests of lower `priority` numbers run first,
+    and one that has not finished after `timeout` seconds fails.
     """
 
     request_id: str

@@ -11,7 +11,8 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.serving.generated import Request
 from gptoss_jax.text import harmony
 from gptoss_jax.text.tokenizer import Tokenizer
-from gptoss_jax.types import SamplingParams, Scope
+from gptoss_jax.text.tool_choice import chat_scope
+from gptoss_jax.types import SamplingParams
 
 Message = Mapping[str, Any]
 
@@ -40,9 +41,12 @@ class Prompts:
             raise UsageError("expected at least one", "messages")
         options = {name: value for name, value in options.items() if value is not None}
         options.setdefault("current_date", datetime.date.today().isoformat())
-        scope: Scope = "final or call" if options.get("tools") or options.get("builtin_tools") else "final"
+        choice = {name: options.pop(name, None) for name in ("tool_choice", "parallel_tool_calls")}
         prompt = harmony.render(messages, tokenizer, **options)
-        tools = harmony.tool_names(options.get("tools"), options.get("builtin_tools", ()))
+        given = options.get("tools"), options.get("builtin_tools", ())
+        has_grammar = params.structured_outputs is not None
+        scope = chat_scope(harmony.tool_recipients(*given), **choice, has_grammar=has_grammar)
+        tools = harmony.tool_names(*given)
         return Request(request_id, prompt, params, chat=True, scope=scope, tools=tools)
 
     def need_tokenizer(self, purpose: str) -> Tokenizer:

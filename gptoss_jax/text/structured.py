@@ -2,8 +2,11 @@
 
 In a chat the constraint applies to the text of the final channel, and the model may reason freely before it. The
 message structure is constrained as well, so that no other answer is possible: headers are those of harmony's assistant
-messages, analysis and commentary messages end with `<|end|>` only, a call needs a recipient and available tools, and
-`<|return|>` follows a complete final answer. Only `max_tokens`, `stop` and `stop_token_ids` can truncate an answer.
+messages, analysis and commentary messages end with `<|end|>` only, and `<|return|>` follows a complete final answer.
+
+The chat's scope adds which tools can be called, and whether one must be called before the final channel. A call needs
+an allowed recipient, its content follows the tool's schema if it has one, and it ends with `<|call|>`, or with
+`<|end|>` if more calls may follow. Only `max_tokens`, `stop` and `stop_token_ids` can truncate an answer or a call.
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ import numpy as np
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.text.harmony import MessageEnd, MessageStart, StreamParser
+from gptoss_jax.text.harmony.header import Header
 from gptoss_jax.text.harmony.meaning import BARE_NAMESPACES, NON_TOOL_RECIPIENTS
+from gptoss_jax.text.harmony.messages import CHANNELS
 from gptoss_jax.text.tokenizer import Tokenizer
-from gptoss_jax.types import Scope, StructuredOutputsParams, TokenConstraint
+from gptoss_jax.types import ChatScope, Scope, StructuredOutputsParams, TokenConstraint
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-CACHE_SIZE = 64
-"""Number of compiled grammars that are kept."""
+CACHE_SIZE = 256
+"""Number of compiled grammars that are kept; a request may have a hundred tools, with a schema each."""
 
 JSON_DEFAULTS = {"whitespace_pattern": r" |\n[ \t]{0,40}"}
 """Options of JSON schemas, which a schema's own `x-guidance` overrides.
@@ -37,16 +42,24 @@ are rejected, except an unknown `format`, which does not constrain the string.
 """
 
 # The headers that may follow <|start|>assistant. A call names its recipient before or after the channel, and may give a
-# content type. A final answer has no <|constrain|>, because openai-harmony reads its content type as a recipient.
+# content type, which for a function whose arguments follow a schema is json. A final answer has no <|constrain|>,
+# because openai-harmony reads its content type as a recipient.
 _HEADER = """
 start: {start}header
-header: final | other
-final: <|channel|> "final" <|message|>
-other: {other}
+header: {kinds}
 CHANNEL: /analysis|commentary/
-TO: / to=([0-9A-Za-z_.\\-]|[^\\x00-\\x7f\\s\\p{{Cc}}])+/ & ~/ to=({no_tool})/
 TYPE: /[a-z_]+/
 """
+_MESSAGE = """
+message: <|channel|> /{channels}/ <|message|>
+"""
+_CALL = """
+{name}: ({to} <|channel|> CHANNEL | <|channel|> CHANNEL {to}) {type} <|message|>
+{to}: {recipient}
+"""
+_ANY_TYPE = '(" code" | " "? <|constrain|> TYPE)?'
+_JSON_TYPE = '" "? <|constrain|> "json"'
+_CHANNELS = frozenset(CHANNELS)
 
 # No tool has these names, and the name of a channel is read as the channel. Any other name that harmony.tools accepts
 # can be a recipient, in any script.
@@ -54,8 +67,7 @@ _NO_TOOL = [
     re.escape(name) for name in (*NON_TOOL_RECIPIENTS, *BARE_NAMESPACES, "analysis", "commentary", "final")
 ]
 
-_MESSAGE = "<|channel|> CHANNEL <|message|>"
-_CALL = '(TO <|channel|> CHANNEL | <|channel|> CHANNEL TO) (" code" | " "? <|constrain|> TYPE)? <|message|>'
+_ANY_RECIPIENT = r"/ to=([0-9A-Za-z_.\-]|[^\x00-\x7f\s\p{Cc}])+/ & ~/ to=(" + "|".join(_NO_TOOL) + ")/"
 
 _logger = logging.getLogger(__name__)
 
@@ -74,18 +86,21 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
-        self._matcher = functools.lru_cache(CACHE_SIZE)(self._make_matcher)
+        self._header = functools.lru_cache(CACHE_SIZE)(self._make_header)
         self._answer = functools.lru_cache(CACHE_SIZE)(self._make_answer)
+        self.arguments = functools.lru_cache(CACHE_SIZE)(self._make_arguments)
         self.bitmask = functools.cache(self._make_bitmask)
 
-    def __call__(self, params: StructuredOutputsParams, scope: Scope) -> TokenConstraint:
+    def __call__(self, params: StructuredOutputsParams | None, scope: Scope) -> TokenConstraint:
         """A new constraint, for a single completion. Raises UsageError."""
+        _llguidance("tool_choice" if params is None else "structured_outputs")
         if not self._eos:
             raise UsageError("the model has no stop token to end a complete answer", "structured_outputs")
-        answer = self._answer(*_source(params))
-        if scope == "text":
-            return _TextConstraint(answer.deep_copy())
-        return _FinalChannelConstraint(self, answer, calls=scope == "final or call")
+        answer = None if params is None else self._answer(*_source(params))
+        if isinstance(scope, ChatScope):
+            return _ChatConstraint(self, answer, scope)
+        assert answer is not None
+        return _TextConstraint(answer.deep_copy())
 
     @functools.cached_property
     def _vocabulary(self) -> LLTokenizer:
@@ -108,17 +123,32 @@ class GrammarCompiler:
         """A new parser of a completion."""
         return StreamParser(self._tokenizer)
 
-    def header(self, first: bool, calls: bool) -> LLMatcher:
-        """A matcher of a message header; the `<|start|>assistant` of the first message is part of the prompt."""
-        start, other = "" if first else '<|start|> "assistant" ', f"{_MESSAGE} | {_CALL}" if calls else _MESSAGE
-        source = _HEADER.format(start=start, other=other, no_tool="|".join(_NO_TOOL))
-        return self._matcher(_llguidance().grammar_from("lark", source)).deep_copy()
+    def header(self, first: bool, scope: ChatScope, channels: frozenset[str]) -> LLMatcher:
+        """A matcher of a message header; the `<|start|>assistant` of the first message is part of the prompt.
 
-    def _make_answer(self, name: str, kind: str, text: str) -> LLMatcher:
-        return self._make_matcher(_compile(name, kind, text, self._vocabulary))
+        `channels` are those of messages that are not calls.
+        """
+        return self._header(first, scope, channels).deep_copy()
+
+    def _make_arguments(self, recipient: str, schema: str) -> LLMatcher:
+        """The matcher of a tool's arguments, to be copied. Raises UsageError, naming the tool."""
+        try:
+            return self._answer("tools", "json_schema", _schema(schema, "tools"))
+        except UsageError as error:
+            raise UsageError(f"{recipient}: {error.message}", error.field) from None
+
+    def _make_header(self, first: bool, scope: ChatScope, channels: frozenset[str]) -> LLMatcher:
+        return self._make_matcher(_llguidance().grammar_from("lark", _header_grammar(first, scope, channels)))
+
+    def _make_answer(self, field: str, kind: str, text: str) -> LLMatcher:
+        return self._make_matcher(_compile(field, kind, text, self._vocabulary))
 
     def _make_matcher(self, grammar: str) -> LLMatcher:
         return _llguidance().LLMatcher(self._vocabulary, grammar, log_level=0)
+
+    def allows_stop(self, bitmask: np.ndarray) -> bool:
+        """Whether a matcher's bitmask allows the engine's stop tokens: the content can end here."""
+        return bool(bitmask[self._eos[0] // 32] >> (self._eos[0] % 32) & 1)
 
     def _make_bitmask(self, *special: str) -> np.ndarray:
         """A bitmask, in uint32 words, that allows all ordinary tokens and these special ones."""
@@ -144,42 +174,83 @@ class _TextConstraint:
         _accept(self._matcher, token)
 
 
-class _FinalChannelConstraint:
-    """Constrains the text of the final channel, and all other messages to harmony's assistant messages."""
+class _ChatConstraint:
+    """Constrains messages to harmony's assistant messages, and their content to the answer's or a tool's grammar."""
 
-    def __init__(self, compiler: GrammarCompiler, answer: LLMatcher, calls: bool) -> None:
-        self._compiler, self._answer, self._calls = compiler, answer, calls
+    def __init__(self, compiler: GrammarCompiler, answer: LLMatcher | None, scope: ChatScope) -> None:
+        self._compiler, self._answer, self._scope = compiler, answer, scope
+        self._arguments = {
+            recipient: compiler.arguments(recipient, schema)
+            for recipient, schema in scope.tools or ()
+            if schema is not None and scope.calls != "none"
+        }
         self._parser = compiler.parser()
-        self._free: np.ndarray | None = None
-        self._matcher = compiler.header(first=True, calls=calls)
-        self._in_answer = False
+        self._calls_first = scope.calls == "required"
+        self._channels = _CHANNELS - {"final"} if self._calls_first else _CHANNELS
+        self._ends: tuple[str, ...] = ()
+        self._matcher: LLMatcher | None = compiler.header(True, scope, self._channels)
 
     def fill(self, bitmask: np.ndarray) -> None:
         """See TokenConstraint."""
-        if self._free is not None:
-            bitmask[:] = self._free
+        if self._matcher is None:
+            bitmask[:] = self._compiler.bitmask(*self._ends)
             return
         _fill(self._matcher, bitmask)
-        if self._in_answer:
-            # The matcher allows every stop token of the engine; a final answer ends with <|return|> only.
-            bitmask &= self._compiler.bitmask("<|return|>")
+        if self._ends:
+            # Once the content is complete, the matcher allows every stop token of the engine; a message has its own.
+            complete, ordinary = self._compiler.allows_stop(bitmask), self._compiler.bitmask()
+            bitmask &= ordinary
+            if complete:
+                bitmask |= self._compiler.bitmask(*self._ends) & ~ordinary
 
     def accept(self, token: int) -> None:
         """See TokenConstraint."""
-        if self._free is None:
+        events = self._parser.push(token)
+        if self._matcher is not None and not any(isinstance(event, MessageEnd) for event in events):
             _accept(self._matcher, token)
-        for event in self._parser.push(token):
+        for event in events:
             if isinstance(event, MessageStart):
-                self._begin(event.header.channel == "final", event.header.recipient is not None)
-            elif isinstance(event, MessageEnd):
-                self._free, self._in_answer = None, False
-                self._matcher = self._compiler.header(first=False, calls=self._calls)
+                self._begin(event.header)
+            elif isinstance(event, MessageEnd) and event.message.stop == "<|end|>":
+                self._ends, self._matcher = (), self._compiler.header(False, self._scope, self._channels)
 
-    def _begin(self, final: bool, to_recipient: bool) -> None:
-        if final:
-            self._in_answer, self._matcher = True, self._answer.deep_copy()
-            return
-        self._free = self._compiler.bitmask("<|end|>", *(["<|call|>"] if self._calls and to_recipient else []))
+    def _begin(self, header: Header) -> None:
+        """Constrain the content of a message with this header."""
+        content = self._answer if header.channel == "final" else self._arguments.get(header.recipient or "")
+        self._matcher = None if content is None else content.deep_copy()
+        if header.channel == "final":
+            self._ends = ("<|return|>",)
+        elif header.recipient is None:
+            self._ends = ("<|end|>",)
+            if self._calls_first:
+                self._channels -= {header.channel}
+        else:
+            self._calls_first, self._channels = False, _CHANNELS
+            self._ends = ("<|end|>", "<|call|>") if self._scope.parallel else ("<|call|>",)
+
+
+def _header_grammar(first: bool, scope: ChatScope, channels: frozenset[str]) -> str:
+    """The Lark grammar of a header; `channels` are those of messages that are not calls."""
+    start = "" if first else '<|start|> "assistant" '
+    rules = [("message", _MESSAGE.format(channels="|".join(sorted(channels))))] if channels else []
+    rules += [] if scope.calls == "none" else _call_rules(scope.tools)
+    return _HEADER.format(start=start, kinds=" | ".join(name for name, _ in rules)) + "".join(r for _, r in rules)
+
+
+def _call_rules(tools: tuple[tuple[str, str | None], ...] | None) -> list[tuple[str, str]]:
+    """The names and the texts of the grammar's rules of calls."""
+    if tools is None:
+        return [("call", _CALL.format(name="call", to="TO", type=_ANY_TYPE, recipient=_ANY_RECIPIENT))]
+    typed = {name for name, schema in tools if schema is not None and name.startswith("functions.")}
+    rules = []
+    for rule, to, content, names in (
+        ("call", "TO", _ANY_TYPE, [name for name, _ in tools if name not in typed]),
+        ("json_call", "JSON_TO", _JSON_TYPE, sorted(typed)),
+    ):
+        if names:
+            recipient = " | ".join(json.dumps(f" to={name}", ensure_ascii=False) for name in names)
+            rules.append((rule, _CALL.format(name=rule, to=to, type=content, recipient=recipient)))
+    return rules
 
 
 def _fill(matcher: LLMatcher, bitmask: np.ndarray) -> None:
@@ -190,10 +261,10 @@ def _accept(matcher: LLMatcher, token: int) -> None:
     failed = matcher.is_error()
     if not matcher.consume_token(token) and not failed:
         # For example, the grammar's state has become too complex: from here on only a stop token is allowed.
-        _logger.warning("structured_outputs: the answer is truncated: %s", _one_line(matcher.get_error()))
+        _logger.warning("structured_outputs: the answer or call is truncated: %s", _one_line(matcher.get_error()))
 
 
-def _compile(name: str, kind: str, text: str, vocabulary: LLTokenizer | None) -> str:
+def _compile(field: str, kind: str, text: str, vocabulary: LLTokenizer | None) -> str:
     """The grammar of `_source` in llguidance's own notation, validated. Raises UsageError."""
     llguidance = _llguidance()
     try:
@@ -202,34 +273,35 @@ def _compile(name: str, kind: str, text: str, vocabulary: LLTokenizer | None) ->
         else:
             grammar = llguidance.grammar_from(kind, text)
     except ValueError as error:
-        raise UsageError(f"{_one_line(str(error))}", f"structured_outputs.{name}") from None
+        raise UsageError(f"{_one_line(str(error))}", field) from None
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
     if failed:
-        raise UsageError(f"{_one_line(messages[0])}", f"structured_outputs.{name}")
+        raise UsageError(f"{_one_line(messages[0])}", field)
     return str(grammar)
 
 
 def _source(params: StructuredOutputsParams) -> tuple[str, str, str]:
-    """The name of the field that is set, llguidance's name for its kind of grammar, and its text."""
+    """The field that is set, llguidance's name for its kind of grammar, and its text."""
     if params.json is not None:
-        return "json", "json_schema", _schema(params.json)
+        field = "structured_outputs.json"
+        return field, "json_schema", _schema(params.json, field)
     if params.regex is not None:
-        return "regex", "regex", params.regex
+        return "structured_outputs.regex", "regex", params.regex
     if params.choice is not None:
-        return "choice", "choice", json.dumps(list(params.choice))
+        return "structured_outputs.choice", "choice", json.dumps(list(params.choice))
     if params.grammar is not None:
-        return "grammar", "grammar", params.grammar
-    return "json_object", "json_schema", json.dumps({"type": "object"})
+        return "structured_outputs.grammar", "grammar", params.grammar
+    return "structured_outputs.json_object", "json_schema", json.dumps({"type": "object"})
 
 
-def _schema(schema: str | Mapping[str, Any]) -> str:
+def _schema(schema: str | Mapping[str, Any], field: str) -> str:
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(_without_unknown_formats(value), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"not valid JSON: {_one_line(str(error))}", "structured_outputs.json") from None
+        raise UsageError(f"not valid JSON: {_one_line(str(error))}", field) from None
     if not isinstance(value, Mapping):
-        raise UsageError(f"expected a JSON schema object, found {type(value).__name__}", "structured_outputs.json")
+        raise UsageError(f"expected a JSON schema object, found {type(value).__name__}", field)
     return text
 
 
@@ -266,13 +338,11 @@ def _knows_format(name: str) -> bool:
     return not failed
 
 
-def _llguidance() -> Any:
+def _llguidance(field: str = "structured_outputs") -> Any:
     try:
         import llguidance
     except ImportError:
-        raise UsageError(
-            "llguidance is missing: pip install 'gptoss-jax[structured]'", "structured_outputs"
-        ) from None
+        raise UsageError("llguidance is missing: pip install 'gptoss-jax[structured]'", field) from None
     return llguidance
 
 

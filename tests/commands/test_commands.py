@@ -270,6 +270,9 @@ def test_bad_input_is_one_line(command, arguments: tuple[str, ...], named: str) 
         ('{"prompt": "hi", "temprature": 1}', "temprature"),
         ('{"prompt": "hi", "structured_outputs": {"regex": "(a"}}', "unclosed"),
         ('{"prompt": "hi", "structured_outputs": {"regexp": "a"}}', "regexp"),
+        ('{"prompt": "hi", "tool_choice": "required"}', "tool_choice: expected tools with 'required'"),
+        ('{"prompt": "hi", "parallel_tool_calls": 1}', "parallel_tool_calls: expected true or false"),
+        ('{"prompt": "hi", "raw": true, "tool_choice": "none"}', "tool_choice: only with the chat format"),
         ("{", "JSON"),
     ],
 )

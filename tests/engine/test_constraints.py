@@ -49,8 +49,8 @@ class Third:
         self._log.append("accept")
 
 
-def third(params: StructuredOutputsParams, scope: Scope, log: list[str] | None = None) -> Third:
-    return Third(int(params.regex or 0), log)
+def third(params: StructuredOutputsParams | None, scope: Scope, log: list[str] | None = None) -> Third:
+    return Third(int((params and params.regex) or 0), log)
 
 
 @cache

@@ -162,6 +162,19 @@ def test_structured_output_over_two_processes(tmp_path: Path) -> None:
             "structured_outputs": {"json": {"enum": [1, "b"]}},
         },
         {"id": "free", "prompt": "What is 17 + 25?"},
+        {
+            "id": "call",
+            "prompt": "What is 17 + 25?",
+            "tools": [
+                {
+                    "name": "get_time",
+                    "strict": True,
+                    "parameters": {"properties": {"zone": {"enum": ["UTC"]}}, "required": ["zone"]},
+                }
+            ],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+        },
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, asked)))
     command = ("gptoss_jax.generate", "--dtype", "float32", "--max-new-tokens", "120", "--max-num-seqs", "4")
@@ -170,9 +183,11 @@ def test_structured_output_over_two_processes(tmp_path: Path) -> None:
     assert [end.code for end in ends] == [0, 0], ends
     subprocess.run([sys.executable, "-m", *batch, str(tmp_path / "one.jsonl")], cwd=ROOT, check=True)
     assert tokens(tmp_path / "two.jsonl") == tokens(tmp_path / "one.jsonl")
-    texts = {
-        line["id"]: line["text"] for line in map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines())
-    }
+    lines = {line["id"]: line for line in map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines())}
+    texts = {name: line["text"] for name, line in lines.items()}
+    [call] = lines["call"]["messages"][0]["tool_calls"]
+    assert call["function"]["name"] == "get_time"
+    assert json.loads(call["function"]["arguments"])["zone"] == "UTC"
     assert len(texts["regex"]) == 3
     assert json.loads(texts["json"]) in (1, "b")
     assert texts["free"] == "17 + 25 = 42"

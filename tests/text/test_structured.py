@@ -4,9 +4,12 @@ import json
 import random
 import re
 import sys
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import openai_harmony
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,8 +25,10 @@ from gptoss_jax.model.gpt_oss import GptOss
 from gptoss_jax.text.harmony import function_tools, parse, to_openai
 from gptoss_jax.text.structured import GrammarCompiler, check
 from gptoss_jax.text.tokenizer import Tokenizer
-from gptoss_jax.types import TokenConstraint
+from gptoss_jax.types import ChatScope, Scope, TokenConstraint
 from tests.engine.schedules import overcommit
+from tools.goldens.harmony_goldens import load_oracle
+from tools.goldens.o200k import install
 
 SCHEMA = {
     "type": "object",
@@ -40,6 +45,7 @@ GRAMMARS = {
     "gbnf": ({"grammar": 'root ::= "x" [0-9] ("," "y" [a-c])?'}, re.compile(r"x\d(,y[a-c])?").fullmatch),
 }
 VOCABULARY = 1064
+NO_CALLS, ANY_CALLS = ChatScope("none"), ChatScope()
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 
 
@@ -94,7 +100,9 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
     engine = overcommit(Engine(model(), EngineOptions(**settings), eos_token_ids=eos(), constrain=compiler()))
     tokens = [[[] for _ in range(params.n)] for params in requests]
     for name, params in enumerate(requests):
-        engine.add(str(name), range(1, 42 + name), params, "final" if name % 2 else "text")
+        # A scope without calls would constrain a free request as well.
+        scope = NO_CALLS if name % 2 and params.structured_outputs else "text"
+        engine.add(str(name), range(1, 42 + name), params, scope)
     while engine.unfinished:
         for event in engine.step():
             tokens[int(event.request_id)][event.index].append(event.token_id)
@@ -102,10 +110,16 @@ def run(requests: list[SamplingParams], **options: object) -> tuple[list[list[li
     return tokens, engine.load
 
 
-def babble(grammar: dict, scope: str, seed: int, most: int = 150) -> tuple[list[int], bool]:
-    """The output of a model that samples allowed tokens, preferring special ones, and whether it ended."""
+def babble(
+    grammar: dict | None, scope: Scope, seed: int, most: int = 150, likely: str = ""
+) -> tuple[list[int], bool]:
+    """The output of a model that samples allowed tokens, preferring special ones, and whether it ended.
+
+    It also prefers the characters in `likely`.
+    """
     rng, marks = random.Random(seed), set(tokenizer().special_tokens.values())
-    constraint = compiler()(StructuredOutputsParams(**grammar), scope)
+    marks |= {tokenizer().encode(character)[0] for character in likely}
+    constraint = compiler()(None if grammar is None else StructuredOutputsParams(**grammar), scope)
     tokens: list[int] = []
     while len(tokens) < most:
         words = np.full(-(-VOCABULARY // 32), 0xFFFFFFFF, np.uint32)
@@ -122,8 +136,8 @@ def babble(grammar: dict, scope: str, seed: int, most: int = 150) -> tuple[list[
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(sorted(GRAMMARS)), st.sampled_from(["final", "final or call"]), st.integers(0, 10**9))
-def test_no_output_can_violate_the_grammar(name: str, scope: str, seed: int) -> None:
+@given(st.sampled_from(sorted(GRAMMARS)), st.sampled_from([NO_CALLS, ANY_CALLS]), st.integers(0, 10**9))
+def test_no_output_can_violate_the_grammar(name: str, scope: ChatScope, seed: int) -> None:
     grammar, fits = GRAMMARS[name]
     tokens, ended = babble(grammar, scope, seed)
     result = parse(tokens, tokenizer())
@@ -135,14 +149,14 @@ def test_no_output_can_violate_the_grammar(name: str, scope: str, seed: int) -> 
     assert {message.role for message in result.messages} == {"assistant"}
     last = result.messages[-1]
     if last.stop == "<|call|>":
-        assert scope == "final or call"
+        assert scope == ANY_CALLS
         [call] = to_openai([last])["tool_calls"]
         assert call["function"]["name"]
         return
     assert last.channel == "final"
     assert last.stop == "<|return|>"
     assert fits(last.text)
-    assert scope != "final" or "tool_calls" not in to_openai(result.messages)
+    assert scope != NO_CALLS or "tool_calls" not in to_openai(result.messages)
 
 
 @settings(max_examples=20)
@@ -153,12 +167,12 @@ def test_text_scope_constrains_from_the_first_token(name: str, seed: int) -> Non
     assert not ended or fits(tokenizer().decode(tokens[:-1]))
 
 
-def masked(text: str) -> str:
-    """The rest of `text` from the first token that the mask of a chat with tools does not allow."""
+def masked(text: str, scope: ChatScope = ANY_CALLS) -> str:
+    """The rest of `text` from the first token that the mask of a chat does not allow."""
     parts = re.split(r"(<\|[a-z_]+\|>)", text)
     marks = tokenizer().special_tokens
     tokens = [token for part in parts for token in ([marks[part]] if part in marks else tokenizer().encode(part))]
-    constraint = compiler()(StructuredOutputsParams(json_object=True), "final or call")
+    constraint = compiler()(StructuredOutputsParams(json_object=True), scope)
     return tokenizer().decode(tokens[allowed(constraint, tokens) :])
 
 
@@ -187,7 +201,8 @@ def test_any_valid_tool_name_can_be_called(name: str) -> None:
         f"<|channel|>commentary to=functions.{name} <|constrain|>json",
         f"<|channel|>analysis to=functions.{name} code",
     ):
-        assert masked(f"{header}<|message|>{{}}<|call|>") == ""
+        for scope in (ANY_CALLS, ChatScope("required", ((f"functions.{name}", None),))):
+            assert masked(f"{header}<|message|>{{}}<|call|>", scope) == ""
 
 
 @pytest.mark.parametrize("name", ["browser.search", "browser.open", "browser.find", "python"])
@@ -218,6 +233,152 @@ def test_invalid_tool_names_cannot_be_called(name: str) -> None:
     assert masked(f"<|channel|>commentary to={name} <|constrain|>json<|message|>{{}}<|call|>").endswith(
         "{}<|call|>"
     )
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+ARGUMENTS = {
+    "functions.weather": json.dumps(WEATHER),
+    "functions.weather_now": json.dumps({"type": "object"}),
+    "functions.größe.2": None,
+    "browser.search": json.dumps(
+        {"type": "object", "properties": {"query": {"type": "string", "maxLength": 3}}, "required": ["query"]}
+    ),
+    "python": None,
+}
+SCOPES = st.builds(
+    lambda calls, names, parallel: ChatScope(calls, tuple((name, ARGUMENTS[name]) for name in names), parallel),
+    st.sampled_from(["none", "auto", "required"]),
+    st.lists(st.sampled_from(sorted(ARGUMENTS)), min_size=1, unique=True),
+    st.booleans(),
+)
+
+
+def assert_arguments(recipient: str, text: str) -> None:
+    """The content of a call follows the tool's schema."""
+    if ARGUMENTS[recipient] is None:
+        return
+    arguments = json.loads(text)
+    assert isinstance(arguments, dict)
+    if recipient == "functions.weather":
+        assert arguments.keys() - {"days"} == {"city"}
+        assert arguments["city"] in ("Paris", "Rome")
+        assert arguments.get("days", 1) in range(1, 10)
+    elif recipient == "browser.search":
+        assert len(arguments["query"]) <= 3
+
+
+@cache
+def oracle() -> openai_harmony.HarmonyEncoding:
+    with tempfile.TemporaryDirectory() as directory:
+        install(Path(directory))
+        return load_oracle()
+
+
+def read(tokens: list[int]) -> list[openai_harmony.Message]:
+    """The messages of a completion as openai-harmony reads them, from the released vocabulary's tokens."""
+    text = tokenizer().decode(tokens)
+    return oracle().parse_messages_from_completion_tokens(
+        oracle().encode(text, allowed_special="all"), openai_harmony.Role.ASSISTANT
+    )
+
+
+@settings(max_examples=150)
+@given(SCOPES, st.sampled_from([None, "json", "regex"]), st.integers(0, 10**9))
+def test_no_output_can_violate_the_scope(scope: ChatScope, name: str | None, seed: int) -> None:
+    grammar, fits = GRAMMARS[name] if name else (None, lambda text: True)
+    tokens, ended = babble(grammar, scope, seed, most=400, likely='{}"')
+    result = parse(tokens, tokenizer())
+    messages = result.messages if ended else result.messages[:-1]
+    called = [message.recipient is not None for message in messages]
+    for message in messages:
+        assert message.channel in ("analysis", "commentary", "final")
+        assert message.recipient is None or message.recipient in dict(scope.tools)
+        if message.recipient is not None:
+            assert_arguments(message.recipient, message.text)
+    assert scope.calls != "none" or not any(called)
+    assert scope.parallel or not any(called[:-1])
+    assert all(message.channel != "final" for message in messages[:-1])
+    before = [message.channel for message in messages[: called.index(True) if any(called) else None]]
+    assert scope.calls != "required" or sorted(before) in (
+        [],
+        ["analysis"],
+        ["commentary"],
+        ["analysis", "commentary"],
+    )
+    if not ended:
+        return
+    assert not [problem for problem in result.malformed if "UTF-8" not in problem]
+    assert scope.calls != "required" or any(called)
+    assert messages[-1].stop == ("<|call|>" if called[-1] else "<|return|>")
+    assert called[-1] or (messages[-1].channel == "final" and fits(messages[-1].text))
+    assert [message.recipient for message in read(tokens)] == [message.recipient for message in messages]
+
+
+@pytest.mark.parametrize("calls", ["auto", "required"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_most_outputs_end(calls: str, parallel: bool) -> None:
+    """The properties above are thus not those of truncated outputs alone."""
+    scope = ChatScope(calls, tuple(ARGUMENTS.items()), parallel)
+    runs = [babble(None, scope, seed, most=400, likely='{}"') for seed in range(20)]
+    assert sum(ended for _, ended in runs) >= 12
+    recipients = {message.recipient for tokens, _ in runs for message in parse(tokens, tokenizer()).messages}
+    assert len(recipients - {None}) > 3
+
+
+CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}'
+THOUGHT = "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant"
+PREAMBLE = "<|channel|>commentary<|message|>I'll look.<|end|><|start|>assistant"
+ANSWER = "<|channel|>final<|message|>{}<|return|>"
+
+
+@pytest.mark.parametrize(
+    ("calls", "parallel", "text", "rest"),
+    [
+        ("none", True, f"{THOUGHT}{PREAMBLE}{ANSWER}", ""),
+        ("none", True, CALL, " to=functions.weather"),
+        ("auto", True, f"{THOUGHT}{ANSWER}", ""),
+        ("auto", True, f"{THOUGHT}{CALL}<|end|><|start|>assistant{CALL}<|call|>", ""),
+        ("auto", False, f"{THOUGHT}{CALL}<|call|>", ""),
+        ("auto", False, f"{THOUGHT}{CALL}<|end|>", "<|end|>"),
+        ("required", True, f"{THOUGHT}{PREAMBLE}{CALL}<|call|>", ""),
+        ("required", True, f"{PREAMBLE}{THOUGHT}{CALL}<|call|>", ""),
+        ("required", True, f"{THOUGHT}{THOUGHT}", "<|message|>Let"),
+        ("required", True, f"{PREAMBLE}{PREAMBLE}", "<|message|>I"),
+        ("required", True, f"{THOUGHT}{PREAMBLE}{ANSWER}", "final<|message|>"),
+        ("required", True, f"{CALL}<|end|><|start|>assistant{THOUGHT}{THOUGHT}{ANSWER}", ""),
+        ("auto", True, f"{THOUGHT}{THOUGHT}{PREAMBLE}{PREAMBLE}{ANSWER}", ""),
+        ("required", True, f"{THOUGHT}{ANSWER}", "final<|message|>"),
+        ("required", True, f"{PREAMBLE}{ANSWER}", "final<|message|>"),
+        ("required", True, f"{THOUGHT}{CALL}<|end|><|start|>assistant{ANSWER}", ""),
+        ("required", True, f"{THOUGHT}{CALL}<|return|>", "<|return|>"),
+        ("required", True, CALL.replace("Rome", "Oslo"), "Oslo"),
+        ("required", True, CALL.replace("}", ', "days": 0}'), "0}"),
+        ("required", True, CALL.replace("weather", "weatherman"), "man"),
+        ("required", True, CALL.replace("functions.", ""), "weather"),
+        ("required", True, CALL.replace("json", "code"), "code"),
+        ("required", True, CALL.replace(" <|constrain|>json", ""), "<|message|>"),
+        ("required", True, CALL.replace('{"city": "Rome"}', "<|call|>"), "<|call|>"),
+        ("required", True, " to=functions.weather<|channel|>commentary<|constrain|>json<|message|>{", ""),
+        ("required", True, "<|channel|>analysis to=python code<|message|>1 + 1<|call|>", ""),
+        ("required", True, '<|channel|>analysis to=browser.search code<|message|>{"query": "a"}<|call|>', ""),
+        ("required", True, '<|channel|>analysis to=browser.search code<|message|>{"query": "abcd"}', "d"),
+    ],
+)
+def test_what_a_scope_allows(calls: str, parallel: bool, text: str, rest: str) -> None:
+    stopped = masked(text, ChatScope(calls, tuple(ARGUMENTS.items()), parallel))
+    # A token of the vocabulary may join characters before or after the first that is not allowed.
+    assert stopped.startswith(rest) if rest else not stopped
+
+
+def test_a_schema_that_cannot_be_enforced_is_rejected_by_the_name_of_the_tool() -> None:
+    scope = ChatScope(tools=(("functions.f", json.dumps({"type": "object", "not": {"required": ["a"]}})),))
+    with pytest.raises(UsageError, match=r"^tools: functions\.f: .*not"):
+        compiler()(None, scope)
 
 
 @pytest.mark.slow

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import BaseRoute
 
-from gptoss_jax.serving.api import health, models, openapi
+from gptoss_jax.serving.api import chat, completions, health, models, openapi, tokens
 from gptoss_jax.serving.api.errors import ApiError, as_api_error
 from gptoss_jax.serving.api.keys import KeyGuard, Keys
 from gptoss_jax.serving.api.limits import KeyLimits, RateLimits
 from gptoss_jax.serving.api.middleware import Draining, Hosts, Origins, RequestIds
-from gptoss_jax.serving.api.routing import Handler, route
 from gptoss_jax.serving.api.server import Server
+from gptoss_jax.serving.generated import Request
 
-__all__ = ["Handler", "Routes", "build_app", "route"]
+BODIES: Mapping[str, type] = {
+    "POST /v1/chat/completions": chat.ChatRequest,
+    "POST /v1/chat/completions/render": chat.ChatRequest,
+    "POST /v1/completions": completions.CompletionRequest,
+}
+"""The types of bodies, by the keys of `openapi.OPERATIONS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Access:
 
 def build_app(server: Server, access: Access | None = None) -> Starlette:
     """The application of a server."""
-    routes: list[BaseRoute] = [*health.routes(server), *models.routes(server), *openapi.routes()]
+    routes = [route for api in (chat, completions, health, models) for route in api.routes(server)]
+    routes += [*tokens.routes(server, _chat_request), *openapi.routes(BODIES)]
     app = Starlette(
         routes=routes,
         middleware=middleware_of(server, access or Access()),
@@ -81,6 +86,10 @@ def middleware_of(server: Server, access: Access) -> list[Middleware]:
     return found
 
 
+def _chat_request(server: Server, body: bytes) -> Request:
+    return chat.prepare(server, body).request
+
+
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
@@ -88,6 +97,3 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
 
 async def _any_error(http: HttpRequest, error: Exception) -> Response:
     return as_api_error(error).response()
-
-
-Routes = Sequence[BaseRoute]

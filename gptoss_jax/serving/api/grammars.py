@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-import gptoss_jax
 from gptoss_jax.errors import EngineError, OverloadedError, UsageError
 from gptoss_jax.serving.api.grammar_worker import LENGTH, Question, Verdict, frame
 from gptoss_jax.types import StructuredOutputsParams
@@ -210,7 +209,7 @@ class _Process:
 
 def _popen(connection: socket.socket) -> subprocess.Popen[bytes]:
     """Start a process with a socket as its standard input; Ctrl-C at the terminal does not reach it."""
-    root = str(Path(gptoss_jax.__file__).parents[1])
+    root = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "gptoss_jax.serving.api.grammar_worker"],

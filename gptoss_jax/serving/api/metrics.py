@@ -116,7 +116,7 @@ class Metrics:
         self._engine = _EngineMetrics()
         self.registry.register(self._engine)
         self.registry.register(self)
-        self._info = self._gauge("info", "The server's model and version.", "model_name", "version")
+        self._info = self._gauge("info", "The names of the model.", "model_name")
         ProcessCollector(registry=self.registry)
 
     def _counter(self, name: str, description: str, *labels: str) -> Counter:
@@ -135,10 +135,10 @@ class Metrics:
         name = PREFIX + "generation_tokens"
         yield CounterMetricFamily(name, "Generated tokens.", value=self._generated)
 
-    def set_info(self, names: Sequence[str], version: str) -> None:
-        """Report the model's names and the server's version."""
+    def set_names(self, names: Sequence[str]) -> None:
+        """Report the model's names."""
         for name in names:
-            self._info.labels(name, version).set(1)
+            self._info.labels(name).set(1)
 
     def observe(self, request: Request) -> Observation:
         """Count the start of a request; what is returned counts its updates and its end."""

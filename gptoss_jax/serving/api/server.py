@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from gptoss_jax import __version__
 from gptoss_jax.serving import turns
 from gptoss_jax.serving.api.errors import not_found
 from gptoss_jax.serving.api.grammars import GrammarChecks
@@ -20,6 +19,9 @@ from gptoss_jax.serving.generated import Request
 from gptoss_jax.serving.owner import EngineOwner
 from gptoss_jax.serving.prompts import Prompts
 from gptoss_jax.text.tokenizer import Tokenizer
+
+MAX_NOTES = 1000
+"""The most fields that are logged; clients choose the names of unknown ones."""
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class Server:
       draining, health: the server's states.
       metrics: counts all requests.
       grammars: checks the grammars of requests; None leaves it to the engine.
+      reasoning_fields: the names under which Chat Completions have the reasoning.
+      fingerprint: the `system_fingerprint` of responses.
     """
 
     prompts: Prompts
@@ -49,10 +53,12 @@ class Server:
     health: Health = dataclasses.field(default_factory=Health)
     metrics: Metrics = dataclasses.field(default_factory=Metrics)
     grammars: GrammarChecks | None = None
+    reasoning_fields: tuple[str, ...] = ("reasoning", "reasoning_content")
+    fingerprint: str = "gptoss-jax"
     _noted: set[str] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.metrics.set_info(self.names, __version__)
+        self.metrics.set_names(self.names)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -124,6 +130,6 @@ class Server:
 
     def note_once(self, field: str, text: str) -> None:
         """Log, once, that a field of a request changes nothing."""
-        if field not in self._noted:
+        if field not in self._noted and len(self._noted) < MAX_NOTES:
             self._noted.add(field)
             _logger.info("%s: %s", field, text)

@@ -31,14 +31,17 @@ class EventStream(Response):
     """A response that streams what a generator yields, each a whole number of events.
 
     The generator is closed as soon as the client leaves or stops reading; it must turn its own errors into events.
+    `first` is what it has yielded already; see `stream`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None, first: bytes = b""
+    ) -> None:
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._first = events, first
         self._sent_at = time.monotonic()
         self._sending_since: float | None = None
 
@@ -58,6 +61,8 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self._first:
+            await self._send(send, self._first)
         async for data in self._events:
             await self._send(send, data)
         await self._send(send, b"", more=False)
@@ -82,3 +87,11 @@ class EventStream(Response):
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def stream(events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> EventStream:
+    """A response that streams the events of a generator, whose first are there already, or b"" if it only has begun.
+
+    Raises what the generator raises before, so that a request that is refused has an error's status.
+    """
+    return EventStream(events, headers, await anext(events))

@@ -30,6 +30,7 @@ from gptoss_jax.serving.link.messages import (
     packed,
 )
 from gptoss_jax.serving.worker import Inbox, Worker
+from gptoss_jax.types import is_constrained
 
 COMPILERS = 4
 """Threads for what may take long, such as compiling grammars, so that other requests need not wait."""
@@ -68,7 +69,7 @@ class EngineEnd:
             self._worker.abort(command.name, command.index)
         elif isinstance(command, AskLoad):
             pool.submit(self._send_load, command.ask)
-        elif command.params.structured_outputs is not None or command.scope != "text":
+        elif is_constrained(command.params.structured_outputs, command.scope):
             pool.submit(self._submit, command)
         else:
             self._submit(command)

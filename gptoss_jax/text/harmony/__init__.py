@@ -25,6 +25,7 @@ from gptoss_jax.text.harmony.openai import (
     to_messages,
     to_openai,
     tool_names,
+    tool_recipients,
 )
 from gptoss_jax.text.harmony.parse import Delta, Event, MessageEnd, MessageStart, StreamParser, parse
 from gptoss_jax.text.harmony.render import render_conversation
@@ -61,6 +62,7 @@ __all__ = [
     "to_messages",
     "to_openai",
     "tool_names",
+    "tool_recipients",
 ]
 
 

@@ -19,11 +19,15 @@ STOP_TOKENS = ("<|return|>", "<|call|>")
 
 @dataclass(frozen=True)
 class FunctionTool:
-    """A function that the model may call; `parameters` is a JSON schema, or None if it takes no arguments."""
+    """A function that the model may call; `parameters` is a JSON schema, or None if it takes no arguments.
+
+    `strict` says whether calls must follow the schema. The model does not see it.
+    """
 
     name: str
     description: str = ""
     parameters: Any = None
+    strict: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

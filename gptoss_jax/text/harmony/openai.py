@@ -12,6 +12,7 @@ from gptoss_jax.text.harmony.messages import (
     REASONING_EFFORTS,
     ROLES,
     DeveloperContent,
+    FunctionTool,
     Message,
     ParsedMessage,
     ResponseFormat,
@@ -337,13 +338,20 @@ def join_texts(texts: Iterable[str]) -> str:
 
 def tool_names(tools: Sequence[Tool] | None = None, builtin_tools: Sequence[str] = ()) -> frozenset[str]:
     """The names by which calls refer to these tools; arguments are as for `render`. Raises UsageError."""
-    functions = [tool.name for tool in function_tools(() if tools is None else tools)]
-    builtin = [
-        f"{space.name}.{tool.name}" if tool else space.name
+    return frozenset(name.removeprefix("functions.") for name in tool_recipients(tools, builtin_tools))
+
+
+def tool_recipients(
+    tools: Sequence[Tool] | None = None, builtin_tools: Sequence[str] = ()
+) -> dict[str, FunctionTool | None]:
+    """These tools by the recipient of their calls, or None for a tool that takes free text. Raises UsageError."""
+    functions = {_qualified(tool.name): tool for tool in function_tools(() if tools is None else tools)}
+    builtin = {
+        f"{space.name}.{tool.name}" if tool else space.name: tool
         for space in _builtin(builtin_tools)
         for tool in space.functions or (None,)
-    ]
-    return frozenset([*functions, *builtin])
+    }
+    return functions | builtin
 
 
 def is_tool_call(message: ParsedMessage) -> bool:

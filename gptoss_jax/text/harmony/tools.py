@@ -165,7 +165,7 @@ _NOT_SHOWN = {
     *("title", "outputSchema", "annotations", "icons", "execution", "meta", "_meta"),  # MCP's
     *("cache_control", "allowed_callers", "input_examples", "eager_input_streaming"),  # Anthropic's
 }
-"""Fields of a tool that harmony does not render and that do not affect a call."""
+"""Fields of a tool that harmony does not render; only `strict` affects a call."""
 
 
 def _from_json(where: str, tool: Mapping[str, Any]) -> FunctionTool:
@@ -178,6 +178,8 @@ def _from_json(where: str, tool: Mapping[str, Any]) -> FunctionTool:
     for key in _given(tool, besides=("function",)):
         expected = f"expected in {where}.function, found beside it" if key in _FIELDS else "unknown field"
         raise UsageError(f"{expected}", f"{where}.{key}")
+    if inner.get("strict") is None and tool.get("strict") is not None:
+        inner = {**inner, "strict": tool["strict"]}
     return function_tool(f"{where}.function", inner)
 
 
@@ -197,6 +199,9 @@ def function_tool(where: str, tool: Mapping[str, Any]) -> FunctionTool:
         )
     if description is not None and not isinstance(description, str):
         raise UsageError(f"expected a string, found {type(description).__name__}", f"{where}.description")
+    strict = tool.get("strict")
+    if not isinstance(strict, bool | None):
+        raise UsageError(f"expected true or false, found {strict!r:.60}", f"{where}.strict")
     for key in _given(tool, besides=_FIELDS):
         raise UsageError(
             f"unknown field, expected name, description and {' or '.join(_PARAMETERS)}", f"{where}.{key}"
@@ -208,7 +213,7 @@ def function_tool(where: str, tool: Mapping[str, Any]) -> FunctionTool:
     for key in given:
         parameters = plain_json(f"{where}.{key}", tool[key])
         _check_schema(f"{where}.{key}", parameters)
-    return FunctionTool(name, description or "", parameters)
+    return FunctionTool(name, description or "", parameters, bool(strict))
 
 
 def _check_type(where: str, tool: Mapping[str, Any]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
-import uuid
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
@@ -14,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from gptoss_jax.serving.api import sse, tokens
+from gptoss_jax.serving.api import sse
 from gptoss_jax.serving.api.app import Access, build_app
 from gptoss_jax.serving.api.body import read_json
 from gptoss_jax.serving.api.encoding import JsonResponse
@@ -25,14 +23,6 @@ from gptoss_jax.serving.generated import Request
 from gptoss_jax.types import SamplingParams
 
 GENERATE = "/v1/test/generate"
-
-
-def plain_chat(server: Server, body: bytes) -> Request:
-    """The engine's request for a body with messages and tools, as tests of tokens need it."""
-    fields = json.loads(body)
-    params = SamplingParams(max_tokens=fields.get("max_tokens"), temperature=0.5)
-    options = {"tools": fields.get("tools"), "current_date": "2026-01-02"}
-    return server.prompts.chat_request(f"chatcmpl-{uuid.uuid4().hex}", fields["messages"], params, **options)
 
 
 def app_of(server: Server, access: Access | None = None) -> Starlette:
@@ -59,7 +49,7 @@ def app_of(server: Server, access: Access | None = None) -> Starlette:
         return JsonResponse({"events": count, "key": getattr(http.state, "key_name", None)})
 
     app = build_app(server, access)
-    app.router.routes += [route(GENERATE, generate, "POST"), *tokens.routes(server, plain_chat)]
+    app.router.routes.append(route(GENERATE, generate, "POST"))
     return app
 
 

@@ -37,7 +37,8 @@ class ScriptedOwner:
     """An EngineOwner whose completions are given: `script` maps a request and the completion's index to its tokens.
 
     `per_step` tokens come together, `delay` seconds after the previous ones. `requests` are those submitted,
-    `aborted` the indices of those aborted before their end, with the completion's index or None.
+    `aborted` the indices of those aborted before their end, with the completion's index or None. `cached_tokens` of
+    each prompt are reported as found in the prefix cache.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ScriptedOwner:
         self.requests: list[Request] = []
         self.aborted: list[tuple[int, int | None]] = []
         self.refusal: Exception | None = None
+        self.cached_tokens = 0
 
     async def submit(self, request: Request) -> _Stream:
         if self.refusal:
@@ -55,9 +57,12 @@ class ScriptedOwner:
         self.requests.append(request)
         tokens = [self._tokens(request, index) for index in range(request.params.n)]
         number = len(self.requests) - 1
-        return _Stream(
-            request, tokens, self._per_step, self._delay, lambda i=None: self.aborted.append((number, i))
-        )
+        aborted = self.aborted
+
+        def abort(index: int | None = None) -> None:
+            aborted.append((number, index))
+
+        return _Stream(request, tokens, self._per_step, self._delay, abort, self.cached_tokens)
 
     def _tokens(self, request: Request, index: int) -> tuple[list[int], Exception | None]:
         script = self._script(request, index)
@@ -73,6 +78,11 @@ class ScriptedOwner:
         return await asyncio.get_running_loop().create_future()
 
 
+def logprobs_of(token: int, top: int) -> TokenLogprobs:
+    """The log-probabilities that the scripted engine reports: the chosen token is the most likely one."""
+    return TokenLogprobs(token, -0.5, {(token + i) % 1000: -0.5 - i for i in range(top)})
+
+
 class _Stream:
     def __init__(
         self,
@@ -81,7 +91,9 @@ class _Stream:
         per_step: int,
         delay: float,
         aborted: Callable[[int | None], None],
+        cached_tokens: int = 0,
     ) -> None:
+        self._cached_tokens = cached_tokens
         self._request, self._tokens, self._per_step, self._delay = request, tokens, per_step, delay
         self._at = 0
         self.abort = aborted
@@ -97,12 +109,15 @@ class _Stream:
             ended = "length" if len(tokens) < len(all_tokens) or params.max_tokens == len(tokens) else "stop"
             for i in range(self._at, min(self._at + self._per_step, len(tokens))):
                 last = i == len(tokens) - 1 and error is None
-                logprobs = None if params.logprobs is None else TokenLogprobs(tokens[i], -0.5, {tokens[i]: -0.5})
-                found.append(
-                    TokenEvent(
-                        self._request.request_id, index, tokens[i], logprobs, finish_reason=ended if last else None
-                    )
+                logprobs = None if params.logprobs is None else logprobs_of(tokens[i], params.logprobs)
+                event = TokenEvent(
+                    self._request.request_id, index, tokens[i], logprobs, finish_reason=ended if last else None
                 )
+                event.cached_tokens = self._cached_tokens
+                if i == 0 and params.prompt_logprobs is not None:
+                    _, *rest = self._request.prompt_token_ids
+                    event.prompt_logprobs = [None, *(logprobs_of(t, params.prompt_logprobs) for t in rest)]
+                found.append(event)
             if error is not None and self._at <= len(tokens) < self._at + self._per_step:
                 found.append(TokenEvent(self._request.request_id, index, -1, finish_reason="error", error=error))
         self._at += self._per_step

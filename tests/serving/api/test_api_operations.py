@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import threading
 import time
@@ -18,8 +17,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from gptoss_jax.errors import EngineError, OverloadedError, UsageError
-from gptoss_jax.serving.api import health, models, openapi, tokens
-from gptoss_jax.serving.api.app import Access
+from gptoss_jax.serving.api import openapi
+from gptoss_jax.serving.api.app import BODIES, Access
 from gptoss_jax.serving.api.grammars import GrammarChecks
 from gptoss_jax.serving.api.keys import KeyGuard, Keys
 from gptoss_jax.serving.api.lifecycle import Drain
@@ -27,7 +26,7 @@ from gptoss_jax.serving.api.limits import Bucket, KeyLimits
 from gptoss_jax.serving.api.middleware import allowed_hosts
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import SamplingParams
-from tests.serving.api.operations import GENERATE, app_of, plain_chat, running
+from tests.serving.api.operations import GENERATE, app_of, running
 from tests.serving.api.support import PROMPTS, ScriptedOwner, server_over
 
 KEYS = (("team-a", "sk-aaaaaaaaaaaaaaaa"), ("team-b", "sk-bbbbbbbbbbbbbbbb"))
@@ -566,23 +565,33 @@ def test_text(client: httpx.Client) -> None:
     assert client.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
 
 
-def test_a_conversation_has_the_tokens_of_its_completion(client: httpx.Client) -> None:
+def test_a_conversation_has_the_tokens_of_its_completion() -> None:
+    owner = ScriptedOwner()
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool]}
-    expected = plain_chat(server_over(ScriptedOwner()), json.dumps(body).encode()).prompt_token_ids
-    found = client.post("/tokenize", json=body).json()["tokens"]
-    assert found == expected
-    rendered = client.post("/v1/chat/completions/render", json=body | {"max_tokens": 7, "stream": True}).json()
-    assert rendered["token_ids"] == expected
-    assert rendered["sampling_params"]["max_tokens"] == 7
-    assert rendered["sampling_params"]["temperature"] == 0.5
-    assert (rendered["model"], rendered["stream"]) == ("gpt-oss-test", True)
-    whole = client.post("/tokenize", json=body | {"add_generation_prompt": False}).json()["tokens"]
-    start = PROMPTS.tokenizer.encode_special("<|start|>")
-    assert found == [*whole, start, *PROMPTS.tokenizer.encode("assistant")]
-    text = client.post("/detokenize", json={"tokens": whole}).json()["prompt"]
+    history = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "user", "content": [{"type": "text", "text": "Go on."}]},
+    ]
+    body = {"messages": history, "tools": [tool], "reasoning_effort": "high"}
+    with running(app_of(server_over(owner))) as port, client_of(port) as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+        expected = owner.requests[0].prompt_token_ids
+        found = client.post("/tokenize", json=body).json()["tokens"]
+        assert found == expected
+        more = {"max_tokens": 7, "temperature": 0.5, "logit_bias": {"5": 1.5}, "stream": True, "priority": 3}
+        rendered = client.post("/v1/chat/completions/render", json=body | more).json()
+        assert rendered["token_ids"] == expected
+        sampling = rendered["sampling_params"]
+        assert (sampling["max_tokens"], sampling["temperature"], sampling["logit_bias"]) == (7, 0.5, {"5": 1.5})
+        assert (rendered["model"], rendered["stream"], rendered["priority"]) == ("gpt-oss-test", True, 3)
+        whole = client.post("/tokenize", json=body | {"add_generation_prompt": False}).json()["tokens"]
+        start = PROMPTS.tokenizer.encode_special("<|start|>")
+        assert found == [*whole, start, *PROMPTS.tokenizer.encode("assistant")]
+        text = client.post("/detokenize", json={"tokens": whole}).json()["prompt"]
+    assert len(owner.requests) == 1
     assert text.startswith("<|start|>system<|message|>")
-    assert text.endswith("<|start|>user<|message|>hi<|end|>")
+    assert text.endswith("<|start|>user<|message|>Go on.<|end|>")
 
 
 def test_errors_name_the_field(client: httpx.Client) -> None:
@@ -654,15 +663,14 @@ def test_the_document_has_every_route_and_nothing_else() -> None:
     [parameter] = document["paths"]["/v1/models/{id}"]["get"]["parameters"]
     assert (parameter["name"], parameter["in"], parameter["required"]) == ("id", "path", True)
     assert set(document["components"]["schemas"]["TokenizeResponse"]["required"]) >= {"count", "tokens"}
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    assert body["schema"] == {"$ref": "#/components/schemas/ChatRequest"}
+    assert "messages" in document["components"]["schemas"]["ChatRequest"]["properties"]
 
 
-def test_bodies_of_other_routes_are_described_by_their_types() -> None:
-    routes = [*openapi.routes(), *models.routes(server_over(ScriptedOwner()))]
-    routes += tokens.routes(server_over(ScriptedOwner()), plain_chat)
-    routes += health.routes(server_over(ScriptedOwner()))
-    document = openapi.document(routes, {"POST /v1/chat/completions/render": tokens.TokenizeRequest})
-    body = document["paths"]["/v1/chat/completions/render"]["post"]["requestBody"]["content"]
-    assert body["application/json"]["schema"] == {"$ref": "#/components/schemas/TokenizeRequest"}
+def test_what_the_document_names_is_known() -> None:
+    """Types are for operations that there are, and all types of bodies of the application are described."""
+    assert BODIES.keys() <= {key for key, one in openapi.OPERATIONS.items() if one.body}
 
 
 def _references(value: Any) -> Iterator[str]:
