@@ -14,8 +14,7 @@ class TokenEvent:
     `prompt_logprobs` come with the first token, and so do `queue_seconds`, the time until the sequence was first
     admitted; `finish_reason` comes with the last. `cached_tokens` is the number of prompt tokens found in the prefix
     cache. `drafted` and `accepted` count the sequence's drafts so far. With an `error` the finish reason is "error",
-    and
-    there is no token.
+    and there is no token.
     """
 
     request_id: str

@@ -327,6 +327,11 @@ class ChatCompletion:
         asks = bool(fields.logprobs) or fields.prompt_logprobs is not None
         self._texts = TokenTexts(server.tokenizer, bool(fields.return_tokens_as_token_ids)) if asks else None
 
+    @property
+    def request(self) -> Request:
+        """What the engine runs."""
+        return self._request
+
     async def _start(self) -> Turn:
         try:
             return await self._server.start(self._request)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from gptoss_jax.errors import DeadlineError, EngineError, OverloadedError, UsageError
@@ -78,6 +79,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(504, str(error), "server_error", code="timeout", headers={"x-should-retry": "false"})
     if isinstance(error, EngineError):
         return ApiError(503, str(error), "server_error", code="engine_error")
+    if isinstance(error, ClientDisconnect):
+        return ApiError(499, "the client closed the connection before it had sent the body")
     _logger.error("a request failed", exc_info=error)
     return ApiError(500, "internal error; the server's log has the details", "server_error")
 

@@ -183,17 +183,19 @@ class RateLimits:
                     headers[name] = value
             await send(message)
 
+        # Each event of a stream passes through it, so it is only there if it has something to add.
+        answer = with_headers if self._limits != KeyLimits() else send
         if not starts_work(scope):
-            return await self._app(scope, receive, with_headers)
+            return await self._app(scope, receive, answer)
         try:
             grant = self._admit(account, Headers(scope=scope))
         except (ApiError, OverloadedError) as error:
-            return await refuse(as_api_error(error), scope, receive, with_headers)
+            return await refuse(as_api_error(error), scope, receive, answer)
         self._running += 1
         token = _current.set(grant)
         try:
             with grant:
-                await self._app(scope, receive, with_headers)
+                await self._app(scope, receive, answer)
         finally:
             _current.reset(token)
             self._running -= 1

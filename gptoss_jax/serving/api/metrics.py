@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
@@ -47,6 +47,9 @@ LOAD_SECONDS = 0.5
 LOAD_TIMEOUT = 2.0
 """Seconds after which a scrape uses the last known load, for example while the engine compiles."""
 
+# The times at which counters were made would double the number of series.
+disable_created_metrics()
+
 _LATENCIES = [0.001 * step * 10**power for power in range(5) for step in (1, 2.5, 5)] + [100.0, 250.0, 500.0]
 _COUNTS = [float(2**power) for power in range(19)]
 
@@ -79,7 +82,7 @@ def _number(bound: float) -> str:
 class Metrics:
     """The metrics of a server."""
 
-    def __init__(self, names: Sequence[str] = (), version: str = "") -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._started = self._counter("requests_started", "Requests that were given to the engine.")
         finished = self._counter("requests_finished", "Requests that have finished, by reason.", "reason")
@@ -113,9 +116,7 @@ class Metrics:
         self._engine = _EngineMetrics()
         self.registry.register(self._engine)
         self.registry.register(self)
-        info = self._gauge("info", "The server's model and version.", "model_name", "version")
-        for name in names:
-            info.labels(name, version).set(1)
+        self._info = self._gauge("info", "The names of the model.", "model_name")
         ProcessCollector(registry=self.registry)
 
     def _counter(self, name: str, description: str, *labels: str) -> Counter:
@@ -133,6 +134,11 @@ class Metrics:
         """See prometheus_client."""
         name = PREFIX + "generation_tokens"
         yield CounterMetricFamily(name, "Generated tokens.", value=self._generated)
+
+    def set_names(self, names: Sequence[str]) -> None:
+        """Report the model's names."""
+        for name in names:
+            self._info.labels(name).set(1)
 
     def observe(self, request: Request) -> Observation:
         """Count the start of a request; what is returned counts its updates and its end."""

@@ -21,11 +21,13 @@ from gptoss_jax.serving.api.errors import RETRY_SECONDS, ApiError
 LINGER_SECONDS = 1.0
 """Seconds for which input is discarded after a refusal, because a reset could reach the client before the answer."""
 
-DISCARDED_BYTES = 2**20
-"""Bytes of a body that are read after its response was sent, before the connection is closed."""
+DISCARDED_BYTES = 8 * 2**20
+"""Bytes that are discarded after a refusal, or of a body whose response was sent, before the connection is closed."""
 
 CLOSE_SECONDS = 30.0
 """Seconds that a client may take to read the rest of a response once its idle connection is being closed."""
+
+_UPGRADES = (b"upgrade", b"http2-settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """See asyncio.Protocol."""
         self._unset_keepalive_if_required()
         if self._refusal is not None:
+            self._discarded += len(data)
+            if self._discarded > DISCARDED_BYTES:
+                self.transport.abort()
             return
         # httptools holds a header field until it is complete, so bytes that lead to no call are counted, too.
         self._unreported += len(data)
@@ -108,9 +113,20 @@ class BoundedProtocol(HttpToolsProtocol):
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                # The request is answered in HTTP/1.1. The old parser takes nothing after a request for an upgrade.
-                data = data[upgrade.args[0] :]
-                self.parser = httptools.HttpRequestParser(self)
+                # The request is answered in HTTP/1.1. Some clients ask for HTTP/2 even with a body, which httptools
+                # takes for the new protocol's, so the request is read again without its wish.
+                data = self._without_upgrade() + data[upgrade.args[0] :]
+
+    def _without_upgrade(self) -> bytes:
+        """The header of the request, without its wish for another protocol."""
+        lines = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() not in _UPGRADES)
+            if name not in _UPGRADES:
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """See httptools."""
@@ -135,6 +151,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """See httptools."""
+        if self.parser.get_method() == b"CONNECT":
+            self._refusal = ApiError(405, "the server is no proxy")
+            raise self._refusal
+        if self.parser.should_upgrade():
+            return
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self._body_bytes = self._discarded = self._unreported = 0
@@ -157,6 +178,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """See httptools."""
+        if self.parser.should_upgrade():
+            return
         self._in_body = False
         self._unreported = 0
         super().on_message_complete()
@@ -174,9 +197,6 @@ class BoundedProtocol(HttpToolsProtocol):
         """See uvicorn; a client that does not read the rest of a response loses it after a while."""
         super().timeout_keep_alive_handler()
         self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        pass
 
     def _too_large(self) -> ApiError:
         self._refusal = ApiError(
@@ -218,7 +238,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is being received with an error, if no other answer could be mistaken for it, and close."""
-        self._refusal = error
+        self._refusal, self._discarded = error, 0
         self._stop_timer()
         if self.transport.is_closing():
             return

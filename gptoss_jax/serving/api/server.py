@@ -57,6 +57,9 @@ class Server:
     fingerprint: str = "gptoss-jax"
     _noted: set[str] = dataclasses.field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.metrics.set_names(self.names)
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises UsageError without one."""

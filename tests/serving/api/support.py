@@ -58,9 +58,11 @@ class ScriptedOwner:
         tokens = [self._tokens(request, index) for index in range(request.params.n)]
         number = len(self.requests) - 1
         aborted = self.aborted
-        return _Stream(
-            request, tokens, self._per_step, self._delay, lambda i: aborted.append((number, i)), self.cached_tokens
-        )
+
+        def abort(index: int | None = None) -> None:
+            aborted.append((number, index))
+
+        return _Stream(request, tokens, self._per_step, self._delay, abort, self.cached_tokens)
 
     def _tokens(self, request: Request, index: int) -> tuple[list[int], Exception | None]:
         script = self._script(request, index)
