@@ -134,7 +134,7 @@ class ChatItems:
         self, tokenizer: Tokenizer, stop: Sequence[str] = (), tools: Collection[str] | None = None
     ) -> None:
         self._tokenizer, self.tools = tokenizer, tools
-        self.parser = StreamParser(tokenizer, tools=tools)
+        self.parser = StreamParser(tokenizer, tools=tools, keep_special=False)
         self._special = set(tokenizer.special_tokens.values())
         self._matcher = StopMatcher(stop)
         self._one_by_one = bool(stop)

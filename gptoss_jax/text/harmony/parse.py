@@ -10,6 +10,7 @@ from gptoss_jax.text.harmony.messages import ParsedCompletion, ParsedMessage, Ro
 from gptoss_jax.text.tokenizer import Tokenizer
 
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
+_CHANNEL, _CONSTRAIN = "<|channel|>", "<|constrain|>"
 _SHOWN = 64  # tokens of a stray run that are kept for error lines
 _BACKLOG = 64  # bytes that may be pending behind invalid ones
 # Text that begins like an assistant's header and unlike an answer.
@@ -56,7 +57,8 @@ class StreamParser:
     are those of openai-harmony's StreamableParser wherever that does not raise, with two exceptions: a `<|start|>`
     ends the message or header that it occurs in, and a message without `<|message|>` is kept for any role. `strict`
     removes both exceptions. `tools` holds the names of the available tools, or None if they are not known; the report
-    of malformed calls depends on them.
+    of malformed calls depends on them. Special tokens where the format has none are text, as in openai-harmony, unless
+    `keep_special` is False, which leaves them out.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class StreamParser:
         *,
         strict: bool = False,
         tools: Collection[str] | None = None,
+        keep_special: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
+        self._keep_special = keep_special
         self._tools = tools
         self._strict = strict
         self._start, self._message, self._channel = map(
@@ -75,6 +79,7 @@ class StreamParser:
         )
         self._ends = {tokenizer.encode_special(name): name for name in _ENDS}
         self._special = {token: name for name, token in tokenizer.special_tokens.items()}
+        self._in_headers = {self._channel, tokenizer.special_tokens.get(_CONSTRAIN)}
         self._completes = role == "assistant"
         self._default_role: Role = role or "assistant"
         self._next_role = role
@@ -227,8 +232,12 @@ class StreamParser:
             if header or self._header_start < self._position:
                 self._end_header(header, None, self._position, events)
             self._open_header(self._position, None, [])
-        else:
+        elif self._keep_special or token not in self._special or token in self._in_headers:
             header.append(token)
+        else:
+            problem = f"header: unexpected {self._special[token]}"
+            if not self.result.malformed or not self.result.malformed[-1].endswith(problem):
+                self._note(f"token {self._position}: {problem}")
 
     def _read_header(self, header: list[int], fields: bool) -> Header:
         data = self._tokenizer.decode_bytes(header)
@@ -260,9 +269,10 @@ class StreamParser:
             return
         self._note(f"token {start}: no <|message|> between header and content")
         events.append(MessageStart(read))
-        if read.rest:
-            events.append(Delta(read.rest, read))
-        self._add_message(read, read.rest, stop, (start, end), events)
+        text = read.rest if self._keep_special else read.rest.replace(_CHANNEL, "").replace(_CONSTRAIN, "")
+        if text:
+            events.append(Delta(text, read))
+        self._add_message(read, text, stop, (start, end), events)
 
     def _begins_header(self, tokens: list[int]) -> bool:
         return _HEADER_BEGUN.match(self._tokenizer.decode(tokens)) is not None
@@ -307,6 +317,8 @@ class StreamParser:
             return
         if token in self._special:
             self._note_once(content, f"{self._special[token]} in the content")
+            if not self._keep_special:
+                return
         elif token not in self._tokenizer:
             self._note_once(content, "a token outside the vocabulary in the content")
         self._bytes += self._tokenizer.decode_bytes((token,))
