@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import openai
 import uvicorn
 
 from gptoss_jax.checkpoints.loading import EMBEDDED
@@ -129,6 +131,34 @@ def server_over(owner: object, **more: object) -> Server:
     vocabulary = PROMPTS.tokenizer.vocab_size if PROMPTS.tokenizer else 0
     fields = {"names": ["gpt-oss-test"], "max_model_len": 4096, "vocab_size": vocabulary} | more
     return Server(PROMPTS, owner, **fields)  # type: ignore[arg-type]
+
+
+class Served:
+    """A server whose scripted engine can be changed between requests, and OpenAI's client of it."""
+
+    model = "gpt-oss-test"
+
+    def __init__(self, url: str, owner: ScriptedOwner, server: Server) -> None:
+        self.url, self.owner, self.server = url, owner, server
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+
+    def says(self, script: Callable[[Request, int], Script] | Script, **engine: Any) -> None:
+        """What the engine generates from now on; `engine` are as for ScriptedOwner, and its attributes."""
+        names = ("per_step", "delay")
+        self.owner.__init__(script, **{k: v for k, v in engine.items() if k in names})  # type: ignore[misc]
+        for name in engine.keys() - names:
+            setattr(self.owner, name, engine[name])
+
+
+@contextlib.contextmanager
+def served(**more: object) -> Iterator[Served]:
+    """Serves an engine without a script on a free port; `more` are as for `server_over`."""
+    owner = ScriptedOwner()
+    server = server_over(owner, **more)
+    with serving(server) as url:
+        found = Served(url, owner, server)
+        with found.client:
+            yield found
 
 
 @contextlib.contextmanager
