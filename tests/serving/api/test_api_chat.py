@@ -960,6 +960,7 @@ def test_several_servers_do_not_share_state() -> None:
         assert asked.model == "b"
         assert [model.id for model in client.models.list()] == ["a", "b"]
         assert httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION}).json()["model"] == "a"
+        assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"].startswith("GET /v1/nothing")
 
 
 def test_the_prompt_is_that_of_the_conversation(at: Served) -> None:
