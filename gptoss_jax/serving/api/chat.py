@@ -422,12 +422,11 @@ class ChatCompletion:
 
     def _logprobs(self, tokens: Sequence[TextToken]) -> dict[str, Any]:
         """The log-probabilities of tokens of the answer's text."""
-        most = self.fields.top_logprobs or 0
         return {
             "content": [
                 {
                     **self._token(token.token_id, token.logprobs.logprob),
-                    "top_logprobs": [self._token(*top) for top in list(token.logprobs.top.items())[:most]],
+                    "top_logprobs": [self._token(*top) for top in token.logprobs.top.items()],
                 }
                 for token in tokens
             ],

@@ -19,11 +19,11 @@ class Refused:
 
     Args:
       reason: why, and what to use instead.
-      harmless: values that ask for nothing, which are accepted.
+      harmless: values that ask for nothing, which are accepted; so is null.
     """
 
     reason: str
-    harmless: tuple[Any, ...] = (None, False, "", [], {})
+    harmless: tuple[Any, ...] = (False, "", [], {})
 
 
 def decode_request[T: msgspec.Struct](
@@ -64,9 +64,9 @@ REFUSED = {
     ),
     **dict.fromkeys(("allowed_token_ids", "bad_words", "logits_processors"), Refused(_USE_LOGIT_BIAS)),
     "use_beam_search": Refused("beam search is not supported"),
-    "length_penalty": Refused("beam search is not supported", (None, 1)),
+    "length_penalty": Refused("beam search is not supported", (1,)),
     "include_stop_str_in_output": Refused("stop strings are never part of the text"),
-    "skip_special_tokens": Refused("special tokens are never part of the text", (None, True)),
+    "skip_special_tokens": Refused("special tokens are never part of the text", (True,)),
     "truncate_prompt_tokens": Refused("prompts are never truncated"),
     "cache_salt": Refused("the prefix cache is shared by all requests"),
     "kv_transfer_params": Refused("the cache is not transferred"),

@@ -18,6 +18,7 @@ from gptoss_jax.serving.api.app import build_app
 from gptoss_jax.serving.api.server import Server
 from gptoss_jax.serving.generated import Request
 from gptoss_jax.serving.prompts import Prompts
+from gptoss_jax.text.harmony import stop_token_ids
 from gptoss_jax.types import TokenLogprobs
 from tests.text.harmony.test_parse import tokens_of
 
@@ -30,6 +31,8 @@ CALL = (
     "<|channel|>analysis<|message|>Call.<|end|><|start|>assistant<|channel|>commentary to=functions.add "
     '<|constrain|>json<|message|>{"a": 1, "b": 2}<|call|>'
 )
+
+STOP_TOKENS = stop_token_ids(PROMPTS.tokenizer) if PROMPTS.tokenizer else ()
 
 Script = str | Sequence[int] | Exception
 """What a completion consists of: text with special tokens, token ids, or an error after the first half of ANSWER."""
@@ -108,7 +111,8 @@ class _Stream:
         params, found = self._request.params, []
         for index, (all_tokens, error) in enumerate(self._tokens):
             tokens = all_tokens[: params.max_tokens]
-            ended = "length" if len(tokens) < len(all_tokens) or params.max_tokens == len(tokens) else "stop"
+            cut = len(tokens) < len(all_tokens) or params.max_tokens == len(tokens)
+            ended = "length" if cut and tokens[-1] not in STOP_TOKENS else "stop"
             for i in range(self._at, min(self._at + self._per_step, len(tokens))):
                 last = i == len(tokens) - 1 and error is None
                 logprobs = None if params.logprobs is None else logprobs_of(tokens[i], params.logprobs)

@@ -538,7 +538,8 @@ def test_what_changes_nothing_is_accepted_and_logged_once(at: Served, caplog: py
         "prediction": {"type": "content", "content": "x"},
         "modalities": ["text"],
     }
-    harmless = {"functions": [], "guided_json": None, "best_of": None, "skip_special_tokens": True, "made_up": 1}
+    harmless = {"functions": [], "guided_json": None, "skip_special_tokens": True, "made_up": 1}
+    harmless |= dict.fromkeys(("add_generation_prompt", "best_of", "length_penalty", "verbosity_level"))
     with caplog.at_level(logging.INFO, "gptoss_jax"):
         for _ in range(2):
             ask(at, extra_body=harmless, **fields)
