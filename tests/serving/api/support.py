@@ -63,11 +63,22 @@ class ScriptedOwner:
         tokens = [self._tokens(request, index) for index in range(request.params.n)]
         number = len(self.requests) - 1
         aborted = self.aborted
+<<<<<<< HEAD
 
         def abort(index: int | None = None) -> None:
             aborted.append((number, index))
 
         return _Stream(request, tokens, self._per_step, self._delay, abort, self.cached_tokens)
+=======
+        return _Stream(
+            request,
+            tokens,
+            self._per_step,
+            self._delay,
+            lambda i=None: aborted.append((number, i)),
+            self.cached_tokens,
+        )
+>>>>>>> 96877fe (The scripted engine can abort all completions)
 
     def _tokens(self, request: Request, index: int) -> tuple[list[int], Exception | None]:
         script = self._script(request, index)
