@@ -31,6 +31,7 @@ class Item:
       texts: the text, in the pieces in which it was generated.
       tokens: the tokens of an answer's text, if they have log-probabilities.
       complete: whether the item ended before the tokens did.
+      stop_string: the stop string that ended an answer.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Item:
     texts: list[str] = dataclasses.field(default_factory=list)
     tokens: list[TextToken] = dataclasses.field(default_factory=list)
     complete: bool = False
+    stop_string: str | None = None
 
     @property
     def text(self) -> str:
@@ -237,6 +239,7 @@ class _Answer:
         return self._report(self.matcher.finish(), True)
 
     def _report(self, text: str, settled: bool) -> list[ItemEvent]:
+        self.item.stop_string = self.matcher.matched
         tokens: list[TextToken] = []
         if self._noted:
             self._sent_bytes += len(text.encode())

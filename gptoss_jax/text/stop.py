@@ -11,22 +11,27 @@ class StopMatcher:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None
         self.looking = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has occurred, which is `matched`."""
+        return self.matched is not None
 
     def push(self, text: str) -> str:
         """Consumes text and returns the part that no stop string can begin in.
 
-        The first match sets `stopped`; the stop string and the text after it are dropped. While `looking` is False,
+        The first match sets `matched`; the stop string and the text after it are dropped. While `looking` is False,
         text is returned unchanged.
         """
         if self.stopped or not self._stop or not self.looking:
             return "" if self.stopped else text
         self._held += text
-        found = min((at for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
+        found = min(((at, s) for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
         if found is not None:
-            self.stopped = True
-            out, self._held = self._held[:found], ""
+            at, self.matched = found
+            out, self._held = self._held[:at], ""
             return out
         keep = max(_overlap(self._held, s) for s in self._stop)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -32,6 +32,14 @@ def test_stops_at_the_first_match_for_any_split_of_the_text(pieces: list[str], s
     got += matcher.finish()
     at = min((seen.find(stop) for stop in stops if stop in seen), default=len(seen))
     assert got == seen[:at]
+    found = [stop for stop in stops if seen.find(stop) == at < len(seen)]
+    assert matcher.matched in found if found else matcher.matched is None
+
+
+def test_of_stop_strings_that_begin_together_the_shorter_one_matches() -> None:
+    matcher = StopMatcher(["abc", "ab"])
+    assert matcher.push("xabc") == "x"
+    assert matcher.matched == "ab"
 
 
 def test_no_match_while_not_looking() -> None:
@@ -103,7 +111,8 @@ def test_text_is_the_text_of_the_answers(completion: str, text: str, content: st
     ],
 )
 def test_a_stop_string_ends_any_answer(header: str) -> None:
-    transcript, deltas = pushed(f"{header}<|message|>one STOP two<|return|>", ["STOP"])
+    transcript, deltas = pushed(f"{header}<|message|>one STOP two<|return|>", ["two", "STOP"])
+    assert [item.stop_string for item in transcript._turn.items] == ["STOP"]
     assert transcript._turn.stopped
     assert "".join(delta.text for delta in deltas) == transcript.text == transcript.message["content"] == "one "
 
