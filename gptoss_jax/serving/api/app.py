@@ -11,11 +11,13 @@ from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from gptoss_jax.serving.api import chat, completions, health, models, openapi, tokens
-from gptoss_jax.serving.api.errors import ApiError, as_api_error
+from gptoss_jax.serving.api import chat, completions, health, messages, models, openapi, tokens
+from gptoss_jax.serving.api.errors import ApiError
 from gptoss_jax.serving.api.keys import KeyGuard, Keys
 from gptoss_jax.serving.api.limits import KeyLimits, RateLimits
+from gptoss_jax.serving.api.messages.request import CountRequest, MessageRequest
 from gptoss_jax.serving.api.middleware import Draining, Hosts, Origins, RequestIds
+from gptoss_jax.serving.api.refusals import error_response
 from gptoss_jax.serving.api.server import Server
 from gptoss_jax.serving.generated import Request
 
@@ -23,6 +25,8 @@ BODIES: Mapping[str, type] = {
     "POST /v1/chat/completions": chat.ChatRequest,
     "POST /v1/chat/completions/render": chat.ChatRequest,
     "POST /v1/completions": completions.CompletionRequest,
+    "POST /v1/messages": MessageRequest,
+    "POST /v1/messages/count_tokens": CountRequest,
 }
 """The types of bodies, by the keys of `openapi.OPERATIONS`."""
 
@@ -52,7 +56,7 @@ class Access:
 
 def build_app(server: Server, access: Access | None = None) -> Starlette:
     """The application of a server."""
-    routes = [route for api in (chat, completions, health, models) for route in api.routes(server)]
+    routes = [route for api in (chat, completions, messages, health, models) for route in api.routes(server)]
     routes += [*tokens.routes(server, _chat_request), *openapi.routes(BODIES)]
     app = Starlette(
         routes=routes,
@@ -92,8 +96,9 @@ def _chat_request(server: Server, body: bytes) -> Request:
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
+    refused = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
+    return error_response(refused, http.scope)
 
 
 async def _any_error(http: HttpRequest, error: Exception) -> Response:
-    return as_api_error(error).response()
+    return error_response(error, http.scope)

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gptoss_jax.errors import OverloadedError
 from gptoss_jax.serving.api.errors import ApiError, as_api_error
 from gptoss_jax.serving.api.lifecycle import Drain
+from gptoss_jax.serving.api.refusals import error_response, is_anthropic
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -55,11 +56,12 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": error.message})
     else:
-        await error.response()(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
 
 class RequestIds:
-    """Gives each request an id, `request.state.request_id`, and answers with it in `x-request-id`.
+    """Gives each request an id, `request.state.request_id`, and answers with it in `x-request-id`, and in
+    `request-id` for Anthropic's clients.
 
     The id is that of the request's own `x-request-id` if it has a printable one. It serves to find a request in logs;
     the ids of responses and other objects are the server's. `answered` is called with the status of each response.
@@ -79,7 +81,10 @@ class RequestIds:
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._answered(message["status"])
-                MutableHeaders(scope=message)["x-request-id"] = name
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = name
+                if is_anthropic(scope["path"]):
+                    headers["request-id"] = name
             await send(message)
 
         await self._app(scope, receive, named)

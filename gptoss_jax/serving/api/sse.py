@@ -20,6 +20,7 @@ WATCH_SECONDS = 5.0
 """Seconds between two looks at a response."""
 
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
 
 
 def event(data: bytes, name: str | None = None) -> bytes:
@@ -31,17 +32,21 @@ class EventStream(Response):
     """A response that streams what a generator yields, each a whole number of events.
 
     The generator is closed as soon as the client leaves or stops reading; it must turn its own errors into events.
-    `first` is what it has yielded already; see `stream`.
+    `first` is what it has yielded already; see `stream`. `ping` is sent while there is nothing else to send.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None, first: bytes = b""
+        self,
+        events: AsyncGenerator[bytes],
+        headers: Mapping[str, str] | None = None,
+        first: bytes = b"",
+        ping: bytes = PING,
     ) -> None:
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._events, self._first = events, first
+        self._events, self._first, self._ping = events, first, ping
         self._sent_at = time.monotonic()
         self._sending_since: float | None = None
 
@@ -81,7 +86,7 @@ class EventStream(Response):
                 if now - self._sending_since > SLOW_SECONDS:
                     return
             elif now - self._sent_at > PING_SECONDS:
-                await self._send(send, b": ping\n\n")
+                await self._send(send, self._ping)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -89,9 +94,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def stream(events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> EventStream:
+async def stream(
+    events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None, ping: bytes = PING
+) -> EventStream:
     """A response that streams the events of a generator, whose first are there already, or b"" if it only has begun.
 
     Raises what the generator raises before, so that a request that is refused has an error's status.
     """
-    return EventStream(events, headers, await anext(events))
+    return EventStream(events, headers, await anext(events), ping)
