@@ -26,6 +26,8 @@ from gptoss_jax.text.tokenizer import Tokenizer
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THINKING = ("thinking", "reasoning_content", "reasoning")
+_PHASES = {"commentary": "commentary", "final_answer": "final"}
+"""The channels by the `phase` of an assistant's message, a field of OpenAI's Responses API."""
 
 SEPARATOR = "\n\n"
 """Separates the texts of messages that are merged into one."""
@@ -209,7 +211,8 @@ class _Reader:
         if message.get("content") is not None or not (calls or written):
             content = _assistant_content(where, message)
             if any(content) or not calls:
-                written.append(Message("assistant", content, name, None, "commentary" if calls else "final"))
+                channel = _phase_channel(where, message) or ("commentary" if calls else "final")
+                written.append(Message("assistant", content, name, None, channel))
         made = [self._call(f"{where}.tool_calls[{i}]", call, name) for i, call in enumerate(calls)]
         self._unanswered = list(made)
         return written + made
@@ -283,6 +286,14 @@ def _assistant_content(where: str, message: Mapping[str, Any]) -> tuple[str, ...
         key in message for key in ("content", "tool_calls", *_THINKING)
     )
     return ("",) if is_empty else _text(where, message)
+
+
+def _phase_channel(where: str, message: Mapping[str, Any]) -> str | None:
+    """The channel that a message's phase asks for; None if it has no phase."""
+    phase = message.get("phase")
+    known = phase is None or (isinstance(phase, str) and phase in _PHASES)
+    _check(known, f"{where}.phase", f"one of {', '.join(_PHASES)}", phase)
+    return None if phase is None else _PHASES[phase]
 
 
 def _check(holds: bool, field: str, expected: str, found: Any) -> None:

@@ -103,6 +103,16 @@ def test_tool_calls_and_results(small: Tokenizer) -> None:
     assert '<|message|>{"city":"Ås","n":1}<|call|>' in body
 
 
+@pytest.mark.parametrize(("phase", "channel"), [("commentary", "commentary"), ("final_answer", "final")])
+def test_a_phase_is_the_channel_of_a_message(phase: str, channel: str, small: Tokenizer) -> None:
+    message = {"role": "assistant", "phase": phase, "content": "One moment."}
+    said = f"<|start|>assistant<|channel|>{channel}<|message|>One moment.<|end|>"
+    assert body_of([message], small) == said
+    assert body_of([{**message, "tool_calls": [CALL]}], small).startswith(said)
+    unsaid = {"role": "assistant", "content": "One moment.", "phase": None}
+    assert body_of([unsaid], small) == said.replace(channel, "final")
+
+
 def test_builtin_calls_stay_in_analysis(small: Tokenizer) -> None:
     call = {"id": "p", "function": {"name": "python", "arguments": "print(1)"}}
     conversation = [
@@ -272,6 +282,11 @@ for _ in range(2000):
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], {}, "messages[0].content[0].text"),
         ([{"role": "user", "content": "x", "name": ""}], {}, "messages[0].name"),
         ([{"role": "assistant", "content": "x", "thinking": 1}], {}, "messages[0].thinking"),
+        (
+            [{"role": "assistant", "content": "x", "phase": "final"}],
+            {},
+            "messages[0].phase: expected one of commentary, final_answer, found 'final'",
+        ),
         ([{"role": "assistant"}], {}, "messages[0].content"),
         ([{"role": "assistant", "tool_calls": 1}], {}, "messages[0].tool_calls"),
         ([{"role": "assistant", "tool_calls": ["x"]}], {}, "messages[0].tool_calls[0]"),
@@ -367,7 +382,7 @@ def test_bad_input_names_the_field(messages: Any, options: dict, expected: str, 
                 ),
                 max_leaves=4,
             )
-            for key in ("role", "content", "name", "thinking", "tool_calls", "tool_call_id")
+            for key in ("role", "content", "name", "thinking", "tool_calls", "tool_call_id", "phase")
         },
     )
 )
