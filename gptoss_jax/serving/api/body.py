@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from starlette.requests import Request as HttpRequest
 
@@ -35,10 +37,27 @@ def decode[T](body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `")
-        field = place.rstrip("`").removeprefix("$").removeprefix(".") or None
-        raise bad_request(f"{field}: {message}" if field else message, field) from None
+        raise _invalid(error, "") from None
     except RecursionError:
         raise bad_request("the body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_request(f"the body is not valid JSON: {error}") from None
+
+
+def convert[T](value: Any, kind: type[T], where: str = "", strict: bool = True) -> T:
+    """A decoded value of the field `where` as a struct; text is read as a number if not `strict`.
+
+    Raises ApiError, which names the field.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=strict)
+    except msgspec.ValidationError as error:
+        raise _invalid(error, where) from None
+
+
+def _invalid(error: msgspec.ValidationError, where: str) -> ApiError:
+    message, _, place = str(error).partition(" - at `")
+    # Such as $.tools[0].name`, $.metadata[...]`, and key` in `$.metadata`; the last two are of an object's values.
+    path = place.rpartition("$")[2].rstrip("`").partition("[...]")[0]
+    field = (where + path).removeprefix(".") or None
+    return bad_request(f"{field}: {message}" if field else message, field)
