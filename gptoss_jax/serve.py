@@ -115,6 +115,7 @@ def _load(options: argparse.Namespace) -> LLM:
 
 def _need_extra() -> None:
     try:
+        import cryptography  # noqa: F401
         import msgspec  # noqa: F401
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401

@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from gptoss_jax.serving.api import chat, completions, health, models, openapi, tokens
+from gptoss_jax.serving.api import chat, completions, health, models, openapi, responses, tokens
 from gptoss_jax.serving.api.errors import ApiError, as_api_error
 from gptoss_jax.serving.api.keys import KeyGuard, Keys
 from gptoss_jax.serving.api.limits import KeyLimits, RateLimits
@@ -23,6 +23,8 @@ BODIES: Mapping[str, type] = {
     "POST /v1/chat/completions": chat.ChatRequest,
     "POST /v1/chat/completions/render": chat.ChatRequest,
     "POST /v1/completions": completions.CompletionRequest,
+    "POST /v1/responses": responses.CreateRequest,
+    "POST /v1/responses/input_tokens": responses.CreateRequest,
 }
 """The types of bodies, by the keys of `openapi.OPERATIONS`."""
 
@@ -52,7 +54,8 @@ class Access:
 
 def build_app(server: Server, access: Access | None = None) -> Starlette:
     """The application of a server."""
-    routes = [route for api in (chat, completions, health, models) for route in api.routes(server)]
+    apis = (chat, completions, health, models, responses)
+    routes = [route for api in apis for route in api.routes(server)]
     routes += [*tokens.routes(server, _chat_request), *openapi.routes(BODIES)]
     app = Starlette(
         routes=routes,

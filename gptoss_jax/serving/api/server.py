@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TYPE_CHECKING
 
 from gptoss_jax.serving import turns
 from gptoss_jax.serving.api.errors import not_found
@@ -19,6 +20,9 @@ from gptoss_jax.serving.generated import Request
 from gptoss_jax.serving.owner import EngineOwner
 from gptoss_jax.serving.prompts import Prompts
 from gptoss_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptoss_jax.serving.api.responses.store import StoreOptions
 
 MAX_NOTES = 1000
 """The most fields that are logged; clients choose the names of unknown ones."""
@@ -39,6 +43,8 @@ class Server:
       draining, health: the server's states.
       metrics: counts all requests.
       grammars: checks the grammars of requests; None leaves it to the engine.
+      response_store: where the Responses API stores responses; None is in memory.
+      response_secret: encrypts the reasoning that clients keep; None is a random one.
       reasoning_fields: the names under which Chat Completions have the reasoning.
       fingerprint: the `system_fingerprint` of responses.
     """
@@ -53,6 +59,8 @@ class Server:
     health: Health = dataclasses.field(default_factory=Health)
     metrics: Metrics = dataclasses.field(default_factory=Metrics)
     grammars: GrammarChecks | None = None
+    response_store: StoreOptions | None = None
+    response_secret: bytes | None = None
     reasoning_fields: tuple[str, ...] = ("reasoning", "reasoning_content")
     fingerprint: str = "gptoss-jax"
     _noted: set[str] = dataclasses.field(default_factory=set)
