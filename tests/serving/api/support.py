@@ -14,7 +14,7 @@ import uvicorn
 from gptoss_jax.checkpoints.loading import EMBEDDED
 from gptoss_jax.engine.outputs import Load, TokenEvent
 from gptoss_jax.errors import EngineError
-from gptoss_jax.serving.api.app import build_app
+from gptoss_jax.serving.api.app import Access, build_app
 from gptoss_jax.serving.api.server import Server
 from gptoss_jax.serving.generated import Request
 from gptoss_jax.serving.prompts import Prompts
@@ -166,9 +166,11 @@ def served(**more: object) -> Iterator[Served]:
 
 
 @contextlib.contextmanager
-def serving(server: Server) -> Iterator[str]:
+def serving(server: Server, access: Access | None = None) -> Iterator[str]:
     """Serves on a free port of the loopback address, in a thread; the URL without a path."""
-    config = uvicorn.Config(build_app(server), host="127.0.0.1", port=0, log_level="warning", lifespan="on")
+    config = uvicorn.Config(
+        build_app(server, access), host="127.0.0.1", port=0, log_level="warning", lifespan="on"
+    )
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
