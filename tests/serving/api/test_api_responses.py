@@ -237,7 +237,7 @@ def test_logprobs_of_the_final_text(api: Api) -> None:
 def test_a_response_that_tokens_cut_short(api: Api) -> None:
     whole = _tokens(ANSWER)
     statuses = set()
-    for most in range(1, len(whole) + 1):
+    for most in range(1, len(whole)):
         response = api.create(max_output_tokens=most)
         assert response["status"] == "incomplete"
         assert response["incomplete_details"] == {"reason": "max_output_tokens"}
@@ -250,7 +250,6 @@ def test_a_response_that_tokens_cut_short(api: Api) -> None:
         ("incomplete",),
         ("completed",),
         ("completed", "incomplete"),
-        ("completed", "completed"),
     }
     api.script = CALL
     [*_, call] = api.create(max_output_tokens=len(_tokens(CALL)) - 3, tools=[ADD])["output"]
