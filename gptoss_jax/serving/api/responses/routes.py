@@ -241,7 +241,7 @@ class _Responses:
         try:
             await self._store.put(Record(response, prepared.owner, context.date, prepared.before, context.given))
         except sqlite3.Error:
-            response["store"] = False
+            pass
             _logger.exception("a response could not be stored")
 
 
