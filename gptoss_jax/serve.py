@@ -1,4 +1,4 @@
-"""python -m gptoss_jax.serve: serves a model over HTTP with OpenAI's and Anthropic's APIs."""
+"""python -m gptoss_jax.serve: serves a model over HTTP with OpenAI's APIs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ from gptoss_jax.errors import EngineError, UsageError, expect
 
 if TYPE_CHECKING:
     from gptoss_jax.serving.client import LLM
+    from gptoss_jax.serving.worker import Worker
 
 MAX_NUM_SEQS = {"cpu": 8}
 """Default of --max-num-seqs by platform; 256 for others."""
 
-EXIT_SECONDS = 10.0
-"""Seconds that the front may take to exit after the engine has ended."""
-
 
 def flags() -> argparse.ArgumentParser:
     """The command's argument parser."""
-    parser = command_parser("serve", "Serve a model over HTTP with OpenAI's and Anthropic's APIs (extra: serve).")
+    parser = command_parser("serve", "Serve a model over HTTP with OpenAI's APIs (extra: serve).")
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     group.add_argument(
@@ -85,11 +83,11 @@ def _run(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace, connection: socket.socket, front: subprocess.Popen[bytes]) -> int:
     """Load the model, and run the engine until the front exits."""
     from gptoss_jax.serving.link.engine_end import EngineEnd
-    from gptoss_jax.serving.worker import Worker
 
+    worker: Worker | None = None
     try:
         llm = _load(options)
-        worker = Worker(llm.engine)
+        worker = llm.worker
         end = EngineEnd(connection, llm.engine, worker)
         threading.Thread(target=end.serve, name="gptoss-jax link", daemon=True).start()
         code = front.wait()
@@ -97,7 +95,7 @@ def _serve(options: argparse.Namespace, connection: socket.socket, front: subpro
         # Running requests finish; a second signal ends everything at once.
         front.send_signal(signal.SIGTERM)
         code = front.wait()
-    if code and (reason := worker.reason):
+    if code and worker and (reason := worker.reason):
         raise EngineError(f"the engine has ended: {reason}")
     return code
 
@@ -115,10 +113,12 @@ def _load(options: argparse.Namespace) -> LLM:
 
 def _need_extra() -> None:
     try:
+        import httptools  # noqa: F401
         import msgspec  # noqa: F401
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
+        import uvloop  # noqa: F401
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'gptoss-jax[serve]'") from None
 

@@ -54,7 +54,7 @@ def random_requests(
     range_ratio: float = 0.0,
     prefix_len: int = 0,
 ) -> list[Request]:
-    """Requests with random prompts, all of which begin with the same `prefix_len` tokens.
+    """Requests with random prompts that all begin with the same `prefix_len` tokens.
 
     Lengths are uniform over the integers in [len * (1 - range_ratio), len * (1 + range_ratio)], and at least 1;
     `input_len` does not include the prefix.

@@ -1,4 +1,4 @@
-"""Server-sent events, as in the HTML standard, of which only the data matters here."""
+"""Reads the data of server-sent events, as the HTML standard defines them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from gptoss_jax.engine.options import EngineOptions
 from gptoss_jax.engine.outputs import Load, TokenEvent
 from gptoss_jax.errors import CheckpointError, EngineError, GptOssError, UsageError, expect, named
 from gptoss_jax.runtime.compile_cache import enable_compile_cache
-from gptoss_jax.serving.generated import Completion, Request
+from gptoss_jax.serving.generated import Completion, Request, by_completion
 from gptoss_jax.serving.prompts import Message, Prompts
 from gptoss_jax.serving.worker import Inbox, Worker
 from gptoss_jax.text import harmony
@@ -213,7 +213,7 @@ class _Running:
 
         Raises the error of a request that failed.
         """
-        for own in _one_by_one(events) if each else _by_completion(events):
+        for own in _one_by_one(events) if each else by_completion(events):
             name, index = own[0].request_id, own[0].index
             if (state := self._states.get(name)) is None:
                 continue
@@ -240,14 +240,6 @@ class _Running:
 
 def _one_by_one(events: Iterable[TokenEvent]) -> Iterator[list[TokenEvent]]:
     return ([event] for event in events)
-
-
-def _by_completion(events: Iterable[TokenEvent]) -> Iterable[list[TokenEvent]]:
-    """The events of each completion, in their order; a request's error ends one of its completions."""
-    found: dict[tuple[str, int], list[TokenEvent]] = {}
-    for event in events:
-        found.setdefault((event.request_id, event.index), []).append(event)
-    return found.values()
 
 
 class LLM(_Model):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import uvicorn
+import uvloop
 
 from gptoss_jax.serving.api.app import build_app
 from gptoss_jax.serving.api.protocol import server_config
@@ -37,7 +38,7 @@ async def _run(options: FrontOptions) -> int:
     loop = asyncio.get_running_loop()
     owner = await FrontEnd.connect(socket.socket(fileno=options.link))
     server = Server(Prompts(Path(options.model)), owner, options.names)
-    http = _HttpServer(server_config(build_app(server)))
+    http = _HttpServer(server_config(build_app(server), graceful_seconds=1))
     stopping = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     # Ctrl-C reaches all processes of a terminal; the one that owns the engine passes it on as SIGTERM.
@@ -49,11 +50,8 @@ async def _run(options: FrontOptions) -> int:
     await asyncio.wait((serving, ended, stop), return_when=asyncio.FIRST_COMPLETED)
     starting.cancel()
     server.drain()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(options.shutdown_timeout if not ended.done() else 5.0):
-            await server.idle()
+    await server.draining.wait(5.0 if ended.done() else options.shutdown_timeout)
     http.should_exit = True
-    http.config.timeout_graceful_shutdown = 1
     await asyncio.wait((serving,), timeout=5.0)
     return 1 if ended.done() else 0
 
@@ -68,11 +66,7 @@ def main() -> int:
     """Run the front with the options given as JSON."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = msgspec.json.decode(sys.argv[1], type=FrontOptions)
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        return uvloop.run(_run(options))
-    return asyncio.run(_run(options))
+    return uvloop.run(_run(options))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.text import harmony
@@ -82,3 +83,11 @@ class Completion:
             (message, harmony.meaning(message, self.turn.tools)) for message in self.turn.parser.result.messages
         )
         return sum(message.span[1] - message.span[0] for message, meant in kinds if meant.kind == "reasoning")
+
+
+def by_completion(events: Iterable[TokenEvent]) -> Iterable[list[TokenEvent]]:
+    """The events of each completion, in their order; a request's error ends one of its completions."""
+    found: dict[tuple[str, int], list[TokenEvent]] = {}
+    for event in events:
+        found.setdefault((event.request_id, event.index), []).append(event)
+    return found.values()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import AsyncGenerator
 
 from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.errors import EngineError, UsageError
-from gptoss_jax.serving.generated import Completion, Request
-from gptoss_jax.serving.owner import EngineOwner, EventStream
+from gptoss_jax.serving.generated import Completion, Request, by_completion
+from gptoss_jax.serving.owner import EventStream
 from gptoss_jax.text.items import Item, ItemEvent
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.types import FinishReason, TokenLogprobs
@@ -67,7 +65,7 @@ class Turn:
         """The next update. Raises UsageError or EngineError if the request fails."""
         while self._unfinished:
             if not self._unread:
-                self._unread.extend(_by_completion(await self._stream.events()))
+                self._unread.extend(by_completion(await self._stream.events()))
                 continue
             own = self._unread.popleft()
             update = _update(self._completions[own[0].index], own, self._usage)
@@ -87,32 +85,6 @@ class Turn:
             self._unfinished = 0
             self._stream.abort()
         self._stream.close()
-
-
-async def start(owner: EngineOwner, tokenizer: Tokenizer | None, request: Request) -> Turn:
-    """Submit a request; the caller closes the turn, as by `contextlib.aclosing`.
-
-    Raises UsageError for a request that can never run, and EngineError if the engine takes no requests.
-    """
-    return Turn(await owner.submit(request), tokenizer, request)
-
-
-async def run(owner: EngineOwner, tokenizer: Tokenizer | None, request: Request) -> AsyncGenerator[Update]:
-    """Run a request; leaving the loop, once the generator is closed, aborts what has not finished.
-
-    Raises UsageError for a request that can never run, and EngineError if the engine takes no requests or fails.
-    """
-    async with contextlib.aclosing(await start(owner, tokenizer, request)) as turn:
-        async for update in turn:
-            yield update
-
-
-def _by_completion(events: list[TokenEvent]) -> list[list[TokenEvent]]:
-    """The events of each completion, in their order."""
-    found: dict[int, list[TokenEvent]] = {}
-    for event in events:
-        found.setdefault(event.index, []).append(event)
-    return list(found.values())
 
 
 def _update(completion: Completion, events: list[TokenEvent], usage: Usage) -> Update | None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.serving.api import sse
-from gptoss_jax.serving.api.body import read_body
-from gptoss_jax.serving.api.disconnect import while_connected
-from gptoss_jax.serving.api.encoding import JsonResponse, encode
+from gptoss_jax.serving.api.encoding import encode
 from gptoss_jax.serving.api.errors import bad_request
 from gptoss_jax.serving.api.fields import IGNORED, REFUSED, Refused, decode_request
 from gptoss_jax.serving.api.objects import (
@@ -29,7 +25,7 @@ from gptoss_jax.serving.api.objects import (
     new_id,
     usage_object,
 )
-from gptoss_jax.serving.api.routing import route
+from gptoss_jax.serving.api.routing import generation_route
 from gptoss_jax.serving.api.sampling import SamplingFields, TopLogprobs, check_size, renamed, sampling_params
 from gptoss_jax.serving.api.server import Server
 from gptoss_jax.serving.generated import Request
@@ -87,16 +83,7 @@ class ChatRequest(SamplingFields, kw_only=True):
 
 def routes(server: Server) -> list[BaseRoute]:
     """The routes of Chat Completions."""
-
-    async def create(http: HttpRequest) -> Response:
-        body = await read_body(http)
-        # Long prompts take long to tokenize.
-        chat = await asyncio.to_thread(prepare, server, body)
-        if chat.fields.stream:
-            return await sse.stream(chat.events())
-        return JsonResponse(await while_connected(http.receive, chat.answer()))
-
-    return [route("/v1/chat/completions", create, "POST")]
+    return [generation_route("/v1/chat/completions", partial(prepare, server))]
 
 
 def prepare(server: Server, body: bytes) -> ChatCompletion:
@@ -331,6 +318,11 @@ class ChatCompletion:
     def request(self) -> Request:
         """What the engine runs."""
         return self._request
+
+    @property
+    def streams(self) -> bool:
+        """See Generation."""
+        return bool(self.fields.stream)
 
     async def _start(self) -> Turn:
         try:

@@ -9,19 +9,16 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from gptoss_jax.engine.outputs import TokenEvent
 from gptoss_jax.errors import UsageError
 from gptoss_jax.serving.api import sse
-from gptoss_jax.serving.api.body import read_body
-from gptoss_jax.serving.api.disconnect import while_connected
-from gptoss_jax.serving.api.encoding import JsonResponse, encode
+from gptoss_jax.serving.api.encoding import encode
 from gptoss_jax.serving.api.errors import bad_request
 from gptoss_jax.serving.api.fields import IGNORED, REFUSED, Refused, decode_request
 from gptoss_jax.serving.api.objects import (
@@ -32,7 +29,7 @@ from gptoss_jax.serving.api.objects import (
     new_id,
     usage_object,
 )
-from gptoss_jax.serving.api.routing import route
+from gptoss_jax.serving.api.routing import generation_route
 from gptoss_jax.serving.api.sampling import SamplingFields, TopLogprobs, check_size, renamed, sampling_params
 from gptoss_jax.serving.api.server import Server
 from gptoss_jax.serving.generated import Request
@@ -67,16 +64,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
 
 def routes(server: Server) -> list[BaseRoute]:
     """The routes of Completions."""
-
-    async def create(http: HttpRequest) -> Response:
-        body = await read_body(http)
-        # Long prompts take long to tokenize.
-        completion = await asyncio.to_thread(prepare, server, body)
-        if completion.fields.stream:
-            return await sse.stream(completion.events())
-        return JsonResponse(await while_connected(http.receive, completion.answer()))
-
-    return [route("/v1/completions", create, "POST")]
+    return [generation_route("/v1/completions", partial(prepare, server))]
 
 
 def prepare(server: Server, body: bytes) -> Completion:
@@ -304,6 +292,11 @@ class Completion:
             "system_fingerprint": server.fingerprint,
         }
 
+    @property
+    def streams(self) -> bool:
+        """See Generation."""
+        return bool(self.fields.stream)
+
     def _echo(self, request: Request) -> str:
         if not self.fields.echo:
             return ""
@@ -382,7 +375,7 @@ class Completion:
         return sse.event(encode(chunk))
 
     def _choice(self, index: int, piece: Piece, first: bool) -> dict[str, Any]:
-        """A choice in a response, or in a chunk, of which the first has what concerns the prompt."""
+        """A choice in a response or a chunk; the first chunk also has the data of the prompt."""
         choice: dict[str, Any] = {
             "index": index,
             "text": piece.text,

@@ -49,7 +49,7 @@ _NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def sampling_params(fields: SamplingFields, **others: Any) -> SamplingParams:
-    """The parameters of a request's fields and of `others`, of which None is the default. Raises UsageError."""
+    """The parameters of a request's fields and of `others`; None is the default. Raises UsageError."""
     given = {name: getattr(fields, name) for name in fields.__struct_fields__ if name in _NAMES} | others
     if given["seed"] is not None and given["seed"] < 0:
         given["seed"] += 2**64

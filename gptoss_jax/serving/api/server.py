@@ -76,13 +76,13 @@ class Server:
         return model
 
     async def run(self, request: Request) -> AsyncGenerator[turns.Update]:
-        """Run a request; see `turns.run`."""
+        """Run a request; closing the generator aborts what has not finished. Raises as `start` does."""
         async with contextlib.aclosing(await self.start(request)) as turn:
             async for update in turn:
                 yield update
 
     async def start(self, request: Request) -> turns.Turn:
-        """Submit a request, which the caller closes; see `turns.start`.
+        """Submit a request; the caller closes the turn, as by `contextlib.aclosing`.
 
         It is counted, checked and within the limits of the HTTP request that it is for. Raises ApiError, UsageError
         and EngineError.
@@ -109,10 +109,6 @@ class Server:
     def drain(self) -> None:
         """Take no more requests."""
         self.draining.begin()
-
-    async def idle(self) -> None:
-        """Wait until no requests are in flight."""
-        await self.draining.wait()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import uvicorn
+from hypothesis import strategies as st
 
 from gptoss_jax.checkpoints.loading import EMBEDDED
 from gptoss_jax.engine.outputs import Load, TokenEvent
@@ -33,6 +34,17 @@ CALL = (
 )
 
 STOP_TOKENS = stop_token_ids(PROMPTS.tokenizer) if PROMPTS.tokenizer else ()
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+"""Any JSON value."""
 
 Script = str | Sequence[int] | Exception
 """What a completion consists of: text with special tokens, token ids, or an error after the first half of ANSWER."""

@@ -27,6 +27,7 @@ from gptoss_jax.types import ChatScope, StructuredOutputsParams
 from tests.serving.api.support import (
     ANSWER,
     CALL,
+    JSON,
     PROMPTS,
     ScriptedOwner,
     Served,
@@ -90,7 +91,7 @@ def ask(at: Served, **fields: Any) -> ChatCompletion:
 
 
 def stream(at: Served, **fields: Any) -> list[ChatCompletionChunk]:
-    """The chunks of a chat completion, each of which is valid."""
+    """The chunks of a chat completion, each checked to be valid."""
     body = {"model": at.model, "messages": QUESTION, "stream": True} | fields
     chunks = list(at.client.chat.completions.create(**body))
     return [ChatCompletionChunk.model_validate(chunk.to_dict()) for chunk in chunks]
@@ -851,15 +852,6 @@ def test_whatever_tokens_the_model_generates_are_an_answer(at: Served, tokens: l
     assert not has_mark([chunk.to_dict() for chunk in chunks])
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
 NAMES = (
     *("messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs", "stop"),
     *(

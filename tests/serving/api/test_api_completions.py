@@ -21,7 +21,7 @@ from gptoss_jax.serving.api.completions import prepare
 from gptoss_jax.serving.api.errors import as_api_error
 from gptoss_jax.serving.generated import Request
 from gptoss_jax.types import StructuredOutputsParams
-from tests.serving.api.support import PROMPTS, ScriptedOwner, Served, served, server_over
+from tests.serving.api.support import JSON, PROMPTS, ScriptedOwner, Served, served, server_over
 
 assert PROMPTS.tokenizer
 TOKENIZER = PROMPTS.tokenizer
@@ -477,15 +477,6 @@ def test_whatever_the_model_generates_is_text(
             assert len(lists.tokens or ()) == len(tokens) + 1 + (len(TOKENIZER.encode("é")) if echo else 0)
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
 NAMES = (
     *("prompt", "echo", "logprobs", "max_tokens", "best_of", "n", "suffix", "response_format", "stop", "seed"),
     *("structured_outputs", "logit_bias", "stream_options", "stop_token_ids", "prompt_logprobs", "min_tokens"),

@@ -272,7 +272,7 @@ def test_the_rate_of_requests_is_held() -> None:
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         time.sleep(1.1)
         assert client.post(GENERATE, json={"prompt": "hi"}).status_code == 200
-        # The SDK waits as it is told, and succeeds.
+        # The SDK waits for the time in Retry-After, and succeeds.
         sdk = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=2)
         for _ in range(2):
             assert sdk.post("/test/generate", body={"prompt": "hi"}, cast_to=object)
